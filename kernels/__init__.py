@@ -1,0 +1,1 @@
+"""Operations: a reference that runs anywhere, kernels that override it; imports jax alone."""

@@ -1,0 +1,66 @@
+"""Masked attention over padded slots in XLA.
+
+B batch, T new tokens, S slots, N query heads, K KV heads, G = N // K, H head dim.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    filled: Bool[Array, "#B #K S"],
+    visible: Bool[Array, "#B #K #T S"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend new tokens to the slots of one segment of the cache.
+
+    Args:
+      q: queries after RoPE; K divides N, keys and values are never repeated.
+      k, v: the segment; a slot that is not filled may hold anything, NaN included.
+      filled: slots that hold an entry.
+      visible: slots that each query may see; only looked at where `filled`.
+
+    Returns:
+      The softmax-weighted values within this segment and the log-sum-exp of the scaled
+      scores, both fp32. A query that sees no slot gets zeros and -inf.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"k has {kv_heads} heads, expected a divisor of q's {heads}")
+    q_BKGTH = q.reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = (q_BKGTH * head_dim**-0.5).astype(k.dtype)
+    s_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k, preferred_element_type=jnp.float32)
+    seen_BKTS = filled[:, :, None] & visible
+    s_BKGTS = jnp.where(seen_BKTS[:, :, None], s_BKGTS, -jnp.inf)
+    peak_BKGT = s_BKGTS.max(-1)
+    anchor_BKGT = jnp.where(peak_BKGT == -jnp.inf, 0.0, peak_BKGT)
+    p_BKGTS = jnp.exp(s_BKGTS - anchor_BKGT[..., None])
+    total_BKGT = p_BKGTS.sum(-1)
+    v = jnp.where(filled[..., None], v, 0)  # 0 * NaN would be NaN
+    o_BKGTH = jnp.einsum(
+        "BKGTS,BKSH->BKGTH", p_BKGTS.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    o_BKGTH = o_BKGTH / jnp.where(total_BKGT > 0, total_BKGT, 1.0)[..., None]
+    lse_BKGT = anchor_BKGT + jnp.log(total_BKGT)
+    o_BTNH = o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return o_BTNH, lse_BKGT.transpose(0, 3, 1, 2).reshape(batch, tokens, heads)
+
+
+def merge(
+    parts: list[tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]],
+) -> Float[Array, "B T N H"]:
+    """One attention from attention over disjoint segments: weights are softmax of their lse.
+
+    A query that sees nothing in any segment gets zeros.
+    """
+    lse_PBTN = jnp.stack([lse for _, lse in parts])
+    peak_BTN = lse_PBTN.max(0)
+    weight_PBTN = jnp.exp(lse_PBTN - jnp.where(peak_BTN == -jnp.inf, 0.0, peak_BTN))
+    total_BTN = weight_PBTN.sum(0)
+    weight_PBTN = weight_PBTN / jnp.where(total_BTN > 0, total_BTN, 1.0)
+    return sum(
+        (w[..., None] * o for w, (o, _) in zip(weight_PBTN, parts, strict=True)), jnp.zeros(())
+    )

@@ -1,0 +1,53 @@
+"""kvjax: KV-cache compression for long-context generation in JAX and Flax.
+
+The data's path: prompt -> prefill -> score -> allocate -> pack -> decode
+(`generate`, `stages`, `compress`, `scores`, `budgets`, `cache`).
+
+Axis legend, obeyed by every name and einsum:
+  B batch              N query heads        D model dimension     W observation window
+  T query tokens       K KV heads           F MLP dimension       M packed slots
+  S cache slots        G = N // K           L layers              V vocabulary
+  H head dimension     R = G * queries      X blocks, or any axis
+"""
+
+from kvjax.cache import Cache, Probe
+from kvjax.compress import compress
+from kvjax.config import CompressionConfig, ConfigError, parse_budget
+from kvjax.generate import (
+    Generation,
+    Step,
+    Timings,
+    compress_prompt,
+    generate,
+    stream,
+    timed_generate,
+)
+from kvjax.likelihood import Scored, score
+from kvjax.load import load
+from kvjax.methods import METHODS
+from kvjax.programs import compilations
+from kvjax.sampling import Sampling
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Cache",
+    "CompressionConfig",
+    "ConfigError",
+    "Generation",
+    "Probe",
+    "Sampling",
+    "Scored",
+    "Step",
+    "Timings",
+    "compilations",
+    "compress",
+    "compress_prompt",
+    "generate",
+    "load",
+    "parse_budget",
+    "score",
+    "stream",
+    "timed_generate",
+]

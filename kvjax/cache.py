@@ -1,0 +1,288 @@
+"""The cache: what is kept of the prompt (padded layout), and the tail of tokens since.
+
+B batch, K KV heads, S slots of a layer, T slots of the tail, H head dim. All pytrees; state
+goes in and comes out. Position is not slot: every entry carries its true position.
+
+    layer:  slot   0   1   2   3   4          tail:  slot      0   1   2   3
+            head 0 p0  p3  p7  p9  -1                row 0     p10 p11 -1  -1
+            head 1 p0  p8  p9  -1  -1                row 1     p6  -1  p7  -1
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.kernels.decode_attention import decode_attention, merge
+
+# PrefixKV (upstream's constant, from Elastic Cache): decoding evicts from this far before the
+# end of the prompt's kept entries; what lies before stays for good.
+FROZEN_POINT = 25
+
+
+class Probe(struct.PyTreeNode):
+    """What attention hands to compression: small, and never an attention matrix.
+
+    Attributes:
+      queries: `[B, W, N, H]`, the last W queries of each row after RoPE, right-aligned:
+        `queries[:, -1]` is the prompt's last token (a row shorter than W repeats its first
+        query on the left). None unless asked for.
+      column_sums: `[B, N, T]` fp32, attention that each key received from all queries of the
+        prompt, or None.
+    """
+
+    queries: Float[Array, "B W N H"] | None = None
+    column_sums: Float[Array, "B N T"] | None = None
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What a prefill is asked to leave in the `Probe` (static): W queries, column sums."""
+
+    queries: int = 0
+    column_sums: bool = False
+
+
+class PaddedLayer(struct.PyTreeNode):
+    """One layer's kept entries. Survivors lie in slots [0, length) of each head, in order.
+
+    Attributes:
+      keys, values: `[B, K, S, H]`; keys after RoPE, zeros in empty slots.
+      positions: `[B, K, S]` int32, the entry's position in the prompt; -1 in an empty slot.
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    positions: Int[Array, "B K S"]
+
+    @property
+    def lengths(self) -> Int[Array, "B K"]:
+        """Entries that each head holds."""
+        return (self.positions >= 0).sum(-1, dtype=jnp.int32)
+
+
+class Tail(struct.PyTreeNode):
+    """Tokens since the prompt, every head alike: one cursor for all rows, holes at -1.
+
+    Attributes:
+      keys, values: one `[B, K, T, H]` a layer.
+      positions: `[B, T]` int32, -1 for holes and for slots not written yet.
+      cursor: int32, the next slot to be written.
+    """
+
+    keys: tuple[Float[Array, "B K T H"], ...]
+    values: tuple[Float[Array, "B K T H"], ...]
+    positions: Int[Array, "B T"]
+    cursor: Int[Array, ""]
+
+
+class Cache(struct.PyTreeNode):
+    """A prompt's compressed cache with its tail.
+
+    Attributes:
+      layers: kept entries; constant while decoding.
+      tail: tokens since.
+      prompt_lengths: `[B]` tokens of the prompt before compression.
+      next_positions: `[B]` position of the row's next token, whatever was evicted.
+      keep_ratio: whether the retained ratio is held while the answer grows (PrefixKV).
+    """
+
+    layers: tuple[PaddedLayer, ...]
+    tail: Tail
+    prompt_lengths: Int[Array, " B"]
+    next_positions: Int[Array, " B"]
+    keep_ratio: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.prompt_lengths.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the prompt's keys and values occupy, empty slots included."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+
+def empty_tail(layers: tuple[PaddedLayer, ...], slots: int) -> Tail:
+    """A tail of `slots` empty slots that fits these layers."""
+
+    def zeros(array: Array) -> Array:
+        batch, kv_heads, _, head_dim = array.shape
+        return jnp.zeros((batch, kv_heads, slots, head_dim), array.dtype)
+
+    return Tail(
+        keys=tuple(zeros(layer.keys) for layer in layers),
+        values=tuple(zeros(layer.values) for layer in layers),
+        positions=jnp.full((layers[0].keys.shape[0], slots), -1, jnp.int32),
+        cursor=jnp.zeros((), jnp.int32),
+    )
+
+
+def with_room(cache: Cache, slots: int) -> Cache:
+    """The cache with a tail of at least `slots` slots; what the tail holds stays."""
+    more = slots - cache.tail.positions.shape[1]
+    if more <= 0:
+        return cache
+
+    def widen(array: Array) -> Array:
+        return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    tail = cache.tail.replace(
+        keys=tuple(map(widen, cache.tail.keys)),
+        values=tuple(map(widen, cache.tail.values)),
+        positions=jnp.pad(cache.tail.positions, ((0, 0), (0, more)), constant_values=-1),
+    )
+    return cache.replace(tail=tail)
+
+
+def repeat_rows(cache: Cache, rows: int) -> Cache:
+    """One row's cache for `rows` questions about the same prompt."""
+    if cache.batch not in (1, rows):
+        raise ValueError(f"the cache has {cache.batch} rows, expected 1 or the prompts' {rows}")
+    if cache.batch == rows:
+        return cache
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, cache)
+    return repeated
+
+
+def full_layer(
+    keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], lengths: Int[Array, " B"]
+) -> PaddedLayer:
+    """Every entry of a prefilled layer, uncompressed."""
+    batch, tokens, kv_heads, _ = keys.shape
+    positions_T = jnp.arange(tokens, dtype=jnp.int32)
+    positions_BT = jnp.where(positions_T < lengths[:, None], positions_T, -1)
+    return PaddedLayer(
+        keys=keys.transpose(0, 2, 1, 3),
+        values=values.transpose(0, 2, 1, 3),
+        positions=jnp.broadcast_to(positions_BT[:, None], (batch, kv_heads, tokens)),
+    )
+
+
+def pack(
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    keep: Bool[Array, "B K T"],
+    slots: int,
+) -> PaddedLayer:
+    """Gather each head's kept entries, in position order, into `slots` slots.
+
+    `slots` is at least the most that any head keeps.
+    """
+    batch, tokens, kv_heads, head_dim = keys.shape
+    running_BKT = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
+    wanted_S = jnp.arange(1, slots + 1, dtype=jnp.int32)
+    find = jax.vmap(jax.vmap(lambda running: jnp.searchsorted(running, wanted_S)))
+    found_BKS = find(running_BKT).astype(jnp.int32)
+    filled_BKS = found_BKS < tokens
+    # Rows are taken from [B, T * K, H] as it lies: no transposed copy of the prompt.
+    row_BKS = jnp.minimum(found_BKS, tokens - 1) * kv_heads + jnp.arange(kv_heads)[:, None]
+
+    def gather(array: Array) -> Array:
+        rows = array.reshape(batch, tokens * kv_heads, head_dim)
+        taken = jnp.take_along_axis(rows, row_BKS.reshape(batch, -1, 1), axis=1)
+        return jnp.where(filled_BKS[..., None], taken.reshape(*row_BKS.shape, head_dim), 0)
+
+    return PaddedLayer(
+        keys=gather(keys), values=gather(values), positions=jnp.where(filled_BKS, found_BKS, -1)
+    )
+
+
+def write_positions(tail: Tail, positions: Int[Array, "B T"]) -> Tail:
+    """Claim tail slots for a block of tokens (-1 for padding) and move the cursor past them."""
+    claimed = lax.dynamic_update_slice(tail.positions, positions, (0, tail.cursor))
+    return tail.replace(positions=claimed, cursor=tail.cursor + positions.shape[1])
+
+
+def write_layer(
+    tail: Tail, layer: int, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
+) -> Tail:
+    """Write one layer's keys and values into the slots that `write_positions` claimed last."""
+    start = (0, 0, tail.cursor - keys.shape[1], 0)
+
+    def put(arrays: tuple[Array, ...], block: Array) -> tuple[Array, ...]:
+        new = lax.dynamic_update_slice(arrays[layer], block.transpose(0, 2, 1, 3), start)
+        return (*arrays[:layer], new, *arrays[layer + 1 :])
+
+    return tail.replace(keys=put(tail.keys, keys), values=put(tail.values, values))
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    layer: int,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Attend new tokens to a layer's kept entries and to the tail, by true position.
+
+    Args:
+      q: queries after RoPE; their own keys are in the tail already.
+      positions: their positions, -1 for padding (its output is zeros).
+      window: width of a sliding-window layer, or None.
+    """
+    entries, tail = cache.layers[layer], cache.tail
+    prompt_BKTS = _seen(entries.positions[:, :, None], positions[:, None, :, None], window)
+    tail_BTS = _seen(tail.positions[:, None], positions[..., None], window)
+    if cache.keep_ratio:
+        prompt_dead, tail_dead = dead_slots(entries, tail, cache.prompt_lengths, positions)
+        prompt_BKTS &= ~prompt_dead
+        tail_BKTS = tail_BTS[:, None] & ~tail_dead
+    else:
+        tail_BKTS = tail_BTS[:, None]
+    parts = [
+        decode_attention(q, entries.keys, entries.values, entries.positions >= 0, prompt_BKTS),
+        decode_attention(
+            q, tail.keys[layer], tail.values[layer], (tail.positions >= 0)[:, None], tail_BKTS
+        ),
+    ]
+    return merge(parts).astype(q.dtype)
+
+
+def _seen(key_positions: Array, query_positions: Array, window: int | None) -> Array:
+    seen = key_positions <= query_positions
+    return seen if window is None else seen & (query_positions - key_positions < window)
+
+
+def dead_slots(
+    entries: PaddedLayer,
+    tail: Tail,
+    prompt_lengths: Int[Array, " B"],
+    positions: Int[Array, "B T"],
+) -> tuple[Bool[Array, "B K T S"], Bool[Array, "B K T U"]]:
+    """PrefixKV's eviction while decoding, as a mask (upstream's fixed-point elimination).
+
+    Of a prompt of N tokens a head kept m. When a row has seen N + t tokens, its length is held at
+    ratio m / N by removing floor(t (N - m) / N) entries, in position order, from the kept slot
+    m - 25 on (m // 2 where m - 25 < 1): first the prompt's last survivors, then the oldest of the
+    tail. A query at position p finds what was removed when p tokens had been seen.
+
+    Returns:
+      Which prompt slots and which tail slots each query no longer sees.
+    """
+    kept_BK1 = entries.lengths[..., None]
+    prompt_B11 = prompt_lengths[:, None, None]
+    grown_B1T = jnp.maximum(positions - prompt_lengths[:, None], 0)[:, None]
+    removed_BKT = floor_of_product(grown_B1T, prompt_B11 - kept_BK1, prompt_B11)
+    first_BK11 = jnp.where(kept_BK1 > FROZEN_POINT, kept_BK1 - FROZEN_POINT, kept_BK1 // 2)[
+        ..., None
+    ]
+    last_BKT1 = first_BK11 + removed_BKT[..., None]
+
+    def dead(order):
+        return (order >= first_BK11) & (order < last_BKT1)
+
+    slot_S = jnp.arange(entries.positions.shape[-1])
+    order_BK1U = kept_BK1[..., None] + (tail.positions - prompt_lengths[:, None])[:, None, None]
+    return dead(slot_S), dead(order_BK1U)
+
+
+def floor_of_product(t: Array, x: Array | int, n: Array | int) -> Array:
+    """t * x // n for 0 <= x <= n < 2**20 and t < 2**21 without leaving int32."""
+    high, low = t >> 10, t & 1023
+    whole, rest = high * x // n, high * x % n
+    return (whole << 10) + ((rest << 10) + low * x) // n

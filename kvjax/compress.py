@@ -1,0 +1,276 @@
+"""score -> allocate -> pack: from a prompt's keys and values to a compressed cache.
+
+B batch, T prompt tokens (the bucket), N query heads, K KV heads, H head dim, L layers,
+S slots of a layer.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kvjax import budgets
+from kvjax.cache import Cache, PaddedLayer, Probe, ProbeRequest, empty_tail, full_layer, pack
+from kvjax.config import CompressionConfig
+from kvjax.rows import Rows, eligible, largest, make_rows, protected
+from kvjax.scores import score
+
+
+class Scored(struct.PyTreeNode):
+    """A layer that waits for the others' scores: sizes are known only after all layers."""
+
+    keys: Float[Array, "B T K H"]
+    values: Float[Array, "B T K H"]
+    scores: Float[Array, "B K T"]
+
+
+class Plan(struct.PyTreeNode):
+    """A prompt's compression: static settings and what is known before any layer is scored.
+
+    Attributes:
+      rows: each row's budget.
+      sizes: `[B, L]` entries per head of each layer, or None where they depend on scores.
+      key: random key of the `random` scorer.
+      config, windows: the settings; each layer's sliding window.
+      tokens: the bucket.
+    """
+
+    rows: Rows
+    sizes: Int[Array, "B L"] | None
+    key: Key[Array, ""]
+    config: CompressionConfig = struct.field(pytree_node=False)
+    windows: tuple[int | None, ...] = struct.field(pytree_node=False)
+    tokens: int = struct.field(pytree_node=False)
+
+
+def compress(
+    keys: Sequence[Float[Array, "B T K H"]],
+    values: Sequence[Float[Array, "B T K H"]],
+    probes: Sequence[Probe],
+    config: CompressionConfig,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    windows: Sequence[int | None] | None = None,
+    key: Key[Array, ""] | None = None,
+    tail_slots: int = 0,
+) -> Cache:
+    """Compress a prompt's keys and values, for one's own model. Jittable, `config` static.
+
+    Args:
+      keys, values: one array a layer; keys after RoPE, rows padded on the right.
+      probes: one a layer, with what `config.scorer` reads.
+      lengths: tokens of each row, T by default.
+      windows: each layer's sliding window, none by default.
+      key: for the `random` scorer.
+      tail_slots: room for tokens to come.
+
+    Returns:
+      The cache. The budget's bytes are bounded by `capacity`, not by the prompt.
+    """
+    batch, tokens = keys[0].shape[:2]
+    if lengths is None:
+        lengths = jnp.full((batch,), tokens, jnp.int32)
+    plan = make_plan(config, lengths, tokens, tuple(windows or [None] * len(keys)), key)
+    layers = finish(
+        [
+            compress_layer(index, k, v, probe, plan)
+            for index, (k, v, probe) in enumerate(zip(keys, values, probes, strict=True))
+        ],
+        plan,
+    )
+    return new_cache(layers, plan, tail_slots)
+
+
+def new_cache(layers: tuple[PaddedLayer, ...], plan: Plan, tail_slots: int = 0) -> Cache:
+    """The cache of a prompt that has just been compressed."""
+    return Cache(
+        layers=layers,
+        tail=empty_tail(layers, tail_slots),
+        prompt_lengths=plan.rows.lengths,
+        next_positions=plan.rows.lengths,
+        keep_ratio=plan.config.keep_ratio and not plan.config.skips(plan.tokens),
+    )
+
+
+def make_plan(
+    config: CompressionConfig,
+    lengths: Int[Array, " B"],
+    tokens: int,
+    windows: tuple[int | None, ...],
+    key: Key[Array, ""] | None = None,
+) -> Plan:
+    """Resolve budgets row by row, and layer sizes as far as they depend on lengths alone."""
+    if config.profile is not None and len(config.profile) != len(windows):
+        raise ValueError(
+            f"profile has {len(config.profile)} layers, expected the model's {len(windows)}"
+        )
+    rows = make_rows(config, lengths)
+    sizes = None
+    if not config.skips(tokens) and not needs_all_layers(config):
+        sizes = _sizes_from_lengths(config, rows, tokens, windows)
+    key = jax.random.key(0) if key is None else key
+    return Plan(rows=rows, sizes=sizes, key=key, config=config, windows=windows, tokens=tokens)
+
+
+def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
+    """What the scorer of `config` needs from the prefill of a bucket of `tokens`."""
+    if config.skips(tokens):
+        return ProbeRequest()
+    if config.scorer == "window":
+        return ProbeRequest(queries=max(1, largest(config, tokens).window))
+    return ProbeRequest(column_sums=config.scorer == "accumulated")
+
+
+def needs_all_layers(config: CompressionConfig) -> bool:
+    """Whether layer sizes depend on scores, so that no layer can be packed before the last."""
+    return config.layers == "prefix" and config.profile is None
+
+
+def _sizes_from_lengths(config, rows, tokens, windows) -> Int[Array, "B L"]:
+    def count(select):
+        masks = [select(rows, tokens, window) for window in windows]
+        return jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], axis=1)
+
+    caps_BL, held_BL = count(eligible), count(protected)
+    if config.profile is not None:
+        base = None if config.budget is None else rows.base
+        sizes_BL = budgets.profile_layers(jnp.array(config.profile), base, caps_BL, rows.lengths)
+        # A layer keeps its protected entries whatever its profile says.
+        return jnp.maximum(sizes_BL, held_BL)
+    if config.layers == "pyramid":
+        selectable = rows.base - rows.sinks - rows.recent
+        ramp_BL = budgets.pyramid_layers(selectable, caps_BL - held_BL, config.beta)
+        total = len(windows) * rows.base
+        return budgets.spread(held_BL + ramp_BL, caps_BL, total)
+    return budgets.uniform_layers(rows.base, caps_BL)
+
+
+def compress_layer(
+    index: int,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    probe: Probe,
+    plan: Plan,
+) -> PaddedLayer | Scored:
+    """Score a layer, and pack it at once where its size is known."""
+    if plan.config.skips(plan.tokens):
+        return full_layer(keys, values, plan.rows.lengths)
+    scores = score(
+        probe.queries,
+        probe.column_sums,
+        keys,
+        plan.rows,
+        plan.config,
+        jax.random.fold_in(plan.key, index),
+        plan.windows[index],
+    )
+    scored = Scored(keys=keys, values=values, scores=scores)
+    return scored if plan.sizes is None else _pack(index, scored, plan.sizes[:, index], plan)
+
+
+def finish(layers: Sequence[PaddedLayer | Scored], plan: Plan) -> tuple[PaddedLayer, ...]:
+    """Pack the layers that waited for all scores."""
+    waiting = [layer for layer in layers if isinstance(layer, Scored)]
+    if not waiting:
+        return tuple(layers)
+    can = jnp.stack([eligible(plan.rows, plan.tokens, window) for window in plan.windows], axis=1)
+    held = [protected(plan.rows, plan.tokens, window) for window in plan.windows]
+    sizes_BL = budgets.prefix_layers(
+        jnp.stack([layer.scores.mean(1) for layer in waiting], axis=1),
+        can,
+        jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in held], axis=1),
+        plan.rows.base,
+    )
+    return tuple(
+        _pack(index, layer, sizes_BL[:, index], plan) for index, layer in enumerate(waiting)
+    )
+
+
+def _pack(index: int, layer: Scored, size: Int[Array, " B"], plan: Plan) -> PaddedLayer:
+    keep = choose(layer.scores, size, plan.rows, plan.config, plan.windows[index])
+    batch, tokens, kv_heads, _ = layer.keys.shape
+    slots = capacity(plan.config, tokens, index, plan.windows, kv_heads)
+    return pack(layer.keys, layer.values, jnp.broadcast_to(keep, (batch, kv_heads, tokens)), slots)
+
+
+def choose(
+    scores: Float[Array, "B K T"],
+    size: Int[Array, " B"],
+    rows: Rows,
+    config: CompressionConfig,
+    window: int | None,
+) -> Bool[Array, "B #K T"]:
+    """Which entries a layer keeps: the protected ones and each head's best, `size` on average."""
+    tokens = scores.shape[-1]
+    held_BT = protected(rows, tokens, window)
+    open_BT = eligible(rows, tokens, window) & ~held_BT
+    if config.heads == "shared":
+        scores = scores.mean(1, keepdims=True)
+    open_BKT = jnp.broadcast_to(open_BT[:, None], scores.shape)
+    held_B = held_BT.sum(-1, dtype=jnp.int32)
+    base_B = size - held_B
+    if config.heads == "ada":
+        cap = None if config.head_cap is None else config.head_cap - held_B
+        sizes_BK = budgets.ada_heads(scores, open_BKT, base_B, floor=config.floor, cap=cap)
+    else:
+        sizes_BK = jnp.broadcast_to(base_B[:, None], scores.shape[:2])
+    return held_BT[:, None] | budgets.select_top(scores, sizes_BK, open_BKT)
+
+
+def capacity(
+    config: CompressionConfig,
+    tokens: int,
+    index: int,
+    windows: tuple[int | None, ...],
+    kv_heads: int,
+) -> int:
+    """Slots a head that layer `index` needs for any prompt of at most `tokens` tokens.
+
+    The padded layout pays for what its longest head might get: exactly the budget for uniform
+    sizes, more for the others.
+    """
+    rows, layers = largest(config, tokens), len(windows)
+    base = rows.base
+    cut = any(window is not None and window <= base for window in windows)
+    if config.profile is not None:
+        shares = [share * _profile_scale(config, base, tokens) for share in config.profile]
+        cut = cut or max(shares) > tokens
+        size = math.ceil(shares[index]) + 1 + rows.sinks + rows.recent
+    elif config.layers == "prefix":
+        cut, size = True, base
+    elif config.layers == "pyramid":
+        held = rows.sinks + rows.recent
+        ramp, low = base - held, (base - held) // config.beta
+        step = 2 * (ramp - low) / max(layers - 1, 1)
+        size = held + 1 + max(math.ceil(2 * ramp - low - index * step), ramp)
+    else:
+        size = base
+    if cut and len(set(windows)) + (config.layers != "uniform") > 1:
+        size = layers * base  # what other layers cannot hold may all come here
+    size = min(size, tokens)
+    if config.heads == "ada":
+        alpha = round(config.floor * budgets.THOUSAND) / budgets.THOUSAND
+        most = math.ceil((1 - alpha) * kv_heads * size + alpha * size) + 2
+        size = min(most, config.head_cap or most)
+    return min(size, tokens)
+
+
+def capacities(
+    config: CompressionConfig, tokens: int, windows: tuple[int | None, ...], kv_heads: int
+) -> tuple[int, ...]:
+    """Slots a head of every layer's buffer for a bucket of `tokens`."""
+    if config.skips(tokens):
+        return (tokens,) * len(windows)
+    return tuple(
+        capacity(config, tokens, index, windows, kv_heads) for index in range(len(windows))
+    )
+
+
+def _profile_scale(config: CompressionConfig, base: int, tokens: int) -> float:
+    """Entries per unit of the profile: the prompt itself, or what meets the budget."""
+    if config.budget is None:
+        return tokens
+    return base * len(config.profile) / sum(config.profile)

@@ -1,0 +1,176 @@
+"""CompressionConfig: what to keep of a prompt's cache. Static, frozen, validated."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from kvjax.methods import METHODS, HeadAllocator, LayerAllocator, Recent, Scorer
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be: one sentence with its name, its value and what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """A method with its numbers. Hashable, so that it can be a static argument of `jax.jit`.
+
+    Attributes:
+      method: a label, usually the named method this was made from.
+      budget: entries RETAINED per KV head, on average over heads and layers, the always-kept ones
+        included: an int, or a float in (0, 1] for that fraction of each row's prompt (rounded
+        down, at least 2). None for `full`, and for a `profile` that is taken as it is.
+      scorer, layers, heads, sinks, recent, keep_ratio: see `kvjax.methods.Method`.
+      window: observation window, in tokens, below the budget; None for min(32, budget // 2).
+      reduce: "mean" or "sum" of the window's queries (the same ranking inside a layer).
+      pool: smoothing of window scores along the sequence: "max", "average" (zero-padded, always
+        divided by `kernel`) or "none".
+      kernel: width of the pooling, odd; SnapKV and Ada-KV use 7 with "max".
+      group: "mean" or "max" over the query heads of a KV head.
+      floor: Ada-KV's alpha in [0, 1], the share of the budget spread evenly over heads.
+      head_cap: most entries of one head, always-kept ones included; None for no cap.
+      beta: PyramidKV's steepness, >= 1.
+      profile: fraction of the prompt that each layer retains (PrefixKV offline); needs
+        layers="prefix".
+
+    Raises:
+      ConfigError: a value outside its range.
+    """
+
+    method: str = "custom"
+    budget: int | float | None = None
+    scorer: Scorer = "window"
+    layers: LayerAllocator = "uniform"
+    heads: HeadAllocator = "uniform"
+    sinks: int = 0
+    recent: Recent = "window"
+    keep_ratio: bool = False
+    window: int | None = None
+    reduce: Literal["mean", "sum"] = "mean"
+    pool: Literal["max", "average", "none"] = "max"
+    kernel: int = 7
+    group: Literal["mean", "max"] = "mean"
+    floor: float = 0.2
+    head_cap: int | None = None
+    beta: int = 20
+    profile: tuple[float, ...] | None = None
+
+    @classmethod
+    def named(cls, name: str, budget: int | float | None = None, **settings: Any):
+        """The named method (`kvjax.methods.METHODS`) with a budget and any other settings."""
+        if name not in METHODS:
+            raise ConfigError(f"method={name!r}, expected one of {', '.join(METHODS)}")
+        row = dataclasses.asdict(METHODS[name])
+        del row["paper"]
+        if name == "full":
+            budget = None
+        return cls(method=name, budget=budget, **(row | settings))
+
+    def __post_init__(self):
+        choices = {
+            "scorer": get_args(Scorer),
+            "layers": get_args(LayerAllocator),
+            "heads": get_args(HeadAllocator),
+            "reduce": ("mean", "sum"),
+            "pool": ("max", "average", "none"),
+            "group": ("mean", "max"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                _fail(self, name, f"one of {', '.join(allowed)}")
+        if self.recent not in ("window", "half") and not _whole(self.recent, 1):
+            _fail(self, "recent", "'window', 'half' or an integer of at least 1")
+        for name, least in (("sinks", 0), ("kernel", 1), ("beta", 1)):
+            if not _whole(getattr(self, name), least):
+                _fail(self, name, f"an integer of at least {least}")
+        if self.kernel % 2 == 0:
+            _fail(self, "kernel", "an odd integer")
+        if not (isinstance(self.floor, int | float) and 0 <= self.floor <= 1):
+            _fail(self, "floor", "a number from 0 to 1")
+        self._check_budget()
+        self._check_profile()
+
+    def _check_budget(self):
+        budget = self.budget
+        if budget is None:
+            if self.compresses and self.profile is None:
+                _fail(self, "budget", "a number of entries, or a fraction of the prompt")
+        elif isinstance(budget, bool) or not isinstance(budget, int | float):
+            _fail(self, "budget", "an integer, or a float in (0, 1]")
+        elif isinstance(budget, float):
+            if not (math.isfinite(budget) and 0 < budget <= 1):
+                _fail(self, "budget", "a fraction above 0 and at most 1 (100 %)")
+        elif budget < 2:
+            _fail(self, "budget", "at least 2 entries")
+        if self.window is not None:
+            if not _whole(self.window, 1):
+                _fail(self, "window", "an integer of at least 1")
+            if isinstance(budget, int) and self.uses_window and self.window >= budget:
+                _fail(self, "window", f"less than the budget of {budget}")
+        if self.head_cap is not None:
+            if not _whole(self.head_cap, 1):
+                _fail(self, "head_cap", "an integer of at least 1")
+            if not isinstance(budget, int) or self.layers != "uniform" or self.heads != "ada":
+                _fail(self, "head_cap", "None unless heads='ada', layers='uniform', integer budget")
+            if self.head_cap < budget:
+                _fail(self, "head_cap", f"at least the budget of {budget}")
+
+    def _check_profile(self):
+        if self.profile is None:
+            return
+        if self.layers != "prefix":
+            _fail(self, "profile", "None unless layers='prefix'")
+        if not self.profile or not all(0 <= share <= 1 for share in self.profile):
+            _fail(self, "profile", "a retained fraction from 0 to 1 for each layer")
+        if sum(self.profile) == 0:
+            _fail(self, "profile", "at least one layer that retains something")
+
+    @property
+    def compresses(self) -> bool:
+        """False for `full`, and for a budget of 100 %."""
+        whole = isinstance(self.budget, float) and self.budget == 1
+        return self.scorer != "none" and not whole
+
+    @property
+    def fraction(self) -> float:
+        """The budget as a fraction of the prompt; a profile's own where no budget is given."""
+        if self.budget is None:
+            return sum(self.profile) / len(self.profile) if self.profile else 1.0
+        return float(self.budget)
+
+    @property
+    def uses_window(self) -> bool:
+        """Whether an observation window is scored from, or always kept."""
+        return self.scorer == "window" or self.recent == "window"
+
+    def skips(self, bucket: int) -> bool:
+        """Whether a prompt of this bucket is left alone: nothing could be evicted."""
+        fixed = isinstance(self.budget, int)
+        return not self.compresses or (fixed and self.budget >= bucket)
+
+
+def parse_budget(text: str) -> int | float:
+    """A budget as typed: "1024" entries, or "20%" of the prompt.
+
+    Raises:
+      ConfigError: neither, or not in (0, 100 %].
+    """
+    try:
+        if text.endswith("%"):
+            fraction = float(text[:-1]) / 100
+            if math.isfinite(fraction) and 0 < fraction <= 1:
+                return fraction
+        elif (entries := int(text)) >= 1:
+            return entries
+    except ValueError:
+        pass
+    raise ConfigError(f"budget={text!r}, expected a number of entries (N) or 0 < P <= 100 (P%)")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _fail(config: CompressionConfig, name: str, expected: str):
+    raise ConfigError(f"{name}={getattr(config, name)!r}, expected {expected}")

@@ -1,0 +1,332 @@
+"""generate(), stream() and compress_prompt(): what users call, and the programs behind them.
+
+`generate` is one compiled program. `stream` and `timed_generate` run the same stages
+(`kvjax.stages`) jitted apart, and draw the same tokens.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from kvjax import stages
+from kvjax.cache import Cache, with_room
+from kvjax.compress import capacities, compress, probe_request
+from kvjax.config import CompressionConfig
+from kvjax.programs import (
+    answer_program,
+    ask_program,
+    decode_program,
+    feed_last_program,
+    generate_program,
+    prefill_compress_program,
+    start_answer_program,
+)
+from kvjax.prompts import Prompts, as_rows, bucket, pad
+from kvjax.request import FULL, Request, check_rows
+from kvjax.sampling import Sampling
+from kvjax.stages import Answer
+from kvjax.text import RunningText, cut_at_stop
+
+# Tokens between two looks at the host while streaming.
+CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers, one a row.
+
+    Attributes:
+      tokens: ids drawn, the end-of-sequence token included where one was drawn.
+      log_probs: of each of them under the model itself (before temperature and filters).
+      text: decoded without special tokens and cut before a stop string; None without a tokenizer.
+      kept: `[B, L, K]` entries of the prompt that each row, layer and head held.
+      cache_bytes: bytes of keys and values held for the prompts (empty slots included).
+      full_cache_bytes: what the uncompressed prompts' buckets would take.
+      cache: the cache with question and answer, where it was asked for.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+    text: list[str] | None
+    kept: np.ndarray
+    cache_bytes: int
+    full_cache_bytes: int
+    cache: Cache | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a stream has since the last step, one entry a row (rows that are done get nothing)."""
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+    text: list[str] | None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each phase, compilation apart, and programs compiled."""
+
+    prefill: float
+    compress: float
+    decode: float
+    compile: float
+    compilations: int
+
+
+def generate(
+    model: Any,
+    prompts: Prompts,
+    config: CompressionConfig = FULL,
+    *,
+    max_new_tokens: int,
+    tokenizer: Any = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    eos_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    attention_mask: np.ndarray | None = None,
+    cache: Cache | None = None,
+    return_cache: bool = False,
+) -> Generation:
+    """Answer prompts with a compressed cache, in one compiled program.
+
+    Args:
+      model: from `kvjax.load`.
+      prompts: a text or texts, token ids or rows of them, or a padded `[B, T]` array.
+      config: what to keep; everything by default.
+      max_new_tokens: most tokens to draw a row, at least 1.
+      tokenizer: from `kvjax.load`; needed for text and for `stop`.
+      sampling: greedy by default.
+      seed: of sampling, and of the `random` scorer.
+      eos_ids: tokens that end a row; the model's own by default, () for none.
+      stop: strings that end a row and are cut off (checked every few tokens, on the host).
+      chat: put each text into the tokenizer's chat template.
+      attention_mask: 1 for the real tokens of a padded array, on either side.
+      cache: a cache from `compress_prompt` or from an earlier answer, which the prompts
+        continue; a cache of one row serves any number of prompts. It is not changed. `config`
+        has no effect then.
+      return_cache: also hand back the cache with the answer in it, for the next turn.
+
+    Raises:
+      ValueError: a wrong argument, named with its value and what was expected.
+    """
+    request = Request.make(
+        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
+        attention_mask, cache,
+    )  # fmt: skip
+    if stop:
+        return _collect(model, request, return_cache)
+    common = {
+        "new_tokens": max_new_tokens,
+        "tail_slots": request.tail_slots,
+        "whole": return_cache,
+    }
+    arrays = request.tokens, request.lengths, request.key, request.rules
+    if request.cache is None:
+        held = generate_program(model, *arrays, config=config, **common)
+    else:
+        held = answer_program(model, request.cache, *arrays, **common)
+    return _generation(model, request, *held)
+
+
+def stream(
+    model: Any,
+    prompts: Prompts,
+    config: CompressionConfig = FULL,
+    *,
+    max_new_tokens: int,
+    tokenizer: Any = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    eos_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    attention_mask: np.ndarray | None = None,
+    cache: Cache | None = None,
+) -> Iterator[Step]:
+    """`generate`, a few tokens at a time: the same arguments, the same tokens."""
+    request = Request.make(
+        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
+        attention_mask, cache,
+    )  # fmt: skip
+    return (step for step, _, _ in _steps(model, request, CHUNK))
+
+
+def compress_prompt(
+    model: Any,
+    prompts: Prompts,
+    config: CompressionConfig,
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+    attention_mask: np.ndarray | None = None,
+) -> Cache:
+    """Compress documents once, to ask many questions of (`generate(cache=...)`).
+
+    Arguments as in `generate`. The questions are not seen while compressing.
+    """
+    rows = as_rows(
+        prompts,
+        tokenizer=tokenizer,
+        attention_mask=attention_mask,
+        vocab_size=model.config.vocab_size,
+    )
+    check_rows(model, rows, config)
+    tokens, lengths = pad(rows)
+    return prefill_compress_program(model, tokens, lengths, jax.random.key(seed), config=config)[1]
+
+
+def timed_generate(model: Any, prompts: Prompts, config: CompressionConfig = FULL, **arguments):
+    """`generate` with its phases jitted and timed apart: (Generation, Timings).
+
+    Every layer's keys and values are alive between prefill and compression, which the one
+    program avoids; compilation is not in the phases' seconds. No `cache`, `stop`, `return_cache`.
+    """
+    arguments = {"tokenizer": None, "sampling": None, "seed": 0, "eos_ids": None} | arguments
+    request = Request.make(
+        model, prompts, config, arguments["max_new_tokens"], arguments["tokenizer"],
+        arguments["sampling"], arguments["seed"], arguments["eos_ids"], (),
+        arguments.get("chat", False), arguments.get("attention_mask"), None,
+    )  # fmt: skip
+    phases = Phases()
+    observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
+    prompt = request.tokens, request.lengths
+
+    def shrink(keys, values, probes, lengths, key):
+        return compress(
+            keys, values, probes, config, lengths=lengths, windows=windows, key=key,
+            tail_slots=request.tail_slots,
+        )  # fmt: skip
+
+    def answer_all(model, logits, cache, tokens, lengths, key, rules):
+        answer = stages.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
+        return stages.decode(model, cache, answer, rules, request.new_tokens - 1)[1]
+
+    logits, *kept = phases.run(
+        "prefill", lambda model, *prompt: stages.prefill(model, *prompt, observe), model, *prompt
+    )
+    cache = phases.run("compress", shrink, *kept, request.lengths, request.key)
+    del kept
+    answer = phases.run(
+        "decode", answer_all, model, logits, cache, *prompt, request.key, request.rules
+    )
+    held = stages.kept_entries(cache)
+    return _generation(model, request, answer, held, None), phases.timings()
+
+
+class Phases:
+    """A stopwatch over functions that are compiled apart from being run."""
+
+    def __init__(self):
+        self.seconds = {"prefill": 0.0, "compress": 0.0, "decode": 0.0, "compile": 0.0}
+        self.compilations = 0
+
+    def run(self, phase: str, function: Callable, *arrays: Any) -> Any:
+        """Compile `function` for `arrays`, run it to its end, and note both times."""
+        began = time.perf_counter()
+        compiled = jax.jit(function).lower(*arrays).compile()
+        ready = time.perf_counter()
+        out = jax.block_until_ready(compiled(*arrays))
+        self.seconds["compile"] += ready - began
+        self.seconds[phase] += time.perf_counter() - ready
+        self.compilations += 1
+        return out
+
+    def timings(self) -> Timings:
+        """What was noted."""
+        return Timings(**self.seconds, compilations=self.compilations)
+
+
+# ---------------------------------------------------------------------------- host
+def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Answer, Cache]]:
+    """The stages one by one; each step comes with the state after it."""
+    prompt = request.tokens, request.lengths
+    if request.cache is not None:
+        logits, cache = ask_program(model, request.cache, *prompt, tail_slots=request.tail_slots)
+    else:
+        config = request.config
+        logits, cache = prefill_compress_program(model, *prompt, request.key, config=config)
+        cache = with_room(cache, request.tail_slots)
+    answer = start_answer_program(
+        logits, *prompt, request.key, request.rules, room=request.new_tokens
+    )
+    texts = [RunningText(request.tokenizer, request.stop) for _ in range(request.tokens.shape[0])]
+    shown = 0
+    while True:
+        count = int(answer.count)
+        tokens = _drawn(answer.tokens, answer.tokens, shown, count)
+        log_probs = _drawn(answer.log_probs, answer.tokens, shown, count)
+        pieces = [text.add(row) for text, row in zip(texts, tokens, strict=True)]
+        shown = count
+        answer = answer.replace(done=answer.done | jnp.array([text.stopped for text in texts]))
+        finished = count >= request.new_tokens or bool(answer.done.all())
+        if finished:
+            pieces = [piece + text.flush() for piece, text in zip(pieces, texts, strict=True)]
+        yield Step(tokens, log_probs, pieces if request.tokenizer else None), answer, cache
+        if finished:
+            return
+        tail, next_positions, answer = decode_program(
+            model,
+            cache.replace(tail=None),
+            cache.tail,
+            answer,
+            request.rules,
+            steps=min(chunk, request.new_tokens - count),
+        )
+        cache = cache.replace(tail=tail, next_positions=next_positions)
+
+
+def _drawn(array: Array, tokens: Array, start: int, end: int) -> list[list]:
+    """Each row's entries of columns start..end - 1 where a token was drawn."""
+    block, drawn = np.asarray(array[:, start:end]), np.asarray(tokens[:, start:end]) >= 0
+    return [row[mask].tolist() for row, mask in zip(block, drawn, strict=True)]
+
+
+def _collect(model: Any, request: Request, return_cache: bool) -> Generation:
+    """A stream's end as a Generation: how rows with stop strings are run."""
+    # A cache that is handed back must not hold tokens drawn after a stop string.
+    for _, answer, cache in _steps(model, request, 1 if return_cache else CHUNK):  # noqa: B007
+        pass
+    kept = stages.kept_entries(cache)
+    cache_out = feed_last_program(model, cache, answer) if return_cache else None
+    return _generation(model, request, answer, kept, cache_out)
+
+
+def _generation(model: Any, request: Request, answer: Answer, kept: Array, cache: Cache | None):
+    tokens = _drawn(answer.tokens, answer.tokens, 0, answer.tokens.shape[1])
+    log_probs = _drawn(answer.log_probs, answer.tokens, 0, answer.tokens.shape[1])
+    text = None
+    if request.tokenizer is not None:
+        cut = [cut_at_stop(row, request.tokenizer, request.stop) for row in tokens]
+        text = [piece for piece, _ in cut]
+        tokens = [row[:count] for row, (_, count) in zip(tokens, cut, strict=True)]
+        log_probs = [row[:count] for row, (_, count) in zip(log_probs, cut, strict=True)]
+    return Generation(
+        tokens=tokens,
+        log_probs=log_probs,
+        text=text,
+        kept=np.asarray(kept),
+        cache=cache,
+        **_bytes(model, request),
+    )
+
+
+def _bytes(model: Any, request: Request) -> dict[str, int]:
+    """Bytes of the prompts' keys and values: as held, and with nothing evicted."""
+    config, (batch, tokens) = model.config, request.tokens.shape
+    windows, heads = config.sliding_windows, config.num_kv_heads
+    head = batch * heads * 2 * config.head_dim * model.embed.table_VD[...].dtype.itemsize
+    if request.cache is not None:
+        tokens = bucket(int(request.cache.prompt_lengths.max()))
+        held = request.cache.nbytes
+    else:
+        held = head * sum(capacities(request.config, tokens, windows, heads))
+    return {"cache_bytes": held, "full_cache_bytes": head * len(windows) * tokens}

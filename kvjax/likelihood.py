@@ -1,0 +1,140 @@
+"""Teacher-forced scoring: how well a compressed prefix still predicts what follows.
+
+B batch, T padded tokens after the prefix, C tokens of a block, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from kvjax import stages
+from kvjax.cache import with_room
+from kvjax.config import CompressionConfig
+from kvjax.prompts import as_rows, pad
+from kvjax.request import FULL, check_rows
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One text's score.
+
+    Attributes:
+      nll: negative log-likelihood (nats) of every token after the prefix.
+      top1: the likeliest token at each of those places.
+      kept: entries of the prefix that were held, over all layers and heads.
+      positions: their positions, one `[K][entries]` list a layer; empty unless asked for.
+    """
+
+    nll: list[float]
+    top1: list[int]
+    kept: int
+    positions: list[list[list[int]]]
+
+
+def score(
+    model: Any,
+    tokens: Sequence[int] | Sequence[Sequence[int]],
+    prefix_length: int | Sequence[int],
+    config: CompressionConfig = FULL,
+    *,
+    seed: int = 0,
+    positions: bool = False,
+) -> list[Scored]:
+    """NLL of what follows a prefix whose cache is compressed once.
+
+    The prefix is prefilled and compressed; the tokens after it run against the compressed cache
+    at their true positions, with nothing more evicted (but for PrefixKV's ratio). The first
+    target's NLL comes from the uncompressed prefill.
+
+    Args:
+      tokens: ids of a text, or of several.
+      prefix_length: tokens of the prefix, one number or one a text; 1 .. length - 1.
+      seed: of the `random` scorer.
+      positions: whether to return which entries were kept.
+
+    Raises:
+      ValueError: a prefix outside that range, an id outside the vocabulary, a text longer than
+        the model's context.
+    """
+    rows = as_rows(tokens, vocab_size=model.config.vocab_size)
+    prefixes = [prefix_length] * len(rows) if isinstance(prefix_length, int) else prefix_length
+    if len(prefixes) != len(rows):
+        raise ValueError(f"prefix_length has {len(prefixes)} entries, expected {len(rows)}")
+    for index, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
+        if not 1 <= prefix < len(row):
+            raise ValueError(
+                f"prefix_length={prefix} of text {index}, expected 1 to {len(row) - 1}"
+                f" (it has {len(row)} tokens)"
+            )
+    check_rows(model, [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)], config)
+    check_rows(model, rows, FULL)
+    prompt, lengths = pad([row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)])
+    # Every token after the prefix is a target; all but the last are inputs too.
+    after, counts = pad([row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)])
+    nll, top1, kept_positions = _score_program(
+        model, prompt, lengths, after, counts, jax.random.key(seed), config=config
+    )
+    held = [np.asarray(layer) for layer in kept_positions]
+    return [
+        Scored(
+            nll=np.asarray(nll[index, :count]).tolist(),
+            top1=np.asarray(top1[index, :count]).tolist(),
+            kept=sum(int((layer[index] >= 0).sum()) for layer in held),
+            positions=[[h[h >= 0].tolist() for h in layer[index]] for layer in held]
+            if positions
+            else [],
+        )
+        for index, count in enumerate(counts)
+    ]
+
+
+@partial(jax.jit, static_argnames="config")
+def _score_program(
+    model: Any,
+    prompt: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    after: Int[Array, "B T"],
+    counts: Int[Array, " B"],
+    key: Key[Array, ""],
+    *,
+    config: CompressionConfig,
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"], tuple[Int[Array, "B K S"], ...]]:
+    logits_BV, cache = stages.prefill_compress(model, prompt, lengths, key, config)
+    batch, tokens = after.shape
+    block = min(stages.BLOCK, tokens)
+    blocks = -(-tokens // block)
+    after_BT = jnp.pad(after, ((0, 0), (0, blocks * block - tokens + 1)))
+    cache = with_room(cache, blocks * block)
+
+    def score_block(state, start):
+        tail, next_positions = state
+        now = cache.replace(tail=tail, next_positions=next_positions)
+        inputs_BC = lax.dynamic_slice_in_dim(after_BT, start, block, axis=1)
+        targets_BC = lax.dynamic_slice_in_dim(after_BT, start + 1, block, axis=1)
+        x_BCD, now = model.extend(inputs_BC, jnp.clip(counts - 1 - start, 0, block), now)
+        return (now.tail, now.next_positions), _judge(model.logits(x_BCD), targets_BC)
+
+    starts = jnp.arange(blocks) * block
+    _, later = lax.scan(score_block, (cache.tail, cache.next_positions), starts)
+    first = _judge(logits_BV[:, None], after_BT[:, :1])
+    nll_BT, top1_BT = (
+        jnp.concatenate([head, rest.swapaxes(0, 1).reshape(batch, -1)], axis=1)[:, :tokens]
+        for head, rest in zip(first, later, strict=True)
+    )
+    return nll_BT, top1_BT, tuple(layer.positions for layer in cache.layers)
+
+
+def _judge(
+    logits: Float[Array, "B C V"], targets: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
+    """Each target's NLL, and the likeliest token."""
+    log_probs = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return nll, jnp.argmax(logits, axis=-1).astype(jnp.int32)

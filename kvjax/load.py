@@ -1,0 +1,30 @@
+"""load(): a Hugging Face directory as a model and its tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax.models.decoder import Decoder
+from kvjax.models.weights import load_decoder
+from kvjax.tokenizer import load_tokenizer
+
+
+def load(
+    directory: str | Path, *, dtype: Any = jnp.float32, progress: bool = True
+) -> tuple[Decoder, Any]:
+    """The decoder and the tokenizer of a checkpoint.
+
+    Args:
+      directory: `config.json`, safetensors (one file or shards with an index), tokenizer files.
+      dtype: of weights, activations and cache: jnp.float32, jnp.bfloat16 or jnp.float16.
+      progress: whether to show a bar on stderr.
+
+    Returns:
+      The model, and None in place of a tokenizer where the directory has none.
+
+    Raises:
+      ValueError: what is missing, extra, misshapen, truncated or unknown, by name.
+    """
+    model = load_decoder(directory, dtype=dtype, progress=progress)
+    return model, load_tokenizer(directory)

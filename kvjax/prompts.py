@@ -1,0 +1,104 @@
+"""From what users hand over (text, token ids, padded arrays) to one right-padded batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+
+
+def bucket(tokens: int) -> int:
+    """The padded length of a prompt: at most 12.5 % above it, or 15 tokens.
+
+    Eight buckets an octave, so the number of compilations is bounded: 16, 32, ... 128, 144,
+    160, ... 256, 288, ...
+    """
+    step = max(16, 2 ** (max(tokens - 1, 1).bit_length() - 1) // 8)
+    return -(-tokens // step) * step
+
+
+def as_rows(
+    prompts: Prompts,
+    *,
+    tokenizer: Any = None,
+    attention_mask: np.ndarray | None = None,
+    vocab_size: int,
+    chat: bool = False,
+    special: bool = True,
+) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Args:
+      prompts: a text, texts, token ids, rows of token ids, or a `[B, T]` array.
+      tokenizer: a Hugging Face tokenizer, needed for texts.
+      attention_mask: 1 for the real tokens of an array padded on either side.
+      vocab_size: ids are 0 .. vocab_size - 1.
+      chat: put each text into the tokenizer's chat template as the user's turn.
+      special: let the tokenizer add its special tokens (BOS); False for a later turn.
+
+    Raises:
+      ValueError: no prompt, an empty one, an id outside the vocabulary, no tokenizer for text.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if len(prompts) and isinstance(prompts[0], int | np.integer):
+        prompts = [prompts]
+    if attention_mask is not None:
+        if np.shape(attention_mask) != np.shape(prompts):
+            raise ValueError(
+                f"attention_mask has shape {np.shape(attention_mask)},"
+                f" expected the prompts' {np.shape(prompts)}"
+            )
+        prompts = [
+            np.asarray(row)[np.asarray(mask) > 0]
+            for row, mask in zip(prompts, attention_mask, strict=True)
+        ]
+    if not len(prompts):
+        raise ValueError("prompts is empty, expected at least one prompt")
+    rows = [_row(prompt, tokenizer, chat, special) for prompt in prompts]
+    for index, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {index} is empty, expected at least one token")
+        for token in row:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"token id {token} in prompt {index} is outside the vocabulary,"
+                    f" expected 0 to {vocab_size - 1}"
+                )
+    return rows
+
+
+def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    if tokenizer is None:
+        raise ValueError("prompts are text but tokenizer=None, expected a tokenizer or token ids")
+    if not prompt:
+        return []
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("chat=True, expected a tokenizer with a chat template")
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one `[B, bucket]` int32 array padded on the right with 0, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), bucket(int(lengths.max()))), np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    return tokens, lengths
+
+
+def check_context(rows: Sequence[Sequence[int]], used: int, new_tokens: int, context: int):
+    """Raise ValueError where `used`, the longest row and the answer exceed the context."""
+    longest = used + max(len(row) for row in rows)
+    if longest + new_tokens > context:
+        raise ValueError(
+            f"prompt of {longest} tokens + max_new_tokens={new_tokens} exceeds the model's context,"
+            f" expected at most {context} in all"
+        )

@@ -1,0 +1,80 @@
+"""A call of `generate`, checked and turned into arrays."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int, Key
+
+from kvjax.cache import Cache, repeat_rows
+from kvjax.config import CompressionConfig
+from kvjax.prompts import as_rows, bucket, check_context, pad
+from kvjax.rows import check_prompt
+from kvjax.sampling import Sampling
+from kvjax.stages import Rules
+
+FULL = CompressionConfig.named("full")
+
+
+class Request(struct.PyTreeNode):
+    """A call's arguments, checked and turned into arrays."""
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    key: Key[Array, ""]
+    rules: Rules
+    cache: Cache | None
+    config: CompressionConfig = struct.field(pytree_node=False)
+    new_tokens: int = struct.field(pytree_node=False)
+    tail_slots: int = struct.field(pytree_node=False)
+    tokenizer: Any = struct.field(pytree_node=False)
+    stop: tuple[str, ...] = struct.field(pytree_node=False)
+
+    @classmethod
+    def make(
+        cls, model, prompts, config, new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
+        attention_mask, cache,
+    ):  # fmt: skip
+        if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
+            raise ValueError(f"max_new_tokens={new_tokens!r}, expected an integer of at least 1")
+        if stop and tokenizer is None:
+            raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
+        rows = as_rows(
+            prompts,
+            tokenizer=tokenizer,
+            attention_mask=attention_mask,
+            vocab_size=model.config.vocab_size,
+            chat=chat,
+            special=cache is None,
+        )
+        used = 0 if cache is None else int(cache.next_positions.max())
+        check_rows(model, rows, config if cache is None else FULL, used, new_tokens)
+        tokens, lengths = pad(rows)
+        slots = new_tokens
+        if cache is not None:
+            cache = repeat_rows(cache, len(rows))
+            slots += int(cache.tail.cursor) + tokens.shape[1]
+        sampling = sampling or Sampling()
+        eos = model.config.eos_token_ids if eos_ids is None else eos_ids
+        rules = Rules(
+            values=sampling.values,
+            eos=jnp.array([*eos, -1], jnp.int32),
+            switches=sampling.switches,
+        )
+        return cls(
+            tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=jax.random.key(seed),
+            rules=rules, cache=cache, config=config, new_tokens=new_tokens,
+            tail_slots=bucket(slots), tokenizer=tokenizer, stop=tuple(stop),
+        )  # fmt: skip
+
+
+def check_rows(model, rows, config, used=0, new_tokens=0):
+    """Raise ValueError where rows do not fit the model, or a window not the budget."""
+    check_context(rows, used, new_tokens, model.config.max_position_embeddings)
+    if config.profile is not None and len(config.profile) != model.config.num_layers:
+        raise ValueError(
+            f"profile has {len(config.profile)} layers, expected {model.config.num_layers}"
+        )
+    for row in rows:
+        check_prompt(config, len(row))

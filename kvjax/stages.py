@@ -1,0 +1,203 @@
+"""prompt -> prefill -> compress -> decode, as functions from arrays to arrays.
+
+B batch, T prompt tokens (the bucket), D model dim, V vocabulary, O tokens asked for. The model
+is an argument: a pytree with `embed`, `layers`, `logits`, `extend` and `config`. `generate.py`
+inlines these stages into one program, or jits them apart.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kvjax.cache import Cache, Probe, ProbeRequest, Tail
+from kvjax.compress import compress_layer, finish, make_plan, new_cache, probe_request
+from kvjax.config import CompressionConfig
+from kvjax.sampling import Switches, Values, sample
+
+# A question or a scored text longer than this runs against the cache in several blocks, so that
+# its scores never span the whole of it.
+BLOCK = 128
+
+
+class Answer(struct.PyTreeNode):
+    """Decoding so far.
+
+    Attributes:
+      tokens: `[B, O]` drawn, -1 where none is; an end-of-sequence token is the row's last.
+      log_probs: `[B, O]` fp32, under the model itself.
+      count: tokens drawn by the rows that are still running.
+      done: `[B]` rows that have drawn an end-of-sequence token.
+      keys: `[B]` random keys.
+      seen: `[B, V]` tokens of the prompt and the answer, or None without a repetition penalty.
+    """
+
+    tokens: Int[Array, "B O"]
+    log_probs: Float[Array, "B O"]
+    count: Int[Array, ""]
+    done: Bool[Array, " B"]
+    keys: Key[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+
+
+class Rules(struct.PyTreeNode):
+    """How tokens are drawn and what ends a row.
+
+    Attributes:
+      values: the sampling rules' numbers.
+      eos: `[E]` end-of-sequence ids, -1 for none.
+      switches: which rules are on.
+    """
+
+    values: Values
+    eos: Int[Array, " E"]
+    switches: Switches = struct.field(pytree_node=False)
+
+
+# ---------------------------------------------------------------------------- prompt
+def prefill(
+    model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], request: ProbeRequest
+) -> tuple[Float[Array, "B V"], tuple[Array, ...], tuple[Array, ...], tuple[Probe, ...]]:
+    """Every layer's keys, values and probe, uncompressed, and the logits after each prompt."""
+    x_BTD = model.embed(tokens)
+    layers = []
+    for layer in model.layers:
+        x_BTD, *kept = layer.prefill(x_BTD, lengths, request)
+        layers.append(kept)
+    keys, values, probes = zip(*layers, strict=True)
+    return last_logits(model, x_BTD, lengths), keys, values, probes
+
+
+def prefill_compress(
+    model: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    key: Key[Array, ""],
+    config: CompressionConfig,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Prefill and compress layer by layer: a layer is packed before the next one runs.
+
+    The logits, and so the first token, come from the uncompressed prompt. The tail has no slots.
+    """
+    plan = make_plan(config, lengths, tokens.shape[1], model.config.sliding_windows, key)
+    request = probe_request(config, tokens.shape[1])
+    x_BTD = model.embed(tokens)
+    layers = []
+    for index, layer in enumerate(model.layers):
+        x_BTD, keys, values, probe = layer.prefill(x_BTD, lengths, request)
+        kept = compress_layer(index, keys, values, probe, plan)
+        # Without the barrier XLA may keep every layer's keys and values alive to the end.
+        x_BTD, kept = lax.optimization_barrier((x_BTD, kept))
+        layers.append(kept)
+    return last_logits(model, x_BTD, lengths), new_cache(finish(layers, plan), plan)
+
+
+def last_logits(
+    model: Any, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"]
+) -> Float[Array, "B V"]:
+    """Logits after the last real token of each row, and of no other."""
+    last_B11 = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return model.logits(jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
+
+
+def extend_prompt(
+    model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
+    """A question after a compressed prompt, block by block; logits after each row's last token.
+
+    The cache has room for T rounded up to whole blocks.
+    """
+    hidden = []
+    for start in range(0, tokens.shape[1], BLOCK):
+        block_BT = tokens[:, start : start + BLOCK]
+        counts = jnp.clip(lengths - start, 0, block_BT.shape[1])
+        x_BTD, cache = model.extend(block_BT, counts, cache)
+        hidden.append(x_BTD)
+    return last_logits(model, jnp.concatenate(hidden, axis=1), lengths), cache
+
+
+# ---------------------------------------------------------------------------- answer
+def start_answer(
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    key: Key[Array, ""],
+    rules: Rules,
+    room: int,
+) -> Answer:
+    """Draw the first token of each row from the prompt's logits; `room` is O."""
+    batch, vocab = logits.shape
+    seen = None
+    if rules.switches.penalty:
+        real_BT = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        rows_B1 = jnp.arange(batch)[:, None]
+        seen = jnp.zeros((batch, vocab), bool).at[rows_B1, tokens].max(real_BT)
+    answer = Answer(
+        tokens=jnp.full((batch, room), -1, jnp.int32),
+        log_probs=jnp.zeros((batch, room), jnp.float32),
+        count=jnp.zeros((), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+        keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
+        seen=seen,
+    )
+    return _draw(logits, answer, rules)
+
+
+def _draw(logits: Float[Array, "B V"], answer: Answer, rules: Rules) -> Answer:
+    keys = jax.vmap(jax.random.fold_in, (0, None))(answer.keys, answer.count)
+    token_B, log_prob_B = sample(logits, keys, answer.seen, rules.switches, rules.values)
+    token_B = jnp.where(answer.done, -1, token_B)
+    log_prob_B = jnp.where(answer.done, 0.0, log_prob_B)
+    seen = answer.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(token_B.shape[0]), jnp.maximum(token_B, 0)].max(~answer.done)
+    start = (0, answer.count)
+    return answer.replace(
+        tokens=lax.dynamic_update_slice(answer.tokens, token_B[:, None], start),
+        log_probs=lax.dynamic_update_slice(answer.log_probs, log_prob_B[:, None], start),
+        count=answer.count + 1,
+        done=answer.done | (token_B[:, None] == rules.eos).any(-1),
+        seen=seen,
+    )
+
+
+def decode(
+    model: Any, cache: Cache, answer: Answer, rules: Rules, steps: int
+) -> tuple[Cache, Answer]:
+    """At most `steps` more tokens: feed each row's last, draw the next; stop when all are done.
+
+    The kept entries are a constant of the loop; the tail and the answer are its state.
+    """
+
+    def unfinished(state):
+        _, _, current = state
+        return (current.count < answer.count + steps) & ~current.done.all()
+
+    def step(state: tuple[Tail, Array, Answer]):
+        tail, next_positions, current = state
+        now = cache.replace(tail=tail, next_positions=next_positions)
+        last_B1 = lax.dynamic_slice_in_dim(current.tokens, current.count - 1, 1, axis=1)
+        counts_B = (~current.done).astype(jnp.int32)
+        x_B1D, now = model.extend(jnp.maximum(last_B1, 0), counts_B, now)
+        return now.tail, now.next_positions, _draw(model.logits(x_B1D[:, 0]), current, rules)
+
+    tail, next_positions, answer = lax.while_loop(
+        unfinished, step, (cache.tail, cache.next_positions, answer)
+    )
+    return cache.replace(tail=tail, next_positions=next_positions), answer
+
+
+def feed_last(model: Any, cache: Cache, answer: Answer) -> Cache:
+    """Run each row's last token too, so that the cache holds the whole answer."""
+    drawn_B = (answer.tokens >= 0).sum(-1, dtype=jnp.int32)
+    last_B1 = jnp.take_along_axis(answer.tokens, drawn_B[:, None] - 1, axis=1)
+    _, cache = model.extend(last_B1, jnp.ones_like(drawn_B), cache)
+    return cache
+
+
+def kept_entries(cache: Cache) -> Int[Array, "B L K"]:
+    """Entries of the prompt that each row, layer and head keeps."""
+    return jnp.stack([layer.lengths for layer in cache.layers], axis=1)

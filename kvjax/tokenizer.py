@@ -1,0 +1,83 @@
+"""The tokenizer beside a checkpoint, read by transformers; torch is not needed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """Load the tokenizer of a folder in the layout of the Hugging Face hub.
+
+    `transformers.AutoTokenizer` reads it, from the folder alone and without running code from it.
+    Where that fails, `tokenizer.json` is read by itself, which knows no chat template and no role
+    of a special token.
+
+    Args:
+      directory: the folder.
+
+    Returns:
+      A transformers tokenizer, or None where the folder has no tokenizer files.
+
+    Raises:
+      ValueError: no such folder, or damaged tokenizer files; one sentence that names the file.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"directory must be an existing folder, got {str(folder)!r}")
+    if not any((folder / name).is_file() for name in _FILES):
+        return None
+    settings, vocabulary = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if settings.is_file():
+        try:
+            json.loads(settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{settings} is not valid JSON ({error})") from None
+    with _quiet_transformers() as transformers:
+        # What a damaged file raises is not documented; KeyError and bare Exception are among it.
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            reason = _one_line(error)
+        if not vocabulary.is_file():
+            raise ValueError(
+                f"{folder} has no tokenizer.json and cannot be read without ({reason})"
+            )
+        try:
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(vocabulary))
+        except Exception as error:
+            raise ValueError(
+                f"{vocabulary} is not a valid tokenizer.json ({_one_line(error)})"
+            ) from None
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[Any]:
+    """transformers, imported without its advice to install torch, and silent until the end."""
+    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield transformers
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -1,0 +1,1 @@
+"""Flax (NNX) decoders: they know the cache, and nothing of compression."""

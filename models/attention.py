@@ -1,0 +1,83 @@
+"""Grouped-query attention over a prompt (prefill) and over the cache (extend).
+
+B batch, T tokens, N query heads, K KV heads, H head dim, D model dim, W observed queries.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import Cache, Probe, ProbeRequest, attend, write_layer
+from kvjax.kernels.prefill_attention import prefill_attention
+from kvjax.kernels.window_scores import accumulated_scores
+from kvjax.models.config import ModelConfig
+from kvjax.models.layers import RMSNorm, parameter, rope_frequencies, rotate, with_bias
+
+
+class Attention(nnx.Module):
+    """Attention of one layer; biases, q/k norm and sliding window as the config says."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+        d = config.hidden_size
+        self.config = config
+        self.layer = layer
+        self.window = config.sliding_windows[layer]
+        self.q_DNH = parameter(rngs, (d, n, h), d, dtype)
+        self.k_DKH = parameter(rngs, (d, k, h), d, dtype)
+        self.v_DKH = parameter(rngs, (d, k, h), d, dtype)
+        self.o_NHD = parameter(rngs, (n, h, d), n * h, dtype)
+        bias = config.qkv_bias
+        self.q_bias_NH = nnx.Param(jnp.zeros((n, h), dtype)) if bias else None
+        self.k_bias_KH = nnx.Param(jnp.zeros((k, h), dtype)) if bias else None
+        self.v_bias_KH = nnx.Param(jnp.zeros((k, h), dtype)) if bias else None
+        self.o_bias_D = nnx.Param(jnp.zeros((d,), dtype)) if config.o_bias else None
+        norm = {"eps": config.rms_norm_eps, "axis": "H", "dtype": dtype}
+        self.q_norm = RMSNorm(h, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, **norm) if config.qk_norm else None
+
+    def prefill(
+        self, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"], request: ProbeRequest
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K H"], Float[Array, "B T K H"], Probe]:
+        """A whole prompt: the output, its keys (after RoPE) and values, and what was asked for."""
+        batch, tokens, _ = x_BTD.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
+        out_BTNH, lse_BNT = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths, window=self.window)
+        queries = sums = None
+        if request.queries:
+            rows_BW = lengths[:, None] - jnp.arange(request.queries, 0, -1)
+            rows_BW = jnp.maximum(rows_BW, 0)[:, :, None, None]
+            queries = jnp.take_along_axis(q_BTNH, rows_BW, axis=1)
+        if request.column_sums:
+            sums = accumulated_scores(q_BTNH, k_BTKH, lse_BNT, lengths, window=self.window)
+        probe = Probe(queries=queries, column_sums=sums)
+        return self._output(out_BTNH), k_BTKH, v_BTKH, probe
+
+    def extend(
+        self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """New tokens at `positions` (-1: padding), whose tail slots are already claimed."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
+        cache = cache.replace(tail=write_layer(cache.tail, self.layer, k_BTKH, v_BTKH))
+        out_BTNH = attend(q_BTNH, positions, cache, self.layer, self.window)
+        return self._output(out_BTNH), cache
+
+    def _project(self, x_BTD, positions_BT):
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...])
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...])
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...])
+        q_BTNH = with_bias(q_BTNH, self.q_bias_NH)
+        k_BTKH = with_bias(k_BTKH, self.k_bias_KH)
+        v_BTKH = with_bias(v_BTKH, self.v_bias_KH)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        frequencies = rope_frequencies(self.config)
+        return (
+            rotate(q_BTNH, positions_BT, frequencies),
+            rotate(k_BTKH, positions_BT, frequencies),
+            v_BTKH,
+        )
+
+    def _output(self, out_BTNH):
+        return with_bias(jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...]), self.o_bias_D)

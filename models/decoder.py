@@ -1,0 +1,109 @@
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 differ by flags of the config alone.
+
+B batch, T tokens, D model dim, V vocabulary. The model knows the cache, not compression: the
+caller drives `layers[i].prefill` and does with each layer's keys and values what it likes.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import Cache, Probe, ProbeRequest, write_positions
+from kvjax.models.attention import Attention
+from kvjax.models.config import ModelConfig
+from kvjax.models.layers import MLP, RMSNorm, parameter
+
+
+class Embedding(nnx.Module):
+    """Token embeddings; the output head too where they are tied."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.table_VD = parameter(rngs, (config.vocab_size, config.hidden_size), 1, dtype)
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.table_VD[...], tokens_BT, axis=0, mode="clip")
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        eps, size = config.rms_norm_eps, config.hidden_size
+        self.attention_norm = RMSNorm(size, eps, dtype=dtype)
+        self.attention = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(size, eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def prefill(
+        self, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"], request: ProbeRequest
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K H"], Float[Array, "B T K H"], Probe]:
+        """A whole prompt: hidden states, keys (after RoPE), values, and the probe asked for."""
+        out_BTD, k_BTKH, v_BTKH, probe = self.attention.prefill(
+            self.attention_norm(x_BTD), lengths, request
+        )
+        x_BTD = x_BTD + out_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), k_BTKH, v_BTKH, probe
+
+    def extend(
+        self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """New tokens against the cache; their keys and values are written to its tail."""
+        out_BTD, cache = self.attention.extend(self.attention_norm(x_BTD), positions, cache)
+        x_BTD = x_BTD + out_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer, a pytree that `jax.jit` takes as an argument.
+
+    Args:
+      config: the architecture.
+      dtype: of the weights, the activations and the cache.
+      rngs: for random weights; `kvjax.models.weights` replaces them by a checkpoint's.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [Layer(config, index, dtype=dtype, rngs=rngs) for index in range(config.num_layers)]
+        )
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        shape = (config.hidden_size, config.vocab_size)
+        tied = config.tie_word_embeddings
+        self.head_DV = None if tied else parameter(rngs, shape, config.hidden_size, dtype)
+
+    def logits(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
+        """fp32 logits of hidden states that have left the last layer."""
+        x = self.final_norm(x)
+        if self.head_DV is None:
+            table_VD = self.embed.table_VD[...]
+            return jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
+        head_DV = self.head_DV[...]
+        return jnp.einsum("...D,DV->...V", x, head_DV, preferred_element_type=jnp.float32)
+
+    def extend(
+        self, tokens_BT: Int[Array, "B T"], counts: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run new tokens against the cache, at the positions that follow each row's last.
+
+        Args:
+          tokens_BT: a block, each row padded on the right.
+          counts: real tokens of each row's block, 0..T.
+          cache: with room for T more tail slots.
+
+        Returns:
+          Hidden states for `logits` (without meaning where padded), and the cache with the block.
+        """
+        offset_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        positions_BT = jnp.where(
+            offset_T < counts[:, None], cache.next_positions[:, None] + offset_T, -1
+        )
+        cache = cache.replace(
+            tail=write_positions(cache.tail, positions_BT),
+            next_positions=cache.next_positions + counts,
+        )
+        x_BTD = self.embed(tokens_BT)
+        for layer in self.layers:
+            x_BTD, cache = layer.extend(x_BTD, positions_BT, cache)
+        return x_BTD, cache

@@ -1,0 +1,89 @@
+"""RMSNorm, RoPE and the gated MLP.
+
+B batch, T tokens, D model dim, F MLP dim, H head dim.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvjax.models.config import ModelConfig, RopeScaling
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> nnx.Param:
+    """A normal weight of variance 1 / fan_in."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in fp32; `size` names the axis D or H."""
+
+    def __init__(self, size: int, eps: float, *, axis: str = "D", dtype: jnp.dtype = jnp.float32):
+        self.eps = eps
+        self.axis = axis
+        setattr(self, f"scale_{axis}", nnx.Param(jnp.ones((size,), dtype)))
+
+    def __call__(self, x: Float[Array, "*shape X"]) -> Float[Array, "*shape X"]:
+        scale = getattr(self, f"scale_{self.axis}")[...]
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * scale
+
+
+class MLP(nnx.Module):
+    """SiLU-gated MLP; biases where the config has them."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_DF = parameter(rngs, (d, f), d, dtype)
+        self.up_DF = parameter(rngs, (d, f), d, dtype)
+        self.down_FD = parameter(rngs, (f, d), f, dtype)
+        bias = config.mlp_bias
+        self.gate_bias_F = nnx.Param(jnp.zeros((f,), dtype)) if bias else None
+        self.up_bias_F = nnx.Param(jnp.zeros((f,), dtype)) if bias else None
+        self.down_bias_D = nnx.Param(jnp.zeros((d,), dtype)) if bias else None
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate_BTF = with_bias(x_BTD @ self.gate_DF[...], self.gate_bias_F)
+        up_BTF = with_bias(x_BTD @ self.up_DF[...], self.up_bias_F)
+        return with_bias((jax.nn.silu(gate_BTF) * up_BTF) @ self.down_FD[...], self.down_bias_D)
+
+
+def with_bias(x: Array, bias: nnx.Param | None) -> Array:
+    """x + bias, or x where there is none."""
+    return x if bias is None else x + bias[...]
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+    """Angle per position of each rotated pair, H / 2 of them, after the config's scaling."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3_frequencies(frequencies, scaling)
+
+
+def _llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:
+    """Llama 3.1: long waves are slowed by `factor`, short ones kept, the band between blended."""
+    wavelengths = 2 * math.pi / frequencies
+    context = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = jnp.clip((context / wavelengths - low) / (high - low), 0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def rotate(
+    x: Float[Array, "B T X H"], positions: Int[Array, "B T"], frequencies: Float[Array, " half"]
+) -> Float[Array, "B T X H"]:
+    """Rotary embedding in Hugging Face's half-split layout, angles in fp32."""
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)

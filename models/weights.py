@@ -1,0 +1,272 @@
+"""A Hugging Face checkpoint (safetensors) into a `Decoder`, one tensor at a time.
+
+Every name, shape and dtype is checked from the files' headers before any weight is read. No random
+weights are made first, and a tensor's host copies are freed before the next is read: peak host
+memory is the model (on a CPU backend; nothing on others) plus one tensor. Pages of the mapped
+files, which the system can drop at any time, come on top.
+
+Axes: V vocabulary, D model dim, N query heads, K KV heads, H head dim, F MLP dim.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from kvjax.models.config import ModelConfig, load_config
+from kvjax.models.decoder import Decoder
+
+# Tensor in the file, attribute of the decoder, axes in the file (those of one file axis written
+# together), flag without which the model lacks it. The attribute's suffix is the order in memory.
+_MODEL = (
+    ("model.embed_tokens.weight", "embed.table_VD", "V D", ""),
+    ("model.norm.weight", "final_norm.scale_D", "D", ""),
+    ("lm_head.weight", "head_DV", "V D", "untied"),
+)
+_LAYER = (
+    ("input_layernorm.weight", "attention_norm.scale_D", "D", ""),
+    ("self_attn.q_proj.weight", "attention.q_DNH", "NH D", ""),
+    ("self_attn.k_proj.weight", "attention.k_DKH", "KH D", ""),
+    ("self_attn.v_proj.weight", "attention.v_DKH", "KH D", ""),
+    ("self_attn.o_proj.weight", "attention.o_NHD", "D NH", ""),
+    ("self_attn.q_proj.bias", "attention.q_bias_NH", "NH", "qkv_bias"),
+    ("self_attn.k_proj.bias", "attention.k_bias_KH", "KH", "qkv_bias"),
+    ("self_attn.v_proj.bias", "attention.v_bias_KH", "KH", "qkv_bias"),
+    ("self_attn.o_proj.bias", "attention.o_bias_D", "D", "o_bias"),
+    ("self_attn.q_norm.weight", "attention.q_norm.scale_H", "H", "qk_norm"),
+    ("self_attn.k_norm.weight", "attention.k_norm.scale_H", "H", "qk_norm"),
+    ("post_attention_layernorm.weight", "mlp_norm.scale_D", "D", ""),
+    ("mlp.gate_proj.weight", "mlp.gate_DF", "F D", ""),
+    ("mlp.up_proj.weight", "mlp.up_DF", "F D", ""),
+    ("mlp.down_proj.weight", "mlp.down_FD", "D F", ""),
+    ("mlp.gate_proj.bias", "mlp.gate_bias_F", "F", "mlp_bias"),
+    ("mlp.up_proj.bias", "mlp.up_bias_F", "F", "mlp_bias"),
+    ("mlp.down_proj.bias", "mlp.down_bias_D", "D", "mlp_bias"),
+)
+_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes a value
+_ROWS = 256  # rows transposed at once: about 5 times as fast as a whole matrix (cache misses)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """What one tensor of a checkpoint has to be, and where it goes.
+
+    Attributes:
+      attribute: dotted path in the decoder, such as "layers.3.attention.q_DNH".
+      axes: its axes in memory, one letter each, such as "DNH".
+      shape: its shape in memory.
+      file_shape: its shape in the file.
+      transposed: whether the matrix in the file is transposed before it takes `shape`.
+    """
+
+    attribute: str
+    axes: str
+    shape: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    transposed: bool
+
+
+def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Every tensor that a checkpoint of this model must hold, by its name in the file."""
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.intermediate_size,
+    }
+    rows = list(_MODEL) + [
+        (f"model.layers.{layer}.{name}", f"layers.{layer}.{attribute}", groups, flag)
+        for layer in range(config.num_layers)
+        for name, attribute, groups, flag in _LAYER
+    ]
+    flags = {name: getattr(config, name) for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")}
+    flags |= {"": True, "untied": not config.tie_word_embeddings}
+    specs = {}
+    for name, attribute, groups, flag in rows:
+        if flags[flag]:
+            axes, groups = attribute.rsplit("_", 1)[1], groups.split()
+            specs[name] = TensorSpec(
+                attribute=attribute,
+                axes=axes,
+                shape=tuple(sizes[axis] for axis in axes),
+                file_shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
+                transposed="".join(groups) != axes,
+            )
+    return specs
+
+
+class _Stored(NamedTuple):
+    """A tensor as a file's header describes it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load_decoder(
+    directory: str | Path, *, dtype: DTypeLike = jnp.float32, progress: bool = True
+) -> Decoder:
+    """Load a checkpoint in the layout of the Hugging Face hub.
+
+    Args:
+      directory: a folder with `config.json` and either `model.safetensors` or
+        `model.safetensors.index.json` and its shards; weights in bfloat16, float16 or float32.
+      dtype: of the weights in memory: float32, bfloat16 or float16.
+      progress: whether to show a progress bar on stderr.
+
+    Returns:
+      The decoder, its weights on JAX's default device.
+
+    Raises:
+      ValueError: the config is not supported, or a file or tensor is missing, unexpected, damaged,
+        or of another shape or dtype; one sentence that names tensor and file.
+    """
+    dtype = np.dtype(dtype)
+    if dtype.name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype.name}")
+    config = load_config(directory)
+    specs = tensor_specs(config)
+    source, stored = _read_headers(Path(directory))
+    _check(config, specs, source, stored)
+
+    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    total = sum(math.prod(stored[n].shape) * _DTYPES[stored[n].dtype] for n in specs)
+    bar = tqdm(
+        total=total, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False
+    )
+    with bar:
+        for path in sorted({stored[name].path for name in specs}):
+            with safe_open(path, framework="np") as file:
+                for name in file.offset_keys():
+                    if name in specs and stored[name].path == path:
+                        value = _load_tensor(file, name, specs[name], dtype, path)
+                        _parameter(decoder, specs[name].attribute).set_value(value)
+                        bar.update(math.prod(value.shape) * _DTYPES[stored[name].dtype])
+    return decoder
+
+
+def _load_tensor(file: Any, name: str, spec: TensorSpec, dtype: np.dtype, path: Path) -> jax.Array:
+    """Read, cast, lay out and place one tensor; all its host copies die with this call."""
+    array = _lay_out(_read_tensor(file, name), spec, dtype)
+    if dtype.name == "float16" and not np.isfinite(array).all():
+        raise ValueError(
+            f"{path}: tensor {name!r} has values beyond float16's 65504, "
+            "expected dtype float32 or bfloat16"
+        )
+    return jax.block_until_ready(jax.device_put(array))
+
+
+def _read_tensor(file: Any, name: str) -> np.ndarray:
+    return file.get_tensor(name)
+
+
+def _lay_out(raw: np.ndarray, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
+    """A fresh C-ordered array, so that the tensor as read can be freed at once."""
+    array = np.empty(raw.shape[::-1] if spec.transposed else raw.shape, dtype)
+    with np.errstate(over="ignore"):
+        for row in range(0, len(raw), _ROWS):
+            rows = slice(row, row + _ROWS)
+            if spec.transposed:
+                array[:, rows] = raw[rows].T
+            else:
+                array[rows] = raw[rows]
+    return array.reshape(spec.shape)
+
+
+def _parameter(decoder: Decoder, attribute: str) -> nnx.Param:
+    node: Any = decoder
+    for part in attribute.split("."):
+        node = node[int(part)] if part.isdigit() else getattr(node, part)
+    return node
+
+
+def _read_headers(folder: Path) -> tuple[Path, dict[str, _Stored]]:
+    """The file that lists a checkpoint's tensors, and every tensor without its data."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return single, _read_header(single)
+    if not index.is_file():
+        found = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        hint = f"; {found[0]} is not read, only safetensors is" if found else ""
+        raise ValueError(f"{folder} must hold {single.name} or {index.name}{hint}")
+    listed = _read_index(index)
+    stored: dict[str, _Stored] = {}
+    for shard in sorted(set(listed.values())):
+        path = folder / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise ValueError(f"{index} names the shard {shard!r}, which is not in {folder}")
+        header = _read_header(path)
+        for name in sorted(header.keys() - listed.keys()):
+            raise ValueError(f"{path} holds tensor {name!r}, which {index.name} does not name")
+        for name in (name for name, owner in listed.items() if owner == shard):
+            if name not in header:
+                raise ValueError(f"{path} lacks tensor {name!r}, which {index.name} places there")
+            stored[name] = header[name]
+    return index, stored
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise ValueError(f"{index} must be JSON with an object 'weight_map'") from None
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: _Stored(path, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        reason = "a git-lfs pointer, the weights were not downloaded" if pointer else str(error)
+        raise ValueError(f"{path} is not a complete safetensors file ({reason})") from None
+
+
+def _check(
+    config: ModelConfig, specs: dict[str, TensorSpec], source: Path, stored: dict[str, _Stored]
+) -> None:
+    missing = [name for name in specs if name not in stored]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+        raise ValueError(
+            f"{source} lacks tensor {missing[0]!r}{more}, expected in a {config.architecture} "
+            "with this config.json"
+        )
+    ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    for name, (path, shape, dtype) in stored.items():
+        if name in specs:
+            expected = specs[name].file_shape
+            if dtype not in _DTYPES:
+                expected = ", ".join(_DTYPES)
+                raise ValueError(
+                    f"{path}: tensor {name!r} has dtype {dtype}, expected one of {expected}"
+                )
+            if shape != expected:
+                raise ValueError(
+                    f"{path}: tensor {name!r} has shape {shape}, expected {expected}, "
+                    "as config.json has it"
+                )
+        elif name not in ignored and not name.endswith(".rotary_emb.inv_freq"):
+            raise ValueError(
+                f"{path} holds tensor {name!r}, not expected in a {config.architecture} with this "
+                "config.json"
+            )
