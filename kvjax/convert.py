@@ -181,8 +181,7 @@ def _read_header(path: Path, start: bytes) -> _Header:
 def _read_vocabulary(path: Path) -> list[tuple[str, float]]:
     """(piece, score) by id, with ids 0, 1 and 2 under their Hugging Face names.
 
-    The file: an int32 (the longest piece), then for each piece a fp32 score, an int32 byte count
-    and that many bytes of UTF-8.
+    The file: an int32, then for each piece a fp32 score, an int32 length and its UTF-8 bytes.
     """
     try:
         data = path.read_bytes()
@@ -232,33 +231,35 @@ def _merges(path: Path, pieces: list[tuple[str, float]]) -> list[tuple[str, str]
     llama2.c joins the two neighbours whose joint piece scores best, the leftmost of equals; BPE
     goes by the rank of a pair. So pairs are ranked by the score of what they make. The order among
     the pairs that make one piece decides nothing: when that piece's turn comes, its characters
-    have been joined in one way, the same wherever they stand. Control and byte pieces take no
-    part: text never turns into either.
+    have been joined in one way, the same wherever they stand. Where runs of one character share a
+    score (Llama 2's of spaces do), the leftmost run grows until it cannot: longer ones go first.
+    Control and byte pieces take no part: text never turns into either.
 
     Raises:
-        ValueError: two pieces that pairs can make have one score; ranks cannot say "leftmost".
+        ValueError: other pieces that pairs can make share a score; ranks cannot say "leftmost".
     """
     scores = dict(pieces[_BYTE_PIECES.stop :])
-    made: dict[float, tuple[str, list[int]]] = {}
+    first: dict[float, str] = {}
+    made: list[tuple[float, int, str, list[int]]] = []
     for piece, score in scores.items():
         cuts = [i for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
         if not cuts or score <= _NO_MERGE:
             continue
-        if score in made:
+        other = first.setdefault(score, piece)
+        if other != piece and len({*other, *piece}) > 1:
             raise ValueError(
-                f"vocabulary {path} gives {made[score][0]!r} and {piece!r} the same score {score}: "
-                "which of them is merged first would depend on the text, as no tokenizer.json can"
+                f"vocabulary {path} gives {other!r} and {piece!r} the same score {score}: which of "
+                "them is merged first depends on the text, and no tokenizer.json can say that"
             )
-        made[score] = (piece, cuts)
-    best_first = sorted(made.items(), reverse=True)
-    return [(piece[:i], piece[i:]) for _, (piece, cuts) in best_first for i in cuts]
+        made.append((score, len(piece), piece, cuts))
+    made.sort(reverse=True)
+    return [(piece[:i], piece[i:]) for *_, piece, cuts in made for i in reversed(cuts)]
 
 
 def _tokenizer(path: Path, pieces: list[tuple[str, float]]) -> Tokenizer:
     """Encodes as llama2.c does, BOS included; decoding strips the space that encoding put first.
 
-    A space stays a space, and does not become sentencepiece's U+2581, so that every text comes
-    back from decoding as it was.
+    A space does not become sentencepiece's U+2581, so every text comes back from decoding.
     """
     vocabulary = {piece: i for i, (piece, _) in enumerate(pieces)}
     unk, bos, eos = _SPECIAL
@@ -312,7 +313,7 @@ def _tokenizer_config(header: _Header) -> dict:
     }
 
 
-def _half_split(weight: Float[np.ndarray, "out D"], head_dim: int) -> Float[np.ndarray, "out D"]:
+def _half_split(weight: Float[np.ndarray, "R D"], head_dim: int) -> Float[np.ndarray, "R D"]:
     """Rows of each head from (0, 1), (2, 3), ... pairs to (0, H/2), (1, H/2 + 1), ... pairs."""
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
@@ -358,15 +359,15 @@ def convert_llama2c(checkpoint: str | Path, vocabulary: str | Path, out: str | P
     """Turns a llama2.c checkpoint and its vocabulary into a Hugging Face directory.
 
     The directory holds config.json (LlamaForCausalLM, eps 1e-5, RoPE base 10000, BOS 1, EOS 2),
-    model.safetensors (fp32; int8 checkpoints are dequantised), tokenizer.json and
-    tokenizer_config.json: `transformers.AutoTokenizer` reads it, and encodes as llama2.c does.
-    It appears under its name when complete; a failure leaves nothing behind. Memory: a few copies
-    of the largest tensor. Source: karpathy/llama2.c, export.py, run.c, runq.c and tokenizer.py.
+    model.safetensors (fp32; int8 is dequantised), tokenizer.json and tokenizer_config.json, from
+    which `transformers.AutoTokenizer` encodes as llama2.c does. It appears when complete; a failure
+    leaves nothing behind. Memory: a few copies of the largest tensor. Source: karpathy/llama2.c.
 
     Args:
         checkpoint: the model, version 0, 1 (fp32) or 2 (int8), told apart by the header.
         vocabulary: its vocabulary, tok*.bin or tokenizer.bin, with byte pieces <0x00> to <0xFF> at
-            ids 3 to 258, a piece ' ', and no two pieces made by merging of the same score.
+            ids 3 to 258, a piece ' ', and a score of its own for each piece made by merging
+            (runs of one character may share theirs).
         out: a directory that is new or empty. Missing parents are made.
 
     Returns:

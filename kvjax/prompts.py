@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+Row = Sequence[int] | np.ndarray
+Prompts = str | Sequence[str] | Row | Sequence[Row]
 
 
 def bucket(tokens: int) -> int:
@@ -85,7 +86,7 @@ def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
     return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
 
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Row] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows as one `[B, bucket]` int32 array padded on the right with 0, and their lengths."""
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), bucket(int(lengths.max()))), np.int32)
@@ -94,7 +95,7 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def check_context(rows: Sequence[Sequence[int]], used: int, new_tokens: int, context: int):
+def check_context(rows: Sequence[Row], used: int, new_tokens: int, context: int):
     """Raise ValueError where `used`, the longest row and the answer exceed the context."""
     longest = used + max(len(row) for row in rows)
     if longest + new_tokens > context:

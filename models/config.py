@@ -51,8 +51,9 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3ForCausalLM": ("qwen3", _QWEN | {"head_dim": 128}),
 }
 _DEFAULT_THETA = 10000.0
+_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size")
 # Every published config.json states these; a nested `text_config` may leave them to its class.
-_STATED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+_STATED = (*_WIDTHS, "num_hidden_layers", "num_attention_heads")
 
 
 def _expect(condition: bool, name: str, expected: str, value: Any) -> None:
@@ -183,9 +184,8 @@ class ModelConfig:
         _expect(divides, "num_heads (num_attention_heads)", multiple, self.num_heads)
         _expect(self.head_dim % 2 == 0, "head_dim", "even", self.head_dim)
         _expect(self.hidden_act == "silu", "hidden_act", "'silu'", self.hidden_act)
-        scaling = self.rope_scaling
-        known = scaling is None or isinstance(scaling, RopeScaling)
-        _expect(known, "rope_scaling", "a RopeScaling or None", scaling)
+        known = isinstance(self.rope_scaling, RopeScaling | None)
+        _expect(known, "rope_scaling", "a RopeScaling or None", self.rope_scaling)
         _bos_token_id(self.bos_token_id)
         for name in ("eos_token_ids", "sliding_windows"):
             value = getattr(self, name)
@@ -225,7 +225,7 @@ class ModelConfig:
         o_bias = family in ("llama", "qwen3") and attention_bias
         rope_theta, rope_scaling = _rope(keys)
         _expect(keys["hidden_act"] == "silu", "hidden_act", "'silu'", keys["hidden_act"])
-        names = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+        names = (*_WIDTHS, "max_position_embeddings")
         sizes: dict[str, Any] = {name: _positive_int(name, keys[name]) for name in names}
         return cls(
             architecture=architecture,

@@ -9,6 +9,7 @@ Axes: V vocabulary, D model dim, N query heads, K KV heads, H head dim, F MLP di
 """
 
 import dataclasses
+import gc
 import json
 import math
 from pathlib import Path
@@ -152,19 +153,30 @@ def load_decoder(
                     if name in specs and stored[name].path == path:
                         value = _load_tensor(file, name, specs[name], dtype, path)
                         _parameter(decoder, specs[name].attribute).set_value(value)
+                        _free_host_copy(value)
                         bar.update(math.prod(value.shape) * _DTYPES[stored[name].dtype])
     return decoder
 
 
 def _load_tensor(file: Any, name: str, spec: TensorSpec, dtype: np.dtype, path: Path) -> jax.Array:
-    """Read, cast, lay out and place one tensor; all its host copies die with this call."""
+    """Read, cast, lay out and place one tensor."""
     array = _lay_out(_read_tensor(file, name), spec, dtype)
     if dtype.name == "float16" and not np.isfinite(array).all():
         raise ValueError(
             f"{path}: tensor {name!r} has values beyond float16's 65504, "
             "expected dtype float32 or bfloat16"
         )
-    return jax.block_until_ready(jax.device_put(array))
+    return jax.device_put(array)
+
+
+def _free_host_copy(value: jax.Array) -> None:
+    """Wait for the device's copy, then drop the host's.
+
+    JAX lets go of an array that it has copied only in some later call, or when Python collects
+    garbage; without this the array would still be there while the next tensor is read.
+    """
+    value.block_until_ready()
+    gc.collect(0)
 
 
 def _read_tensor(file: Any, name: str) -> np.ndarray:

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from kvjax.convert import convert_llama2c
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 16, 24, 2, 4, 2, 8
+DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 32, 24, 2, 4, 2, 8
 SIZES, HEAD_DIM = (DIM, HIDDEN, LAYERS, HEADS, KV_HEADS), DIM // HEADS
 GROUP_SIZE = 8
 CONTROL = [("<unk>", 0.0), ("\n<s>\n", 0.0), ("\n</s>\n", 0.0)]
 BYTES = [(f"<0x{i:02X}>", 0.0) for i in range(256)]
 # Merged pieces come best first; "ana", "  " and "    " overlap with themselves, "<s" and "s>" would
 # lead to "<s>" were it a piece that text may become.
-MERGED = "an| b|na|ana| ban|  |    |nas|aa|aaa|<s|s>|\n\n|é!".split("|")
+MERGED = ["an", " b", "na", "ana", " ban", "  ", "    ", "nas", "aa", "aaa"]
+MERGED += ["<s", "s>", "\n\n", "é!"]
 LETTERS = [*" abns<>\n!", "é"]
 PIECES = CONTROL + BYTES + [(p, -float(i)) for i, p in enumerate(MERGED + LETTERS)]
 VOCAB = len(PIECES)
@@ -131,6 +131,14 @@ def llama2c_encode(pieces: list[tuple[str, float]], text: str) -> list[int]:
     return tokens
 
 
+def check_text(tokenizer, pieces: list[tuple[str, float]], text: str) -> int:
+    """Encoding is llama2.c's, decoding undoes it; the number of tokens, BOS and all."""
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [1, *llama2c_encode(pieces, text)], text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    return len(ids)
+
+
 def read_pieces(path: Path) -> list[tuple[str, float]]:
     data, position, pieces = path.read_bytes(), 4, []
     while position < len(data):
@@ -235,18 +243,15 @@ def test_config_says_what_llama2c_takes_for_granted(tmp_path, tiny):
     assert {key: config[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("text", ODD)
-def test_hand_made_vocabulary_encodes_like_llama2c(tmp_path, tiny, text):
+def test_hand_made_vocabulary_encodes_like_llama2c(tmp_path, tiny):
     tokenizer = AutoTokenizer.from_pretrained(convert_llama2c(*tiny, tmp_path / "hf"))
-    ids = tokenizer(text)["input_ids"]
-    assert ids == [1, *llama2c_encode(PIECES, text)]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    for text in ODD:
+        check_text(tokenizer, PIECES, text)
 
 
-def test_random_vocabularies_encode_like_llama2c(tmp_path):
+def test_random_vocabularies_encode_like_llama2c(tmp_path, tiny):
     """Pieces of two or three letters in any order of score: runs, overlaps, dead ends."""
     rng = random.Random(0)
-    checkpoint, vocabulary = tmp_path / "m.bin", tmp_path / "tok.bin"
     merged_anything = 0
     for trial in range(40):
         letters = rng.choice([" a", " ab"])
@@ -256,26 +261,27 @@ def test_random_vocabularies_encode_like_llama2c(tmp_path):
         filler = [chr(0x4E00 + i) for i in range(count - len(chosen))]
         ordered = [*chosen, *letters, *filler]
         pieces = CONTROL + BYTES + [(piece, -float(i)) for i, piece in enumerate(ordered)]
-        write_vocabulary(vocabulary, pieces)
-        write_checkpoint(checkpoint, 0, random_model(shared=True))
-        out = convert_llama2c(checkpoint, vocabulary, tmp_path / f"hf{trial}")
-        tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+        out = convert_llama2c(tiny[0], write_vocabulary(tiny[1], pieces), tmp_path / f"hf{trial}")
+        tokenizer = AutoTokenizer.from_pretrained(out)
         for _ in range(20):
             text = "".join(rng.choices(letters, k=rng.randint(0, 50)))
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-            assert ids == llama2c_encode(pieces, text), (chosen, text)
-            assert tokenizer.decode(ids) == text
-            merged_anything += bool(text) and len(ids) < len(text) + 1
+            merged_anything += check_text(tokenizer, pieces, text) < len(text)
     assert merged_anything > 300
+
+
+def test_runs_that_share_a_score_encode_like_llama2c(tmp_path, tiny):
+    """Llama 2 gives every run of spaces -1e9: the leftmost grows to 5, then the next begins."""
+    pieces = [(p if p not in ("  ", "    ") else f"no{p}", s) for p, s in PIECES]
+    pieces[-4:] = [(" " * n, -1e9) for n in (2, 3, 4, 5)]
+    out = convert_llama2c(tiny[0], write_vocabulary(tiny[1], pieces), tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    for text in [" " * n + after + " " * m for n in range(20) for m in range(4) for after in "ba"]:
+        check_text(tokenizer, pieces, text)
 
 
 def test_stories260k_converts(stories):
     config = json.loads((stories / "config.json").read_text())
-    assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (
-        64,
-        5,
-        512,
-    )
+    assert (config["hidden_size"], config["intermediate_size"]) == (64, 172)
     tensors = load_file(stories / "model.safetensors")
     assert len(tensors) == 2 + 5 * 9
     assert tensors["model.layers.4.self_attn.k_proj.weight"].shape == (32, 64)
@@ -288,9 +294,7 @@ def test_stories260k_text_encodes_like_llama2c(stories):
     pieces = read_pieces(DATA / "stories260K" / "tok512.bin")
     tokenizer = AutoTokenizer.from_pretrained(stories)
     for text in texts + ODD:
-        ids = tokenizer(text)["input_ids"]
-        assert ids == [1, *llama2c_encode(pieces, text)]
-        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        check_text(tokenizer, pieces, text)
 
 
 def test_auto_tokenizer_loads_and_adds_bos(tmp_path, tiny):

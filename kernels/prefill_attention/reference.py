@@ -93,7 +93,7 @@ def _online_softmax(q_BKGQH, k_BKSH, v_BKSH, lengths, start, first, last, key_bl
 
 
 def visible(
-    query_positions: Int[Array, "B Q"] | Int[Array, "1 Q"],
+    query_positions: Int[Array, "#B Q"],
     key_positions: Int[Array, " S"],
     lengths: Int[Array, " B"],
     window: int | None,

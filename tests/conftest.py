@@ -1,0 +1,32 @@
+"""CPU only, eight virtual devices; fixtures that several files share."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of third-party data beside the repository, or a skip."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data, which a plain clone does not have")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """stories260K converted and loaded: (model, tokenizer, directory)."""
+    import kvjax
+    from kvjax.convert import convert_llama2c
+
+    source = shared_data / "stories260K"
+    out = tmp_path_factory.mktemp("stories") / "model"
+    convert_llama2c(source / "stories260K.bin", source / "tok512.bin", out)
+    return *kvjax.load(out, progress=False), out
