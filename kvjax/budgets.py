@@ -232,7 +232,7 @@ def ada_heads(
     base: Int[Array, " B"],
     *,
     floor: float,
-    cap: int | None = None,
+    cap: Int[Array, " B"] | int | None = None,
 ) -> Int[Array, "B K"]:
     """Ada-KV (Feng et al. 2024, algorithm 1): heads share a layer's budget by their best scores.
 
@@ -259,7 +259,8 @@ def ada_heads(
     batch, heads, _ = scores.shape
     contenders = eligible
     if cap is not None:
-        contenders = select_top(scores, jnp.full((batch, heads), cap), eligible)
+        most = jnp.broadcast_to(jnp.asarray(cap)[..., None], (batch, heads))
+        contenders = select_top(scores, most, eligible)
     flat = select_top(
         scores.reshape(batch, -1), heads * base, contenders.reshape(batch, -1)
     ).reshape(scores.shape)

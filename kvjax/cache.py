@@ -9,6 +9,7 @@ goes in and comes out. Position is not slot: every entry carries its true positi
 """
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from kvjax.kernels.decode_attention import decode_attention, merge
 FROZEN_POINT = 25
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Probe(struct.PyTreeNode):
     """What attention hands to compression: small, and never an attention matrix.
 
@@ -46,6 +48,7 @@ class ProbeRequest:
     column_sums: bool = False
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class PaddedLayer(struct.PyTreeNode):
     """One layer's kept entries. Survivors lie in slots [0, length) of each head, in order.
 
@@ -64,6 +67,7 @@ class PaddedLayer(struct.PyTreeNode):
         return (self.positions >= 0).sum(-1, dtype=jnp.int32)
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Tail(struct.PyTreeNode):
     """Tokens since the prompt, every head alike: one cursor for all rows, holes at -1.
 
@@ -79,6 +83,7 @@ class Tail(struct.PyTreeNode):
     cursor: Int[Array, ""]
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Cache(struct.PyTreeNode):
     """A prompt's compressed cache with its tail.
 

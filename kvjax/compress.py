@@ -6,6 +6,7 @@ S slots of a layer.
 
 import math
 from collections.abc import Sequence
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from kvjax.rows import Rows, eligible, largest, make_rows, protected
 from kvjax.scores import score
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Scored(struct.PyTreeNode):
     """A layer that waits for the others' scores: sizes are known only after all layers."""
 
@@ -27,6 +29,7 @@ class Scored(struct.PyTreeNode):
     scores: Float[Array, "B K T"]
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Plan(struct.PyTreeNode):
     """A prompt's compression: static settings and what is known before any layer is scored.
 
@@ -175,7 +178,7 @@ def finish(layers: Sequence[PaddedLayer | Scored], plan: Plan) -> tuple[PaddedLa
     """Pack the layers that waited for all scores."""
     waiting = [layer for layer in layers if isinstance(layer, Scored)]
     if not waiting:
-        return tuple(layers)
+        return tuple(layer for layer in layers if isinstance(layer, PaddedLayer))
     can = jnp.stack([eligible(plan.rows, plan.tokens, window) for window in plan.windows], axis=1)
     held = [protected(plan.rows, plan.tokens, window) for window in plan.windows]
     sizes_BL = budgets.prefix_layers(
@@ -271,6 +274,6 @@ def capacities(
 
 def _profile_scale(config: CompressionConfig, base: int, tokens: int) -> float:
     """Entries per unit of the profile: the prompt itself, or what meets the budget."""
-    if config.budget is None:
+    if config.budget is None or config.profile is None:
         return tokens
     return base * len(config.profile) / sum(config.profile)

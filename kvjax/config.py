@@ -113,7 +113,7 @@ class CompressionConfig:
                 _fail(self, "head_cap", "an integer of at least 1")
             if not isinstance(budget, int) or self.layers != "uniform" or self.heads != "ada":
                 _fail(self, "head_cap", "None unless heads='ada', layers='uniform', integer budget")
-            if self.head_cap < budget:
+            elif self.head_cap < budget:
                 _fail(self, "head_cap", f"at least the budget of {budget}")
 
     def _check_profile(self):

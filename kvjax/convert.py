@@ -157,7 +157,8 @@ def _read_header(path: Path, start: bytes) -> _Header:
     else:
         if len(start) < _HEADER_BYTES:
             raise ValueError(f"checkpoint {path} is truncated: {len(start)} bytes of header")
-        version, *numbers, shared, group_size = struct.unpack_from("<8iBi", start, 4)
+        fields = struct.unpack_from("<8iBi", start, 4)
+        version, numbers, (shared, group_size) = fields[0], fields[1:8], fields[8:]
         vocab, no_magic = numbers[5], ""
         if version not in (1, 2):
             raise ValueError(f"checkpoint {path} has version {version}; 0, 1 and 2 are known")
@@ -313,7 +314,7 @@ def _tokenizer_config(header: _Header) -> dict:
     }
 
 
-def _half_split(weight: Float[np.ndarray, "R D"], head_dim: int) -> Float[np.ndarray, "R D"]:
+def _half_split(weight: Float[np.ndarray, "rows D"], head_dim: int) -> Float[np.ndarray, "rows D"]:
     """Rows of each head from (0, 1), (2, 3), ... pairs to (0, H/2), (1, H/2 + 1), ... pairs."""
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from kvjax import stages
-from kvjax.cache import Cache, with_room
+from kvjax.cache import Cache, empty_tail, with_room
 from kvjax.compress import capacities, compress, probe_request
 from kvjax.config import CompressionConfig
 from kvjax.programs import (
@@ -210,9 +210,10 @@ def timed_generate(model: Any, prompts: Prompts, config: CompressionConfig = FUL
         answer = stages.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
         return stages.decode(model, cache, answer, rules, request.new_tokens - 1)[1]
 
-    logits, *kept = phases.run(
-        "prefill", lambda model, *prompt: stages.prefill(model, *prompt, observe), model, *prompt
-    )
+    def read(model, tokens, lengths):
+        return stages.prefill(model, tokens, lengths, observe)
+
+    logits, *kept = phases.run("prefill", read, model, *prompt)
     cache = phases.run("compress", shrink, *kept, request.lengths, request.key)
     del kept
     answer = phases.run(
@@ -275,7 +276,7 @@ def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Ans
             return
         tail, next_positions, answer = decode_program(
             model,
-            cache.replace(tail=None),
+            cache.replace(tail=empty_tail(cache.layers, 0)),
             cache.tail,
             answer,
             request.rules,

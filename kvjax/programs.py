@@ -93,7 +93,7 @@ feed_last_program = jax.jit(stages.feed_last)
 def decode_program(
     model: Any, cache: Cache, tail: Tail, answer: Answer, rules: Rules, *, steps: int
 ) -> tuple[Tail, Int[Array, " B"], Answer]:
-    """The repeated stage of a stream: `steps` more tokens; `cache` comes without its tail."""
+    """The repeated stage of a stream: `steps` more tokens; `cache` comes without a tail."""
     cache, answer = stages.decode(model, cache.replace(tail=tail), answer, rules, steps)
     return cache.tail, cache.next_positions, answer
 
@@ -111,4 +111,4 @@ _PROGRAMS = (
 
 def compilations() -> int:
     """Programs that `generate`, `stream` and `compress_prompt` have compiled in this process."""
-    return sum(program._cache_size() for program in _PROGRAMS)
+    return sum(program._cache_size() for program in _PROGRAMS)  # type: ignore[attr-defined]

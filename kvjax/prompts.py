@@ -41,15 +41,14 @@ def as_rows(
     Raises:
       ValueError: no prompt, an empty one, an id outside the vocabulary, no tokenizer for text.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if len(prompts) and isinstance(prompts[0], int | np.integer):
-        prompts = [prompts]
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+        prompts = [prompts]  # type: ignore[assignment]
     if attention_mask is not None:
-        if np.shape(attention_mask) != np.shape(prompts):
+        prompts = np.asarray(prompts)
+        if np.shape(attention_mask) != prompts.shape:
             raise ValueError(
                 f"attention_mask has shape {np.shape(attention_mask)},"
-                f" expected the prompts' {np.shape(prompts)}"
+                f" expected the prompts' {prompts.shape}"
             )
         prompts = [
             np.asarray(row)[np.asarray(mask) > 0]

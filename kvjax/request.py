@@ -1,6 +1,6 @@
 """A call of `generate`, checked and turned into arrays."""
 
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from kvjax.stages import Rules
 FULL = CompressionConfig.named("full")
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Request(struct.PyTreeNode):
     """A call's arguments, checked and turned into arrays."""
 

@@ -4,7 +4,7 @@ Everything here depends on a row's own length alone, never on the bucket or the 
 row is compressed alike alone and in company.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ DEFAULT_WINDOW = 32
 MILLION = 1_000_000
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Rows(struct.PyTreeNode):
     """Budgets resolved row by row, all `[B]` int32.
 

@@ -108,7 +108,7 @@ def sample(
       The tokens, and their log-probabilities under the model itself (before any rule).
     """
     log_probs_BV = jax.nn.log_softmax(logits)
-    if switches.penalty:
+    if switches.penalty and seen is not None:
         penalised_BV = jnp.where(logits < 0, logits * values.penalty, logits / values.penalty)
         logits = jnp.where(seen, penalised_BV, logits)
     if switches.greedy:

@@ -31,13 +31,20 @@ def score(
       keys: the layer's keys after RoPE.
       key: the layer's random key, for "random".
       window: width of a sliding-window layer, or None.
+
+    Raises:
+      ValueError: what the scorer reads is missing.
     """
     batch, tokens, kv_heads, _ = keys.shape
     positions_T = jnp.arange(tokens)
     real_BT = positions_T < rows.lengths[:, None]
     if config.scorer == "window":
+        if queries is None:
+            raise ValueError("probe.queries is None, expected queries for scorer='window'")
         return _window(queries, keys, rows, config, window)
     if config.scorer == "accumulated":
+        if column_sums is None:
+            raise ValueError("probe.column_sums is None, expected sums for scorer='accumulated'")
         return jnp.where(real_BT[:, None], over_group(column_sums, kv_heads, config.group), 0.0)
     if config.scorer == "positional":
         scores_T = positions_T + 1.0

@@ -5,7 +5,7 @@ is an argument: a pytree with `embed`, `layers`, `logits`, `extend` and `config`
 inlines these stages into one program, or jits them apart.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from kvjax.sampling import Switches, Values, sample
 BLOCK = 128
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Answer(struct.PyTreeNode):
     """Decoding so far.
 
@@ -43,6 +44,7 @@ class Answer(struct.PyTreeNode):
     seen: Bool[Array, "B V"] | None
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
 class Rules(struct.PyTreeNode):
     """How tokens are drawn and what ends a row.
 

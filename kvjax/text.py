@@ -28,15 +28,14 @@ class RunningText:
             return ""
         self._tokens += tokens
         text = self._decode()
-        found = first_stop(text, self.stop)
-        self.stopped = found is not None
+        self.stopped = first_stop(text, self.stop) is not None
         if self.stopped:
-            return self._give(text[:found])
-        safe = len(text.rstrip(INCOMPLETE))
-        for stop in self.stop:  # the text may end in the beginning of a stop string
-            held = [size for size in range(1, len(stop)) if text[:safe].endswith(stop[:size])]
-            safe -= max(held, default=0)
-        return self._give(text[:safe])
+            return self._give(cut_at_stop(self._tokens, self.tokenizer, self.stop)[0])
+        text = text.rstrip(INCOMPLETE)
+        # It may end in the beginning of a stop string.
+        starts = [stop[:size] for stop in self.stop for size in range(1, len(stop))]
+        held = max((len(start) for start in starts if text.endswith(start)), default=0)
+        return self._give(text[: len(text) - held])
 
     def flush(self) -> str:
         """What was held back, once no more tokens come."""
@@ -60,14 +59,19 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
 
 
 def cut_at_stop(tokens: Sequence[int], tokenizer: Any, stop: Sequence[str]) -> tuple[str, int]:
-    """An answer's text before any stop string, and how many of its tokens lead up to that."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    found = first_stop(text, stop)
-    if found is None:
-        return text, len(tokens)
+    """An answer's text before any stop string, and how many of its tokens lead up to that.
 
-    def stops(count: int) -> bool:
-        part = tokenizer.decode(tokens[:count], skip_special_tokens=True)
-        return first_stop(part, stop) is not None
+    As if looked at after every token: the first token that completes a stop string decides.
+    """
 
-    return text[:found], next(count for count in range(1, len(tokens) + 1) if stops(count))
+    def part(size: int) -> str:
+        return tokenizer.decode(tokens[:size], skip_special_tokens=True)
+
+    count = len(tokens)
+    text = part(count)
+    if first_stop(text, stop) is not None:
+        count = next(
+            size for size in range(1, count + 1) if first_stop(part(size), stop) is not None
+        )
+        text = part(count)
+    return text[: first_stop(text, stop)], count

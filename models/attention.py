@@ -3,6 +3,8 @@
 B batch, T tokens, N query heads, K KV heads, H head dim, D model dim, W observed queries.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -32,9 +34,9 @@ class Attention(nnx.Module):
         self.k_bias_KH = nnx.Param(jnp.zeros((k, h), dtype)) if bias else None
         self.v_bias_KH = nnx.Param(jnp.zeros((k, h), dtype)) if bias else None
         self.o_bias_D = nnx.Param(jnp.zeros((d,), dtype)) if config.o_bias else None
-        norm = {"eps": config.rms_norm_eps, "axis": "H", "dtype": dtype}
-        self.q_norm = RMSNorm(h, **norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(h, **norm) if config.qk_norm else None
+        norm = partial(RMSNorm, h, config.rms_norm_eps, axis="H", dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def prefill(
         self, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"], request: ProbeRequest

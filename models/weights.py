@@ -1,9 +1,9 @@
 """A Hugging Face checkpoint (safetensors) into a `Decoder`, one tensor at a time.
 
 Every name, shape and dtype is checked from the files' headers before any weight is read. No random
-weights are made first, and a tensor's host copies are freed before the next is read: peak host
-memory is the model (on a CPU backend; nothing on others) plus one tensor. Pages of the mapped
-files, which the system can drop at any time, come on top.
+weights are made first, and a tensor's host copies are freed before the next is read. So peak host
+memory is the model (on a CPU backend; elsewhere nothing) plus one tensor, as read and as laid out;
+pages of the mapped files, which the system can drop at any time, are not counted.
 
 Axes: V vocabulary, D model dim, N query heads, K KV heads, H head dim, F MLP dim.
 """
@@ -96,13 +96,13 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     specs = {}
     for name, attribute, groups, flag in rows:
         if flags[flag]:
-            axes, groups = attribute.rsplit("_", 1)[1], groups.split()
+            axes, sides = attribute.rsplit("_", 1)[1], groups.split()
             specs[name] = TensorSpec(
                 attribute=attribute,
                 axes=axes,
                 shape=tuple(sizes[axis] for axis in axes),
-                file_shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
-                transposed="".join(groups) != axes,
+                file_shape=tuple(math.prod(sizes[axis] for axis in group) for group in sides),
+                transposed="".join(sides) != axes,
             )
     return specs
 
@@ -133,9 +133,12 @@ def load_decoder(
       ValueError: the config is not supported, or a file or tensor is missing, unexpected, damaged,
         or of another shape or dtype; one sentence that names tensor and file.
     """
-    dtype = np.dtype(dtype)
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError:  # no dtype at all
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}") from None
     if dtype.name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype.name}")
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype.name!r}")
     config = load_config(directory)
     specs = tensor_specs(config)
     source, stored = _read_headers(Path(directory))
@@ -268,9 +271,9 @@ def _check(
         if name in specs:
             expected = specs[name].file_shape
             if dtype not in _DTYPES:
-                expected = ", ".join(_DTYPES)
+                known = ", ".join(_DTYPES)
                 raise ValueError(
-                    f"{path}: tensor {name!r} has dtype {dtype}, expected one of {expected}"
+                    f"{path}: tensor {name!r} has dtype {dtype}, expected one of {known}"
                 )
             if shape != expected:
                 raise ValueError(

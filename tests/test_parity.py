@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from kvjax import stages
 from kvjax.cache import with_room
 from kvjax.config import CompressionConfig

@@ -40,7 +40,8 @@ def prefill_attention(
 
     Returns:
       The output in q's dtype and the log-sum-exp of each query's scaled scores in fp32
-      (`accumulated` scores reuse it). Rows of padding hold finite values without meaning.
+      (`accumulated` scores reuse it). Rows of padding hold values without meaning: a finite
+      output, and a log-sum-exp that is -inf where a window leaves the row nothing to see.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, expected a divisor of q's {q.shape[2]}")

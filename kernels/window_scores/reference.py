@@ -80,7 +80,9 @@ def accumulated_scores(
     positions_BT = jnp.where(positions_BT < lengths[:, None], positions_BT, -1)
     positions_BT = jnp.pad(positions_BT, ((0, 0), (0, pad)), constant_values=-1)
     q_BTNH = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    # A padding row's lse may be -inf (it sees nothing), and -inf - -inf would be NaN.
     lse_BNT = jnp.pad(lse, ((0, 0), (0, 0), (0, pad)))
+    lse_BNT = jnp.where(positions_BT[:, None] >= 0, lse_BNT, 0.0)
     k_XBKSH, starts_X = _key_blocks(k, KEY_BLOCK)
     key_block = k_XBKSH.shape[-2]
 

@@ -1,0 +1,1 @@
+"""Evaluation: what a compression costs in quality, beside what it saves."""

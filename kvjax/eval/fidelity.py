@@ -1,0 +1,199 @@
+"""Agreement with kvpress, an independent implementation, on 200 documents.
+
+    python -m kvjax.eval.fidelity --data ../shared/data -o docs/fidelity.md
+
+For each method and budget: the prefix of a document is prefilled and compressed, the rest runs
+against the compressed cache at true positions; the difference in NLL to the full cache (nats a
+token), how often the likeliest token stays the same, and, where kvpress dumped them, whether the
+same positions were kept. Both sides use a window of 8 and average pooling over 5, a floor of 0.2.
+About ten minutes on two cores. The last line on stdout is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import kvjax
+from kvjax.convert import convert_llama2c
+
+BUDGETS = (128, 64, 32, 16)
+# kvjax's method -> kvpress's, where there is one
+METHODS = {
+    "snapkv": "snapkv",
+    "ada-snapkv": "adakv_snapkv",
+    "pyramidkv": "pyramidkv_fit",
+    "ada-pyramid": None,
+    "prefixkv": None,
+    "ada-prefixkv": None,
+    "h2o": "h2o_sum",
+    "streaming-llm": "streaming",
+    "random": "random_w8",
+}
+# How far the mean NLL may lie above kvpress's, and whether also below (None: nothing to compare).
+LIMITS = {"snapkv": 1e-3, "streaming-llm": 1e-3, "ada-snapkv": 1e-3, "h2o": 3e-3, "random": 3e-3}
+ONE_SIDED = ("ada-snapkv",)
+BATCH = 50
+
+
+@dataclass
+class Result:
+    """One method at one budget over all documents."""
+
+    nll: float
+    delta: float
+    agree: float
+    kept: float
+    positions: list[list[list[list[int]]]]
+
+
+def rest(document: dict) -> int:
+    """Tokens after the prefix."""
+    return len(document["ids"]) - document["prompt"]
+
+
+def evaluate(model, documents, config, full: list | None) -> tuple[list, Result]:
+    """Score every document; `full` is the uncompressed run's scores, None for that run itself."""
+    scores: list = [None] * len(documents)
+    # Every batch holds a longest prompt and a longest rest: one shape, one compilation.
+    longest = [
+        max(range(len(documents)), key=lambda index: documents[index]["prompt"]),
+        max(range(len(documents)), key=lambda index: rest(documents[index])),
+    ]
+    for start in range(0, len(documents), BATCH):
+        chosen = list(range(start, min(start + BATCH, len(documents))))
+        filled = chosen + [chosen[-1]] * (BATCH - len(chosen)) + longest
+        batch = kvjax.score(
+            model,
+            [documents[index]["ids"] for index in filled],
+            [documents[index]["prompt"] for index in filled],
+            config,
+            positions=True,
+        )
+        for index, scored in zip(chosen, batch, strict=False):
+            scores[index] = scored
+    total = sum(len(scored.nll) for scored in scores)
+    nll = sum(sum(scored.nll) for scored in scores) / total
+    reference = scores if full is None else full
+    same = sum(
+        sum(a == b for a, b in zip(mine.top1[1:], theirs.top1[1:], strict=True))
+        for mine, theirs in zip(scores, reference, strict=True)
+    )
+    base = sum(sum(scored.nll) for scored in reference) / total
+    heads = model.config.num_layers * model.config.num_kv_heads
+    return scores, Result(
+        nll=nll,
+        delta=nll - base,
+        agree=same / (total - len(scores)),
+        kept=float(np.mean([scored.kept / heads for scored in scores])),
+        positions=[scored.positions for scored in scores[:5]],
+    )
+
+
+def same_positions(mine: list, theirs, name: str, budget: int) -> tuple[int, int] | None:
+    """(entries that differ, entries) over the five dumped documents; None where not dumped."""
+    differ = total = 0
+    for document, layers in enumerate(mine):
+        key = f"{name}/{budget}/{document}"
+        if key not in theirs:
+            return None
+        for layer, heads in zip(theirs[key], layers, strict=True):
+            for dumped, kept in zip(layer, heads, strict=True):
+                dumped = set(dumped[dumped >= 0].tolist())
+                differ += len(dumped - set(kept))
+                total += len(dumped)
+    return differ, total
+
+
+def table(full: Result, rows: list[dict]) -> str:
+    """The comparison as Markdown."""
+    lines = [
+        "| method | budget | delta NLL | kvpress | agreement | kvpress | positions that differ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        theirs = row["kvpress_delta"]
+        lines.append(
+            f"| {row['method']} | {row['budget']} | {row['delta']:+.4f} | "
+            + (f"{theirs:+.4f}" if theirs is not None else "-")
+            + f" | {row['agree']:.1%} | "
+            + (f"{row['kvpress_agree']:.1%}" if theirs is not None else "-")
+            + " | "
+            + (f"{row['differ']} of {row['entries']}" if row["entries"] else "-")
+            + " |"
+        )
+    return "\n".join(lines) + f"\n\nFull cache: NLL {full.nll:.5f}.\n"
+
+
+def violations(full: Result, rows: list[dict], theirs: dict) -> list[str]:
+    """What differs from kvpress by more than the limits."""
+    found = []
+    if abs(full.nll - theirs["full"]["0"]["nll"]) > 1e-4:
+        found.append(f"full: {full.nll} against {theirs['full']['0']['nll']}")
+    for row in rows:
+        limit = LIMITS.get(row["method"])
+        if limit is None:
+            continue
+        gap = row["delta"] - row["kvpress_delta"]
+        if gap > limit or (row["method"] not in ONE_SIDED and -gap > limit):
+            found.append(f"{row['method']} at {row['budget']}: {gap:+.5f}, limit {limit}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder with fidelity/")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which, comma-separated")
+    parser.add_argument("-o", "--output", type=Path, help="Markdown table")
+    arguments = parser.parse_args()
+    fidelity, stories = arguments.data / "fidelity", arguments.data / "stories260K"
+    documents = json.loads((fidelity / "docs_stories260K.json").read_text())
+    theirs = json.loads((fidelity / "results_stories260K.json").read_text())["methods"]
+    dumped = np.load(fidelity / "kept_stories260K.npz")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "model"
+        convert_llama2c(stories / "stories260K.bin", stories / "tok512.bin", out)
+        model, _ = kvjax.load(out, progress=False)
+    scores, full = evaluate(model, documents, kvjax.CompressionConfig.named("full"), None)
+    names = arguments.methods.split(",")
+    rows = []
+    for name in tqdm(names, desc="methods", disable=None):
+        other = METHODS[name]
+        for budget in tqdm(BUDGETS, desc=name, leave=False, disable=None):
+            config = kvjax.CompressionConfig.named(
+                name, budget=budget, window=8, pool="average", kernel=5, floor=0.2
+            )
+            _, result = evaluate(model, documents, config, scores)
+            found = theirs[other][str(budget)] if other else {}
+            differ = same_positions(result.positions, dumped, other, budget) if other else None
+            rows.append(
+                {
+                    "method": name,
+                    "budget": budget,
+                    "nll": result.nll,
+                    "delta": result.delta,
+                    "agree": result.agree,
+                    "kept": result.kept,
+                    "kvpress_delta": found.get("delta"),
+                    "kvpress_agree": found.get("agree"),
+                    "differ": differ[0] if differ else 0,
+                    "entries": differ[1] if differ else 0,
+                }
+            )
+            tqdm.write(f"{name} {budget}: {result.delta:+.5f} {found.get('delta')}", sys.stderr)
+    text = table(full, rows)
+    if arguments.output:
+        arguments.output.write_text(text)
+    failed = violations(full, rows, theirs)
+    print(text)
+    print(json.dumps({"full_nll": full.nll, "rows": rows, "violations": failed}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
