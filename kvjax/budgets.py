@@ -77,17 +77,25 @@ def largest_remainder(
 
 
 def spread(
-    wanted: Int[Array, "*shape X"], caps: Int[Array, "*shape X"], total: Int[Array, "*shape"]
+    wanted: Int[Array, "*shape X"],
+    caps: Int[Array, "*shape X"],
+    total: Int[Array, "*shape"],
+    least: Int[Array, "*shape X"] | int = 0,
 ) -> Int[Array, "*shape X"]:
-    """`wanted` clipped to `caps`, and what the caps cut off given to the others.
+    """`wanted` clipped to [least, caps]; the others take what the caps cut off, or make up `least`.
 
-    The result is min(cap, wanted + level), with the highest integer level whose sum is at most
-    `total`; what is left goes one each to the lowest indices that have room. It sums to
-    min(total, sum of caps) and is monotone in `wanted` and `total`.
+    The result is wanted + level, clipped, with the highest integer level whose sum is at most
+    `total`; what is left goes one each to the lowest indices that the next level would raise. It
+    sums to `total`, as far as the bounds allow. No entry falls when `total` grows, nor when an
+    entry of `wanted` and `total` grow alike.
+
+    Args:
+      wanted: sizes >= 0.
+      caps, least: bounds, 0 <= least <= caps.
     """
 
     def sizes_at(level):
-        return jnp.minimum(caps, wanted + level[..., None])
+        return jnp.clip(wanted + level[..., None], least, caps)
 
     def halve(_, bounds):
         low, high = bounds
@@ -96,11 +104,11 @@ def spread(
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
 
     zero = jnp.zeros(total.shape, jnp.int32)
-    level, _ = lax.fori_loop(0, 31, halve, (zero, zero + caps.max()))
+    level, _ = lax.fori_loop(0, 31, halve, (zero - wanted.max(), zero + caps.max()))
     sizes = sizes_at(level)
     spare = (total - sizes.sum(-1, dtype=jnp.int32))[..., None]
-    has_room = sizes < caps
-    return sizes + (has_room & (jnp.cumsum(has_room, axis=-1, dtype=jnp.int32) <= spare))
+    can_grow = sizes_at(level + 1) > sizes
+    return sizes + (can_grow & (jnp.cumsum(can_grow, axis=-1, dtype=jnp.int32) <= spare))
 
 
 # ---------------------------------------------------------------------------- layers
@@ -147,22 +155,24 @@ def profile_layers(
     retained: Float[Array, " L"],
     base: Int[Array, " B"] | None,
     caps: Int[Array, "B L"],
+    protected: Int[Array, "B L"],
     lengths: Int[Array, " B"],
 ) -> Int[Array, "B L"]:
     """Sizes from a stored profile: the fraction of the prompt that each layer retains.
 
     Without `base`, layer l keeps lengths * retained[l], largest remainder over the layers, in
-    all round(lengths * sum(retained)). With `base`, the profile is scaled to L * base.
+    all round(lengths * sum(retained)). With `base`, the profile is scaled to L * base. A layer
+    keeps its protected entries whatever its profile says; the others make up for them.
     """
     layers = caps.shape[-1]
     weight = retained.astype(jnp.float32)
     asked = lengths * weight.sum() if base is None else layers * base
     total = jnp.round(asked).astype(jnp.int32)
     quota = total[:, None] * (weight / weight.sum())
-    floors = jnp.floor(quota)
-    spare = total - floors.sum(-1).astype(jnp.int32)
+    floors = jnp.floor(quota).astype(jnp.int32)
+    spare = total - floors.sum(-1, dtype=jnp.int32)
     one_more = select_top(quota - floors, spare, jnp.ones(caps.shape, bool))
-    return spread(floors.astype(jnp.int32) + one_more, caps, total)
+    return spread(floors + one_more, caps, total, protected)
 
 
 def prefix_layers(
@@ -237,14 +247,16 @@ def ada_heads(
     """Ada-KV (Feng et al. 2024, algorithm 1): heads share a layer's budget by their best scores.
 
     Let n_h be head h's members among the K * base best scores of all heads. The safeguard mixes
-    n_h with the uniform budget, (1 - floor) n_h + floor * base, which need not be whole:
+    n_h with the uniform budget,
 
-        size_h = floor((1 - alpha) n_h) + u_h,    u = the rest, shared out evenly,
+        size_h = (1 - alpha) n_h + alpha base,
 
-    the odd ones of the rest to the heads of the most mass. Upstream rounds each mix and loses or
-    gains entries; largest remainder is exact but a head can lose an entry when the budget grows.
-    This rounding is exact, monotone in `base`, never below floor(alpha * base), never above the
-    cap, and does not depend on the order of the heads.
+    which need not be whole: upstream rounds each and loses or gains entries. Here it is the
+    largest remainder, ties to the head of the most mass, so that the order of the heads does not
+    matter. Every size lies between n_h and base, so a layer retains at least the uniform budget's
+    mass at any alpha, and no head falls below floor(alpha * base) or rises above the cap. When
+    base grows by one, a head that gains no member gains alpha in remainder and a rounded-up one
+    keeps its place among the largest: sizes are monotone in `base`.
 
     Args:
       scores: importance >= 0 of the selectable tokens of each head.
@@ -266,8 +278,8 @@ def ada_heads(
     ).reshape(scores.shape)
     count = flat.sum(-1, dtype=jnp.int32)
     alpha = round(floor * THOUSAND)
-    certain = (THOUSAND - alpha) * count // THOUSAND
-    rest = (count - certain).sum(-1, keepdims=True, dtype=jnp.int32)
-    mass = jnp.where(eligible, scores, 0.0).sum(-1)
-    place = jnp.argsort(jnp.argsort(-mass, axis=-1, stable=True), axis=-1)
-    return certain + (rest + heads - 1 - place) // heads
+    even = count.sum(-1, keepdims=True, dtype=jnp.int32) // heads
+    mix = (THOUSAND - alpha) * count + alpha * even
+    by_mass = jnp.argsort(-jnp.where(eligible, scores, 0.0).sum(-1), axis=-1, stable=True)
+    sizes = largest_remainder(jnp.take_along_axis(mix, by_mass, axis=-1), THOUSAND)
+    return jnp.take_along_axis(sizes, jnp.argsort(by_mass, axis=-1), axis=-1)

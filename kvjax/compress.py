@@ -275,5 +275,5 @@ def capacities(
 def _profile_scale(config: CompressionConfig, base: int, tokens: int) -> float:
     """Entries per unit of the profile: the prompt itself, or what meets the budget."""
     if config.budget is None or config.profile is None:
-        return tokens
+        return float(tokens)
     return base * len(config.profile) / sum(config.profile)

@@ -1,0 +1,42 @@
+# Each target does its own set-up: `make demo` and `make test` need Python 3.12 or later and no more.
+.DEFAULT_GOAL := help
+VENV := .venv
+RUN := JAX_PLATFORMS=cpu $(VENV)/bin/python
+# The first interpreter on the path that is new enough (`make PYTHON=...` to choose one).
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: $(VENV)/.installed  ## virtual environment with everything that tests and demo need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "kvjax needs Python 3.12 or later on the path" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup  ## text from every method, and what each keeps and costs
+	$(RUN) -m kvjax.demo
+
+test: setup  ## the whole test suite
+	$(RUN) -m pytest -n auto --dist loadfile
+
+lint: setup  ## ruff: rules and format
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+types: setup  ## mypy
+	$(VENV)/bin/mypy
+
+fidelity: setup  ## agreement with kvpress on 200 documents (needs ../shared/data), about 10 minutes
+	$(RUN) -m kvjax.eval.fidelity --data ../shared/data -o docs/fidelity_table.md
+
+bench: setup  ## speed on this machine, about 5 minutes
+	$(RUN) -m kvjax.bench -o docs/bench_cpu.json
+
+clean:  ## remove what set-up and tests made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+
+.PHONY: help setup demo test lint types fidelity bench clean

@@ -1,0 +1,255 @@
+"""What the commands do. Slow imports are made where they are needed."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import kvjax
+from kvjax.cli.files import check_vocabulary, read_documents, read_prompts, read_text
+from kvjax.cli.settings import announce, compression, resolved, sampling
+from kvjax.config import CompressionConfig
+from kvjax.methods import METHODS, Method
+from kvjax.prompts import as_rows, bucket
+from kvjax.request import check_rows
+
+Document = tuple[list[int], int]  # tokens, prefix
+
+
+# ---------------------------------------------------------------------------- methods, convert
+def methods(arguments: argparse.Namespace) -> None:
+    """`kvjax methods`."""
+    if arguments.json:
+        table = {
+            name: dataclasses.asdict(method) | {"always_kept": _always_kept(method)}
+            for name, method in METHODS.items()
+        }
+        print(json.dumps(table))
+        return
+    rows = [("NAME", "SCORER", "LAYERS", "HEADS", "ALWAYS KEPT", "PAPER")]
+    rows += [
+        (name, method.scorer, method.layers, method.heads, _always_kept(method), method.paper)
+        for name, method in METHODS.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def _always_kept(method: Method) -> str:
+    if method.scorer == "none":
+        return "everything"
+    names = {"window": "the window", "half": "last half of the budget"}
+    recent = names.get(str(method.recent), f"last {method.recent}")
+    return f"first {method.sinks}, {recent}" if method.sinks else recent
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """`kvjax convert`."""
+    from kvjax.convert import convert_llama2c
+
+    print(convert_llama2c(arguments.checkpoint, arguments.vocabulary, arguments.out))
+
+
+# ---------------------------------------------------------------------------- generate
+def generate(arguments: argparse.Namespace) -> None:
+    """`kvjax generate`."""
+    config, rules = compression(arguments), sampling(arguments)
+    texts, ids = _given(arguments)
+    model, tokenizer = kvjax.load(
+        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
+    )
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if texts and tokenizer is None:
+        raise ValueError(f"{arguments.model} has no tokenizer, expected token ids (--tokens)")
+    vocab_size = model.config.vocab_size
+    for place, row in ids.items():
+        check_vocabulary(row, place, vocab_size)
+    check_vocabulary(arguments.eos or [], "--eos", vocab_size)
+    rows = as_rows(
+        texts or list(ids.values()),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        chat=arguments.chat,
+    )
+    call = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "tokenizer": tokenizer,
+        "sampling": rules,
+        "seed": arguments.seed,
+        "eos_ids": () if arguments.ignore_eos else arguments.eos,
+    }
+    # This checks the whole call, and runs nothing until it is asked for a step.
+    steps = kvjax.stream(model, rows, config, stop=arguments.stop, **call)
+    lengths = [len(row) for row in rows]
+    announce(config, lengths)
+    if arguments.json:
+        report = _measured(model, rows, config, arguments.stop, call)
+        report |= {"prompt_tokens": lengths, "max_new_tokens": arguments.max_new_tokens}
+        report |= {"dtype": arguments.dtype, "seed": arguments.seed} | dataclasses.asdict(rules)
+        print(json.dumps(report | resolved(config, lengths)))
+    elif len(rows) == 1:
+        _show_as_drawn(steps)
+    else:
+        _show_answers(steps, len(rows))
+
+
+def _given(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list[int]]]:
+    """Prompts as texts, or as token ids by their place in the file."""
+    if arguments.tokens is not None:
+        if arguments.chat:
+            raise ValueError("--chat needs a text (--prompt or --prompt-file), got --tokens")
+        return [], read_prompts(arguments.tokens)
+    if arguments.prompt_file is not None:
+        return [read_text(arguments.prompt_file)], {}
+    return arguments.prompt, {}
+
+
+def _show_as_drawn(steps: Iterable[kvjax.Step]) -> None:
+    """The only answer; its text as it is, without a line end that is not part of it."""
+    written = False
+    for step in steps:
+        if step.text is not None:
+            piece = step.text[0]
+        else:
+            piece = "".join(f" {token}" for token in step.tokens[0])
+            piece = piece if written else piece.lstrip()
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        written = written or bool(piece)
+    if step.text is None or sys.stdout.isatty():
+        sys.stdout.write("\n")
+
+
+def _show_answers(steps: Iterable[kvjax.Step], rows: int) -> None:
+    """Answers one after another: token ids a line each, texts with --- between them."""
+    texts, tokens = [""] * rows, [[] for _ in range(rows)]
+    for step in steps:
+        for row in range(rows):
+            tokens[row] += step.tokens[row]
+            texts[row] += step.text[row] if step.text is not None else ""
+    if step.text is None:
+        print("\n".join(" ".join(map(str, row)) for row in tokens))
+    else:
+        print("\n---\n".join(texts))
+
+
+def _measured(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    config: CompressionConfig,
+    stop: Sequence[str],
+    call: dict[str, Any],
+) -> dict[str, Any]:
+    """Answers, bytes, and seconds of each phase (None with stop strings)."""
+    if stop:
+        compiled = kvjax.compilations()
+        out, timings = kvjax.generate(model, rows, config, stop=stop, **call), None
+        compiled = kvjax.compilations() - compiled
+    else:
+        out, timings = kvjax.timed_generate(model, rows, config, **call)
+        compiled = timings.compilations
+    entry = 2 * model.config.head_dim * model.embed.table_VD[...].dtype.itemsize
+    drawn = sum(map(len, out.tokens))
+    return {
+        "text": out.text,
+        "tokens": out.tokens,
+        "log_probs": out.log_probs,
+        "cache_bytes": out.cache_bytes,
+        "full_cache_bytes": out.full_cache_bytes,
+        "entry_bytes": int(out.kept.sum()) * entry,
+        "kept": out.kept.tolist(),
+        "prefill_seconds": timings and timings.prefill,
+        "compress_seconds": timings and timings.compress,
+        "decode_seconds": timings and timings.decode,
+        "compile_seconds": timings and timings.compile,
+        "tokens_per_second": timings and drawn / timings.decode,
+        "compilations": compiled,
+    }
+
+
+# ---------------------------------------------------------------------------- score
+def score(arguments: argparse.Namespace) -> None:
+    """`kvjax score`."""
+    from tqdm import tqdm
+
+    from kvjax.models.weights import load_decoder
+
+    if arguments.positions and not arguments.json:
+        raise ValueError("--positions needs --json, which alone prints them")
+    config = compression(arguments)
+    places = read_documents(arguments.tokens)
+    model = load_decoder(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    _check_documents(places, model, config)
+    documents = list(places.values())
+    announce(config, [prefix for _, prefix in documents])
+    scored: dict[int, kvjax.Scored] = {}
+    with tqdm(total=len(documents), desc="score", unit="text") as bar:
+        for batch in batches(documents, arguments.batch):
+            tokens, prefixes = zip(*(documents[index] for index in batch), strict=True)
+            results = kvjax.score(
+                model,
+                tokens,
+                prefixes,
+                config,
+                seed=arguments.seed,
+                positions=arguments.positions,
+            )
+            scored |= zip(batch, results, strict=True)
+            bar.update(len(set(batch)))
+    in_order = [scored[index] for index in range(len(documents))]
+    if arguments.json:
+        for one in in_order:
+            line = {"nll": one.nll, "kept": one.kept, "top1": one.top1}
+            print(json.dumps(line | ({"positions": one.positions} if arguments.positions else {})))
+    else:
+        print(_summary(in_order))
+
+
+def _check_documents(places: dict[str, Document], model: Any, config: CompressionConfig) -> None:
+    """Raise ValueError where a document, or the config for it, does not fit the model."""
+    context = model.config.max_position_embeddings
+    for place, (tokens, _) in places.items():
+        check_vocabulary(tokens, place, model.config.vocab_size)
+        if len(tokens) > context:
+            raise ValueError(
+                f"{place} has {len(tokens)} tokens, expected at most the model's context of"
+                f" {context}"
+            )
+    # What is left to check depends on a prefix's length alone.
+    prefixes = {prefix: tokens[:prefix] for tokens, prefix in places.values()}
+    check_rows(model, list(prefixes.values()), config)
+
+
+def batches(documents: Sequence[Document], size: int) -> Iterator[list[int]]:
+    """Indices of documents that share a compiled program, at most `size` at once.
+
+    A program is made for a bucket of prefixes, a bucket of what follows and a number of rows. So
+    each pair of buckets is divided evenly, and its last batch filled up with a repeated document.
+    """
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, (tokens, prefix) in enumerate(documents):
+        groups[bucket(prefix), bucket(len(tokens) - prefix)].append(index)
+    for group in groups.values():
+        count = math.ceil(len(group) / size)
+        rows = math.ceil(len(group) / count)
+        for start in range(0, len(group), rows):
+            part = group[start : start + rows]
+            yield part + part[-1:] * (rows - len(part))
+
+
+def _summary(scored: Sequence[kvjax.Scored]) -> str:
+    losses = [loss for one in scored for loss in one.nll]
+    mean = math.fsum(losses) / len(losses)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    kept = sum(one.kept for one in scored) / len(scored)
+    return (
+        f"documents {len(scored)}, tokens {len(losses)}, mean NLL {mean:.6f},"
+        f" perplexity {perplexity:.4f}, mean kept {kept:.1f}"
+    )

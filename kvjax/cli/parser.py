@@ -1,0 +1,161 @@
+"""Commands and flags."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import kvjax
+from kvjax.cli import commands
+from kvjax.methods import METHODS
+
+_LARGEST = 2**31 - 1  # what an int32 holds
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print its usage and exit."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A type for argparse: an int32 of at least `least`."""
+
+    def parse(text: str) -> int:
+        expected = f"{text!r}, expected an integer from {least} to {_LARGEST}"
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(expected) from None
+        if not least <= value <= _LARGEST:
+            raise argparse.ArgumentTypeError(expected)
+        return value
+
+    return parse
+
+
+def build_parser() -> Parser:
+    """The parser of `kvjax`; the chosen command is the attribute `run` of what it returns."""
+    parser = Parser(prog="kvjax", description="KV-cache compression in JAX and Flax.")
+    parser.add_argument("--version", action="version", version=f"kvjax {kvjax.__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], None], name: str, summary: str) -> Parser:
+        sub = subparsers.add_parser(name, help=summary, description=f"{summary}.")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(commands.methods, "methods", "List the methods of compression")
+    sub.add_argument("--json", action="store_true", help="one JSON object, keyed by name")
+
+    sub = command(commands.generate, "generate", "Answer prompts with a compressed cache")
+    _model_flags(sub)
+    _prompt_flags(sub)
+    _method_flags(sub)
+    _answer_flags(sub)
+    sub.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: answers, bytes, entries kept, seconds of each phase (null with"
+        " --stop, which looks at the text between steps) and all settings",
+    )
+
+    sub = command(commands.score, "score", "Score texts after a compressed prefix")
+    _model_flags(sub)
+    sub.add_argument(
+        "--tokens",
+        required=True,
+        metavar="FILE",
+        help='JSON lines {"tokens": [ids], "prefix": n}; the first n tokens are compressed',
+    )
+    _method_flags(sub)
+    sub.add_argument("--batch", type=whole(1), default=16, metavar="N", help="texts at once (16)")
+    sub.add_argument(
+        "--positions", action="store_true", help="with --json: also which positions were kept"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON line a text, in order")
+
+    sub = command(commands.convert, "convert", "Make a Hugging Face directory of a llama2.c model")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="such as stories15M.bin")
+    sub.add_argument("vocabulary", metavar="VOCABULARY", help="such as tokenizer.bin")
+    sub.add_argument("out", metavar="OUT", help="a directory that is new or empty")
+    return parser
+
+
+def _model_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="config.json, safetensors and tokenizer files, as on the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of weights and cache (float32)",
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of random draws (0)")
+
+
+def _prompt_flags(parser: Parser) -> None:
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    prompts.add_argument(
+        "--prompt-file", metavar="F", help="one prompt: the whole file as it is, in UTF-8"
+    )
+    prompts.add_argument(
+        "--tokens",
+        metavar="F",
+        help="token ids, one prompt a line: separated by spaces or commas, or a JSON list",
+    )
+    parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+
+
+def _method_flags(parser: Parser) -> None:
+    add = parser.add_argument_group("compression").add_argument
+    add("--method", default="full", metavar="M", help=f"{', '.join(METHODS)} (full)")
+    add(
+        "--budget",
+        metavar="N|P%",
+        help="entries kept per KV head, on average over heads and layers: a number, or a percentage"
+        " of the prompt; full ignores it",
+    )
+    add("--window", type=whole(1), metavar="N", help="last tokens observed (min(32, budget // 2))")
+    add("--pool", choices=("max", "average", "none"), help="smoothing of window scores (max)")
+    add("--kernel", type=whole(1), metavar="N", help="width of the pooling, odd (7)")
+    add("--floor", type=float, metavar="A", help="Ada-KV's alpha, from 0 to 1 (0.2)")
+    add("--beta", type=whole(1), metavar="N", help="PyramidKV's steepness (20)")
+    add("--head-cap", type=whole(1), metavar="N", help="Ada-KV: most entries of a head (no cap)")
+    add("--group", choices=("mean", "max"), help="over the query heads of a KV head (mean)")
+    add("--reduce", choices=("mean", "sum"), help="over the window's queries (mean)")
+    add(
+        "--profile",
+        metavar="FILE",
+        help="PrefixKV offline: a JSON list of the fraction EVICTED from each layer, as its"
+        " authors publish them",
+    )
+
+
+def _answer_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("answer")
+    add = group.add_argument
+    add("--max-new-tokens", type=whole(1), default=128, metavar="N", help="(128)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 for greedy (0)")
+    add("--top-k", type=whole(0), default=0, metavar="N", help="0 for all tokens (0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="1 for all tokens (1)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="0 for all tokens (0)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 for none (1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
+    ends = group.add_mutually_exclusive_group()
+    ends.add_argument(
+        "--eos",
+        type=whole(0),
+        action="append",
+        metavar="ID",
+        help="token that ends an answer; repeatable (the model's own)",
+    )
+    ends.add_argument("--ignore-eos", action="store_true", help="no token ends an answer")

@@ -1,0 +1,73 @@
+"""From flags to a CompressionConfig, and back to words."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kvjax.cli.files import read_profile
+from kvjax.config import CompressionConfig, parse_budget
+from kvjax.rows import largest
+from kvjax.sampling import Sampling
+
+_OPTIONAL = ("window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce")
+
+
+def compression(arguments: argparse.Namespace) -> CompressionConfig:
+    """The config that the flags of compression ask for; what is not given has its default."""
+    given = {name: getattr(arguments, name) for name in _OPTIONAL}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if arguments.profile is not None:
+        settings["profile"] = read_profile(arguments.profile)
+    budget = None if arguments.budget is None else parse_budget(arguments.budget)
+    return CompressionConfig.named(arguments.method, budget=budget, **settings)
+
+
+def sampling(arguments: argparse.Namespace) -> Sampling:
+    """How the flags of the answer ask tokens to be drawn."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Sampling(**{name: getattr(arguments, name) for name in names})
+
+
+def resolved(config: CompressionConfig, lengths: Sequence[int]) -> dict[str, Any]:
+    """`config` as a dictionary, with the window that the longest prompt gets.
+
+    Args:
+      lengths: tokens of each prompt.
+    """
+    window = largest(config, max(lengths)).window if _observes(config) else None
+    return dataclasses.asdict(config) | {"window": window}
+
+
+def announce(config: CompressionConfig, lengths: Sequence[int]) -> None:
+    """One line on stderr: the method and those of its settings that have an effect."""
+    shown = resolved(config, lengths)
+    if isinstance(config.budget, float):
+        shown["budget"] = f"{100 * config.budget:g}%"
+    if _observes(config):
+        # It grows with the budget, and that with the prompt.
+        least, most = (largest(config, end(lengths)).window for end in (min, max))
+        shown["window"] = most if least == most else f"{least}..{most}"
+    if config.profile is not None:
+        shown["profile"] = f"{len(config.profile)} layers"
+    pooled = config.compresses and config.scorer == "window"
+    effective = {
+        "method": True,
+        "budget": config.budget is not None,
+        "window": _observes(config),
+        "reduce": pooled,
+        "pool": pooled,
+        "kernel": pooled and config.pool != "none",
+        "group": pooled or (config.compresses and config.scorer == "accumulated"),
+        "floor": config.compresses and config.heads == "ada",
+        "head_cap": config.head_cap is not None,
+        "beta": config.compresses and config.layers == "pyramid",
+        "profile": config.profile is not None,
+    }
+    line = " ".join(f"{name}={shown[name]}" for name, shows in effective.items() if shows)
+    print(line, file=sys.stderr, flush=True)
+
+
+def _observes(config: CompressionConfig) -> bool:
+    return config.compresses and config.uses_window

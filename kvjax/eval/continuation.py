@@ -1,0 +1,76 @@
+"""How well a compressed prefix still predicts what follows, against the full cache."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvjax.config import CompressionConfig
+from kvjax.likelihood import Scored, score
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method at one budget over all documents.
+
+    Attributes:
+      nll: mean over all target tokens, in nats.
+      delta: what compression adds to it.
+      agree: share of targets (the first of each document left out) whose likeliest token is the
+        full cache's.
+      kept: entries kept per head, the mean over documents, layers and heads.
+    """
+
+    nll: float
+    delta: float
+    agree: float
+    kept: float
+
+
+def rest(document: dict) -> int:
+    """Tokens after the prefix."""
+    return len(document["ids"]) - document["prompt"]
+
+
+def evaluate(
+    model: Any, documents: list[dict], config: CompressionConfig, full: list[Scored] | None
+) -> tuple[list[Scored], Result]:
+    """Score every document; a document is {"ids": tokens, "prompt": tokens of its prefix}.
+
+    `full` is the uncompressed run's scores, None for that run itself.
+    """
+    scores: list[Scored] = []
+    # Every batch holds a longest prompt and a longest rest: one shape, one compilation.
+    longest = [
+        max(range(len(documents)), key=lambda index: documents[index]["prompt"]),
+        max(range(len(documents)), key=lambda index: rest(documents[index])),
+    ]
+    rows = min(BATCH, len(documents))
+    for start in range(0, len(documents), rows):
+        chosen = list(range(start, min(start + rows, len(documents))))
+        filled = chosen + [chosen[-1]] * (rows - len(chosen)) + longest
+        batch = score(
+            model,
+            [documents[index]["ids"] for index in filled],
+            [documents[index]["prompt"] for index in filled],
+            config,
+            positions=True,
+        )
+        scores += batch[: len(chosen)]
+    total = sum(len(scored.nll) for scored in scores)
+    nll = sum(sum(scored.nll) for scored in scores) / total
+    reference = scores if full is None else full
+    same = sum(
+        sum(a == b for a, b in zip(mine.top1[1:], theirs.top1[1:], strict=True))
+        for mine, theirs in zip(scores, reference, strict=True)
+    )
+    base = sum(sum(scored.nll) for scored in reference) / total
+    heads = model.config.num_layers * model.config.num_kv_heads
+    return scores, Result(
+        nll=nll,
+        delta=nll - base,
+        agree=same / (total - len(scores)),
+        kept=float(np.mean([scored.kept / heads for scored in scores])),
+    )

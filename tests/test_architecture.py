@@ -1,0 +1,80 @@
+"""The arrows between modules run one way (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BELOW = {"config", "methods", "cache", "kernels"}  # what compression may build on
+COMPRESSION = {"rows", "scores", "budgets", "compress"}
+ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
+LOADING = {"models", "tokenizer", "load", "convert"}
+
+# Who may import which parts of kvjax; each may import itself.
+ALLOWED = {
+    "kernels": set(),
+    "methods": set(),
+    "config": {"methods"},
+    "cache": {"kernels"},
+    "models": {"cache", "kernels"},
+    **dict.fromkeys(COMPRESSION, BELOW | COMPRESSION),
+    **dict.fromkeys(ENGINE, BELOW | COMPRESSION | ENGINE),  # the model comes as an argument
+    "tokenizer": set(),
+    "convert": set(),
+    "load": {"models", "tokenizer"},
+}
+# What sits on top may import everything; nothing else imports it.
+TOP = {"__init__", "cli", "eval", "bench", "demo"}
+# Third parties of the lowest layers.
+PACKAGES = {"kernels": {"jax", "jaxtyping"}, "methods": set(), "config": set()}
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(part, file): the part is the first name below `kvjax`."""
+    files = [*ROOT.glob("kvjax/*.py"), *ROOT.glob("kvjax/eval/**/*.py")]
+    files += [*ROOT.glob("models/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+    found = []
+    for file in files:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        found.append((parts[1] if parts[0] == "kvjax" else parts[0], file))
+    return found
+
+
+def imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), modules(), ids=lambda value: getattr(value, "name", value)
+)
+def test_imports_follow_the_arrows(part, file):
+    names = imports(file)
+    for name in names:
+        assert name.split(".")[0] not in ("models", "kernels"), f"{file}: import kvjax.{name}"
+    if part in TOP:
+        return
+    assert part in ALLOWED, f"{file}: give {part} its place in ALLOWED"
+    ours = {name.split(".")[1] for name in names if name.startswith("kvjax.")}
+    assert ours <= ALLOWED[part] | {part}
+    if part in PACKAGES:
+        known = PACKAGES[part] | {"kvjax"}
+        others = {name.split(".")[0] for name in names} - known
+        assert others <= STANDARD, f"{file} imports {others - STANDARD}"
+
+
+STANDARD = {"collections", "dataclasses", "functools", "math", "types", "typing"}
+
+
+def test_the_walk_sees_every_part():
+    parts = {part for part, _ in modules()}
+    assert parts >= set(ALLOWED) | {"__init__", "eval", "bench"}
+    attention = ROOT / "models" / "attention.py"
+    assert "kvjax.cache.Cache" in imports(attention)
