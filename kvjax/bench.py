@@ -89,13 +89,13 @@ def scoring(batch: int, config: ModelConfig) -> tuple[float, float]:
     """Seconds of all layers' prefill attention, and of their accumulated scores."""
     keys = jax.random.split(jax.random.key(0), 3)
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    q, k, v = (
+    q_BTNH, k_BTKH, v_BTKH = (
         jax.random.normal(key, (batch, PROMPT, heads, h))
         for key, heads in zip(keys, (n, k, k), strict=True)
     )
     lengths = jnp.full((batch,), PROMPT, jnp.int32)
-    attention, (_, lse) = best(prefill_attention, q, k, v, lengths)
-    sums, _ = best(accumulated_scores, q, k, lse, lengths)
+    attention, (_, lse_BNT) = best(prefill_attention, q_BTNH, k_BTKH, v_BTKH, lengths)
+    sums, _ = best(accumulated_scores, q_BTNH, k_BTKH, lse_BNT, lengths)
     return attention * config.num_layers, sums * config.num_layers
 
 
@@ -111,7 +111,7 @@ def measure(model: Decoder, batch: int, methods: list[str], budget: int, rate: f
 
     prefill, (logits, *_) = best(read, model, tokens, lengths)
     attention, sums = scoring(batch, model.config)
-    result = {
+    result: dict[str, Any] = {
         "batch": batch,
         "prefill": prefill,
         "prefill_attention": attention,

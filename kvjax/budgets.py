@@ -35,7 +35,7 @@ def kth_largest(keys: UInt[Array, "*shape S"], k: Int[Array, "*shape"]) -> UInt[
     """
 
     def try_bit(index, found):
-        candidate = found | (jnp.uint32(1) << (jnp.uint32(31) - index.astype(jnp.uint32)))
+        candidate = found | (jnp.uint32(1) << jnp.asarray(31 - index, jnp.uint32))
         count = (keys >= candidate[..., None]).sum(-1, dtype=jnp.int32)
         return jnp.where(count >= k, candidate, found)
 

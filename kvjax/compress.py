@@ -138,16 +138,17 @@ def _sizes_from_lengths(config, rows, tokens, windows) -> Int[Array, "B L"]:
         return jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], axis=1)
 
     caps_BL, held_BL = count(eligible), count(protected)
+    if config.head_cap is not None:
+        caps_BL = jnp.minimum(caps_BL, config.head_cap)
     if config.profile is not None:
         base = None if config.budget is None else rows.base
-        sizes_BL = budgets.profile_layers(jnp.array(config.profile), base, caps_BL, rows.lengths)
-        # A layer keeps its protected entries whatever its profile says.
-        return jnp.maximum(sizes_BL, held_BL)
+        retained = jnp.array(config.profile, jnp.float32)
+        return budgets.profile_layers(retained, base, caps_BL, held_BL, rows.lengths)
     if config.layers == "pyramid":
         selectable = rows.base - rows.sinks - rows.recent
         ramp_BL = budgets.pyramid_layers(selectable, caps_BL - held_BL, config.beta)
-        total = len(windows) * rows.base
-        return budgets.spread(held_BL + ramp_BL, caps_BL, total)
+        wanted_BL = (rows.sinks + rows.recent)[:, None] + ramp_BL
+        return budgets.spread(wanted_BL, caps_BL, len(windows) * rows.base)
     return budgets.uniform_layers(rows.base, caps_BL)
 
 
@@ -236,29 +237,49 @@ def capacity(
     sizes, more for the others.
     """
     rows, layers = largest(config, tokens), len(windows)
-    base = rows.base
-    cut = any(window is not None and window <= base for window in windows)
+    base, held = rows.base, rows.sinks + rows.recent
+    total, most, size = layers * base, base, base
     if config.profile is not None:
-        shares = [share * _profile_scale(config, base, tokens) for share in config.profile]
-        cut = cut or max(shares) > tokens
-        size = math.ceil(shares[index]) + 1 + rows.sinks + rows.recent
+        total, most, size = _profile_reach(config, base, tokens, index)
+        size = max(size, held)
     elif config.layers == "prefix":
-        cut, size = True, base
-    elif config.layers == "pyramid":
-        held = rows.sinks + rows.recent
+        size = total
+    elif config.layers == "pyramid" and layers > 1:
         ramp, low = base - held, (base - held) // config.beta
-        step = 2 * (ramp - low) / max(layers - 1, 1)
+        step = 2 * (ramp - low) / (layers - 1)
+        most = 2 * base
         size = held + 1 + max(math.ceil(2 * ramp - low - index * step), ramp)
-    else:
-        size = base
+    cut = any(window is not None and window <= most for window in windows)
     if cut and len(set(windows)) + (config.layers != "uniform") > 1:
-        size = layers * base  # what other layers cannot hold may all come here
+        size = total  # what other layers cannot hold may all come here
     size = min(size, tokens)
     if config.heads == "ada":
         alpha = round(config.floor * budgets.THOUSAND) / budgets.THOUSAND
-        most = math.ceil((1 - alpha) * kv_heads * size + alpha * size) + 2
-        size = min(most, config.head_cap or most)
-    return min(size, tokens)
+        top = math.ceil((1 - alpha) * kv_heads * size + alpha * size) + 1
+        size = min(top, config.head_cap or top)
+    seen = windows[index]
+    return min(size, tokens if seen is None else max(seen - 1, 1))
+
+
+def _profile_reach(
+    config: CompressionConfig, base: int, tokens: int, index: int
+) -> tuple[int, int, int]:
+    """Most entries that a profile gives to all layers, to any one, and to layer `index`."""
+    profile = config.profile or ()
+    layers, shares = len(profile), sum(profile)
+    if config.budget is None:
+        total, scale, crowded = math.ceil(tokens * shares) + 1, float(tokens), False
+    else:
+        total, scale = layers * base, layers * base / shares
+        # A layer that wants more than a short prompt has leaves the rest to the others.
+        part = 1 if isinstance(config.budget, int) else config.fraction
+        crowded = part * layers * max(profile) > shares
+    size = profile[index] * scale
+    if crowded:
+        # No layer is raised by more than `base`, nor above one that the profile prefers to it.
+        peers = sum(share >= profile[index] for share in profile)
+        size = min(size + base, total / peers)
+    return total, math.ceil(max(profile) * scale) + base, math.ceil(size) + 2
 
 
 def capacities(
@@ -270,10 +291,3 @@ def capacities(
     return tuple(
         capacity(config, tokens, index, windows, kv_heads) for index in range(len(windows))
     )
-
-
-def _profile_scale(config: CompressionConfig, base: int, tokens: int) -> float:
-    """Entries per unit of the profile: the prompt itself, or what meets the budget."""
-    if config.budget is None or config.profile is None:
-        return float(tokens)
-    return base * len(config.profile) / sum(config.profile)

@@ -146,8 +146,7 @@ class CompressionConfig:
 
     def skips(self, bucket: int) -> bool:
         """Whether a prompt of this bucket is left alone: nothing could be evicted."""
-        fixed = isinstance(self.budget, int)
-        return not self.compresses or (fixed and self.budget >= bucket)
+        return not self.compresses or (isinstance(self.budget, int) and self.budget >= bucket)
 
 
 def parse_budget(text: str) -> int | float:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
-Row = Sequence[int] | np.ndarray
+Row = Sequence[int | np.integer] | np.ndarray
 Prompts = str | Sequence[str] | Row | Sequence[Row]
 
 
@@ -39,21 +40,13 @@ def as_rows(
       special: let the tokenizer add its special tokens (BOS); False for a later turn.
 
     Raises:
-      ValueError: no prompt, an empty one, an id outside the vocabulary, no tokenizer for text.
+      ValueError: no prompt, an empty one, an id outside the vocabulary, no tokenizer for text, a
+        mask of another shape than the prompts'.
     """
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
         prompts = [prompts]  # type: ignore[assignment]
     if attention_mask is not None:
-        prompts = np.asarray(prompts)
-        if np.shape(attention_mask) != prompts.shape:
-            raise ValueError(
-                f"attention_mask has shape {np.shape(attention_mask)},"
-                f" expected the prompts' {prompts.shape}"
-            )
-        prompts = [
-            np.asarray(row)[np.asarray(mask) > 0]
-            for row, mask in zip(prompts, attention_mask, strict=True)
-        ]
+        prompts = _unpadded(prompts, np.asarray(attention_mask))
     if not len(prompts):
         raise ValueError("prompts is empty, expected at least one prompt")
     rows = [_row(prompt, tokenizer, chat, special) for prompt in prompts]
@@ -69,6 +62,23 @@ def as_rows(
     return rows
 
 
+def _unpadded(prompts: Any, attention_mask: np.ndarray) -> list[np.ndarray]:
+    if any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts are text, expected token ids beside an attention_mask")
+    widths = sorted({len(row) for row in prompts})
+    if len(widths) > 1:
+        raise ValueError(
+            f"prompts have {widths[0]} to {widths[-1]} tokens,"
+            " expected rows of one length beside an attention_mask"
+        )
+    tokens = np.asarray(prompts)
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask has shape {attention_mask.shape}, expected the prompts' {tokens.shape}"
+        )
+    return [row[mask > 0] for row, mask in zip(tokens, attention_mask, strict=True)]
+
+
 def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
@@ -80,7 +90,10 @@ def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat=True, expected a tokenizer with a chat template")
         turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not take this prompt ({error})") from None
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
 

@@ -39,6 +39,8 @@ class Request(struct.PyTreeNode):
     ):  # fmt: skip
         if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
             raise ValueError(f"max_new_tokens={new_tokens!r}, expected an integer of at least 1")
+        if any(not text for text in stop):
+            raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
         if stop and tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
         rows = as_rows(

@@ -45,7 +45,7 @@ def make_rows(config: CompressionConfig, lengths: Int[Array, " B"]) -> Rows:
     """
     lengths = lengths.astype(jnp.int32)
     if isinstance(config.budget, int):
-        base = jnp.minimum(config.budget, lengths)
+        base = jnp.minimum(min(config.budget, jnp.iinfo(jnp.int32).max), lengths)
     else:
         part = floor_of_product(lengths, round(config.fraction * MILLION), MILLION)
         base = jnp.minimum(lengths, jnp.maximum(part, 2))

@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+# Temperatures below are greedy: the draw is the likeliest token anyway, and logits divided by a
+# smaller number can leave fp32.
+COLD = 1e-6
+
 
 class Switches(NamedTuple):
     """Which rules are on (static)."""
@@ -71,7 +75,7 @@ class Sampling:
     def switches(self) -> Switches:
         """Which rules are on."""
         return Switches(
-            greedy=self.temperature == 0,
+            greedy=self.temperature < COLD,
             top_k=self.top_k > 0,
             top_p=self.top_p < 1,
             min_p=self.min_p > 0,

@@ -92,7 +92,8 @@ def pool(scores: Float[Array, "B K T"], how: str, kernel: int) -> Float[Array, "
     """
     if how == "none" or kernel == 1:
         return scores
-    window = (1, 1, kernel)
+    # What is wider than both neighbourhoods of a whole sequence is as wide as they are.
+    window = (1, 1, min(kernel, 2 * scores.shape[-1] - 1))
     if how == "average":
         return lax.reduce_window(scores, 0.0, lax.add, window, (1, 1, 1), "SAME") / kernel
     return lax.reduce_window(scores, -jnp.inf, lax.max, window, (1, 1, 1), "SAME")

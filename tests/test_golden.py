@@ -4,9 +4,10 @@ import json
 
 import jax
 import jax.numpy as jnp
-import kvjax
 import numpy as np
 import pytest
+
+import kvjax
 from kvjax import CompressionConfig, stages
 from kvjax.cache import with_room
 

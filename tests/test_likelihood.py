@@ -4,9 +4,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import kvjax
 import numpy as np
 import pytest
+
+import kvjax
 from kvjax import CompressionConfig, likelihood, stages
 from kvjax.cache import with_room
 from kvjax.models.weights import load_decoder
@@ -28,6 +29,7 @@ def texts():
 
 
 PREFIXES = [40, 33, 32]
+STEPS = 48
 
 
 def whole_text_nll(model, text):
@@ -38,6 +40,17 @@ def whole_text_nll(model, text):
         x, _, _, _ = layer.prefill(x, jnp.asarray(lengths), stages.ProbeRequest())
     logits = np.asarray(jax.nn.log_softmax(model.logits(x)))[0, : len(text)]
     return -logits[np.arange(len(text) - 1), text[1:]], logits.argmax(-1)
+
+
+@jax.jit
+def forced(model, cache, tokens):
+    """Logits after each of one row's tokens, fed one by one."""
+
+    def step(cache, token):
+        x, cache = model.extend(token[None, None], jnp.ones(1, jnp.int32), cache)
+        return cache, model.logits(x[:, 0])[0]
+
+    return jax.lax.scan(step, cache, tokens)[1]
 
 
 def test_full_cache_equals_one_forward_pass(model, texts, monkeypatch):
@@ -63,16 +76,9 @@ def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name
             model, tokens, lengths, jax.random.key(0), config=config
         )
 
-        @jax.jit
-        def forced(cache, tokens):
-            def step(cache, token):
-                x, cache = model.extend(token[None, None], jnp.ones(1, jnp.int32), cache)
-                return cache, model.logits(x[:, 0])[0]
-
-            return jax.lax.scan(step, cache, tokens)[1]
-
         rest = text[prefix:]
-        later = forced(with_room(cache, len(rest)), jnp.array(rest[:-1]))
+        padded = jnp.array(rest[:-1] + [0] * (STEPS - len(rest) + 1), jnp.int32)
+        later = forced(model, with_room(cache, STEPS), padded)[: len(rest) - 1]
         log_probs = np.asarray(jax.nn.log_softmax(jnp.concatenate([logits, later])))
         np.testing.assert_allclose(mine.nll, -log_probs[np.arange(len(rest)), rest], atol=2e-5)
         assert mine.kept == 12 * 2 * 2 == sum(len(h) for layer in mine.positions for h in layer)

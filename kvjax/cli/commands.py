@@ -108,6 +108,11 @@ def _given(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list[int
         return [], read_prompts(arguments.tokens)
     if arguments.prompt_file is not None:
         return [read_text(arguments.prompt_file)], {}
+    for text in arguments.prompt:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--prompt is not valid Unicode ({error.reason})") from None
     return arguments.prompt, {}
 
 
@@ -129,7 +134,8 @@ def _show_as_drawn(steps: Iterable[kvjax.Step]) -> None:
 
 def _show_answers(steps: Iterable[kvjax.Step], rows: int) -> None:
     """Answers one after another: token ids a line each, texts with --- between them."""
-    texts, tokens = [""] * rows, [[] for _ in range(rows)]
+    texts = [""] * rows
+    tokens: list[list[int]] = [[] for _ in range(rows)]
     for step in steps:
         for row in range(rows):
             tokens[row] += step.tokens[row]

@@ -57,7 +57,7 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
     """Each line with its place, "FILE line N"; empty lines at the end are left out."""
     text = read_text(path).rstrip()
     if not text:
-        raise ValueError(f"{path} is empty, expected one prompt a line")
+        raise ValueError(f"{path} is empty, expected at least one line")
     for number, line in enumerate(text.split("\n"), start=1):
         yield f"{path} line {number}", line.strip()
 

@@ -1,0 +1,327 @@
+"""The cache: packing, the tail, attention by true position, PrefixKV's eviction as a mask."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvjax import cache as caches
+from kvjax.cache import Cache, PaddedLayer, empty_tail, full_layer, repeat_rows, with_room
+
+QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
+pack = jax.jit(caches.pack, static_argnums=3, compiler_options=QUICK)
+attend = jax.jit(caches.attend, static_argnums=(3, 4), compiler_options=QUICK)
+dead_slots = jax.jit(caches.dead_slots, compiler_options=QUICK)
+write_positions = jax.jit(caches.write_positions)
+write_layer = jax.jit(caches.write_layer, static_argnums=1)
+floor_of_product = jax.jit(caches.floor_of_product)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# --------------------------------------------------------------------------- packing
+def test_pack_by_hand():
+    # The picture in kvjax/cache.py: ten tokens, two heads, five slots.
+    keep = np.zeros((1, 2, 10), bool)
+    keep[0, 0, [0, 3, 7, 9]] = keep[0, 1, [0, 8, 9]] = True
+    keys = np.arange(1.0, 21).astype(np.float32).reshape(1, 10, 2, 1)  # 2 p + 1 and 2 p + 2
+    layer = pack(keys, -keys, keep, 5)
+    np.testing.assert_array_equal(layer.positions, [[[0, 3, 7, 9, -1], [0, 8, 9, -1, -1]]])
+    np.testing.assert_array_equal(layer.keys[..., 0], [[[1, 7, 15, 19, 0], [2, 18, 20, 0, 0]]])
+    np.testing.assert_array_equal(layer.values, -layer.keys)
+    np.testing.assert_array_equal(layer.lengths, [[4, 3]])
+    assert layer.positions.dtype == layer.lengths.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(("tokens", "slots", "share"), [(40, 40, 0.3), (33, 9, 0.1), (1, 1, 1.0)])
+def test_pack_matches_numpy(tokens, slots, share):
+    keys, values = normal(0, 3, tokens, 2, 5), normal(1, 3, tokens, 2, 5)
+    keep = np.random.default_rng(2).random((3, 2, tokens)) < share
+    keep[0, 0] = False
+    assert keep.sum(-1).max() <= slots
+    # What is not kept may hold anything.
+    dirty = np.where(keep.swapaxes(1, 2)[..., None], keys, np.float32(np.nan))
+    layer = pack(dirty, values, keep, slots)
+    assert layer.keys.shape == layer.values.shape == (3, 2, slots, 5)
+    for row, head in np.ndindex(3, 2):
+        kept = np.flatnonzero(keep[row, head])
+        empty = slots - len(kept)
+        at = row, head
+        np.testing.assert_array_equal(layer.positions[at], np.append(kept, np.full(empty, -1)))
+        for packed, source in ((layer.keys, keys), (layer.values, values)):
+            expected = np.concatenate([source[row, kept, head], np.zeros((empty, 5))])
+            np.testing.assert_array_equal(packed[at], expected)
+
+
+def test_full_layer_keeps_the_real_tokens():
+    keys, values = normal(0, 2, 6, 3, 4), normal(1, 2, 6, 3, 4)
+    layer = full_layer(*map(jnp.array, (keys, values, [6, 2])))
+    np.testing.assert_array_equal(layer.keys, keys.transpose(0, 2, 1, 3))
+    np.testing.assert_array_equal(layer.values, values.transpose(0, 2, 1, 3))
+    rows = [0, 1, 2, 3, 4, 5], [0, 1, -1, -1, -1, -1]
+    np.testing.assert_array_equal(layer.positions, [[row] * 3 for row in rows])
+    np.testing.assert_array_equal(layer.lengths, [[6] * 3, [2] * 3])
+
+
+# --------------------------------------------------------------------------- the tail
+def small_cache(batch=2, layers=2, tail=0) -> Cache:
+    kept = tuple(
+        full_layer(
+            *(jnp.array(normal(10 * i + j, batch, 5, 2, 4)) for j in (0, 1)),
+            jnp.full(batch, 5, jnp.int32),
+        )
+        for i in range(layers)
+    )
+    lengths = jnp.full(batch, 5, jnp.int32)
+    return Cache(kept, empty_tail(kept, tail), prompt_lengths=lengths, next_positions=lengths)
+
+
+def test_writing_moves_the_cursor():
+    tail = small_cache(tail=6).tail
+    assert (tail.positions == -1).all()
+    blocks = {}
+    for start, positions in ((0, [[5, 6], [5, -1]]), (2, [[7, 8, 9], [6, 7, -1]])):
+        tail = write_positions(tail, jnp.array(positions, jnp.int32))
+        assert int(tail.cursor) == start + len(positions[0])
+        for layer in (0, 1):
+            block = normal(start + layer, 2, len(positions[0]), 2, 4)
+            tail = write_layer(tail, layer, block, -block)
+            blocks[layer, start] = block.transpose(0, 2, 1, 3)
+    np.testing.assert_array_equal(tail.positions, [[5, 6, 7, 8, 9, -1], [5, -1, 6, 7, -1, -1]])
+    for layer in (0, 1):
+        np.testing.assert_array_equal(tail.keys[layer][:, :, :2], blocks[layer, 0])
+        np.testing.assert_array_equal(tail.keys[layer][:, :, 2:5], blocks[layer, 2])
+        np.testing.assert_array_equal(tail.keys[layer][:, :, 5:], 0)
+        np.testing.assert_array_equal(tail.values[layer], -tail.keys[layer])
+
+
+def test_with_room_keeps_what_the_tail_holds():
+    cache = small_cache()
+    assert cache.tail.positions.shape == (2, 0)
+    cache = with_room(cache, 3)
+    block = normal(1, 2, 2, 2, 4)
+    tail = write_positions(cache.tail, jnp.array([[5, 6], [5, -1]], jnp.int32))
+    cache = cache.replace(tail=write_layer(write_layer(tail, 0, block, -block), 1, -block, block))
+    for enough in (0, 2, 3):
+        assert with_room(cache, enough) is cache
+    wide = with_room(cache, 7)
+    np.testing.assert_array_equal(wide.tail.positions[:, :3], cache.tail.positions)
+    np.testing.assert_array_equal(wide.tail.positions[:, 3:], np.full((2, 4), -1))
+    assert int(wide.tail.cursor) == 2
+    pairs = zip(
+        (*wide.tail.keys, *wide.tail.values), (*cache.tail.keys, *cache.tail.values), strict=True
+    )
+    for after, before in pairs:
+        assert after.shape == (2, 2, 7, 4)
+        np.testing.assert_array_equal(after[:, :, :3], before)
+    assert wide.layers is cache.layers
+
+
+def test_repeat_rows():
+    one, two = small_cache(batch=1, tail=2), small_cache(batch=2)
+    three = repeat_rows(one, 3)
+    assert (one.batch, three.batch, three.nbytes) == (1, 3, 3 * one.nbytes)
+    assert one.nbytes == 2 * 2 * (5 * 2 * 4) * 4  # layers, K and V, entries, fp32
+    for after, before in zip(jax.tree.leaves(three), jax.tree.leaves(one), strict=True):
+        if before.ndim:
+            before = np.repeat(np.asarray(before), 3, axis=0)
+        np.testing.assert_array_equal(after, before)
+    assert repeat_rows(one, 1) is one
+    assert repeat_rows(two, 2) is two
+    with pytest.raises(ValueError, match=r"^the cache has 2 rows, expected 1 or the prompts' 3$"):
+        repeat_rows(two, 3)
+
+
+# --------------------------------------------------------------------------- attention
+def random_cache(seed=0, keep_ratio=False) -> tuple[Cache, np.ndarray]:
+    """Three rows that keep half of 60, 45 and 12 tokens, then tails with holes; queries too."""
+    rng, lengths = np.random.default_rng(seed), np.array([60, 45, 12])
+    layers = []
+    for layer in range(2):
+        keep = (rng.random((3, 2, 60)) < 0.5) & (np.arange(60) < lengths[:, None, None])
+        keys, values = normal(seed + layer, 3, 60, 2, 8), normal(seed + layer + 9, 3, 60, 2, 8)
+        layers.append(pack(keys, values, keep, 45))
+    holes = [[0, 1, 2, -1, 3, 4, 5, -1], [-1, 0, -1, 1, 2, -1, 3, -1], [0, -1, 1, 2, 3, -1, 4, -1]]
+    positions = np.where(np.array(holes) < 0, -1, lengths[:, None] + np.array(holes))
+    tail = empty_tail(tuple(layers), 8).replace(
+        keys=tuple(jnp.array(normal(seed + i, 3, 2, 8, 8)) for i in (20, 21)),
+        values=tuple(jnp.array(normal(seed + i, 3, 2, 8, 8)) for i in (22, 23)),
+        positions=jnp.array(positions, jnp.int32),
+        cursor=jnp.int32(7),
+    )
+    lengths = jnp.array(lengths, jnp.int32)
+    cache = Cache(tuple(layers), tail, lengths, lengths + 5, keep_ratio=keep_ratio)
+    return cache, positions[:, 4:7].astype(np.int32)  # the last block of three is asked
+
+
+def attention(q, positions, cache, layer, window, gone=frozenset()):
+    """float64, entry by entry; `gone` holds (row, head, query, position) that were evicted."""
+    entries, tail = cache.layers[layer], cache.tail
+    out = np.zeros(q.shape)
+    for row, token, head in np.ndindex(*q.shape[:3]):
+        p, shared = positions[row, token], head // 2
+        segments = (
+            (
+                entries.positions[row, shared],
+                entries.keys[row, shared],
+                entries.values[row, shared],
+            ),
+            (tail.positions[row], tail.keys[layer][row, shared], tail.values[layer][row, shared]),
+        )
+        where, k, v = (np.concatenate(part) for part in zip(*segments, strict=True))
+        seen = (where >= 0) & (where <= p)
+        if window is not None:
+            seen &= where > p - window
+        seen &= [(row, shared, token, at) not in gone for at in where]
+        if seen.any():
+            k, v = k[seen].astype(np.float64), v[seen].astype(np.float64)
+            weights = np.exp(k @ q[row, token, head].astype(np.float64) / math.sqrt(8))
+            out[row, token, head] = weights @ v / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("window", [None, 1, 9])
+def test_attend_matches_numpy(layer, window):
+    cache, positions = random_cache()
+    q = normal(5, 3, 3, 4, 8)
+    out = attend(q, positions, cache, layer, window)
+    expected = attention(q, positions, cache, layer, window)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    assert (positions == -1).any()
+    assert not np.asarray(out)[positions == -1].any()
+
+
+@pytest.mark.parametrize("keep_ratio", [False, True])
+@pytest.mark.parametrize("window", [None, 9])
+def test_nan_in_empty_slots_changes_nothing(window, keep_ratio):
+    cache, positions = random_cache(keep_ratio=keep_ratio)
+    q = normal(5, 3, 3, 4, 8)
+
+    def poison(array, where):
+        return jnp.where((where >= 0)[..., None], array, jnp.nan)
+
+    layers = tuple(
+        layer.replace(
+            keys=poison(layer.keys, layer.positions), values=poison(layer.values, layer.positions)
+        )
+        for layer in cache.layers
+    )
+    tail, holes = cache.tail, cache.tail.positions[:, None]
+    tail = tail.replace(
+        keys=tuple(poison(keys, holes) for keys in tail.keys),
+        values=tuple(poison(values, holes) for values in tail.values),
+    )
+    dirty = attend(q, positions, cache.replace(layers=layers, tail=tail), 0, window)
+    np.testing.assert_array_equal(dirty, attend(q, positions, cache, 0, window))
+
+
+def test_attend_answers_in_the_dtype_of_the_query():
+    cache, positions = random_cache()
+    out = attend(jnp.ones((3, 3, 4, 8), jnp.bfloat16), positions, cache, 0, None)
+    assert out.dtype == jnp.bfloat16
+
+
+# --------------------------------------------------------------------------- PrefixKV decoding
+def upstream(prompt: int, kept: int, steps: int) -> list[list[int]]:
+    """Entries that each of `steps` new tokens sees, as upstream evicts: one a step, if too long.
+
+    Entries are numbered in order: 0 .. kept - 1 of the prompt, then the new tokens.
+    """
+    entries, seen_by = list(range(kept)), []
+    slot = kept - 25 if kept - 25 >= 1 else kept // 2
+    for step in range(steps):
+        entries.append(kept + step)
+        seen_by.append(list(entries))
+        over = (len(entries) * prompt - (prompt + step + 1) * kept) // prompt
+        if over > 0:
+            del entries[slot]
+    return seen_by
+
+
+def dead(prompts, kept, steps):
+    """`dead_slots` of heads that keep `kept` [B, K] of `prompts` [B] tokens, query by query."""
+    kept, prompts = np.asarray(kept), np.asarray(prompts, np.int32)
+    slots = np.arange(kept.max() + 3)  # three slots too many
+    where = np.where(slots < kept[..., None], slots, -1).astype(np.int32)
+    empty = jnp.zeros((*where.shape, 1))
+    layer = PaddedLayer(empty, empty, jnp.array(where))
+    positions = jnp.array(prompts[:, None] + np.arange(steps, dtype=np.int32))
+    tail = empty_tail((layer,), steps).replace(positions=positions)
+    return map(np.asarray, dead_slots(layer, tail, jnp.array(prompts), positions))
+
+
+def test_ratio_by_hand():
+    # V7: 50 of 100 kept. The query at position 110 has 10 new tokens before it: 5 entries are
+    # gone, slots 25..29, so 45 + 10 = 55 are left, and slots 0..24 are frozen.
+    prompt, tail = dead([100], [[50]], 61)
+    np.testing.assert_array_equal(np.flatnonzero(prompt[0, 0, 10]), [25, 26, 27, 28, 29])
+    assert not tail[0, 0, 10].any()
+    assert (~prompt[0, 0, 10, :50]).sum() + (~tail[0, 0, 10, :10]).sum() == 55
+    assert not prompt[..., :25].any()
+    # At 160, 30 are gone: all 25 after the frozen ones and the 5 oldest of the tail.
+    np.testing.assert_array_equal(np.flatnonzero(prompt[0, 0, 60, :50]), np.arange(25, 50))
+    np.testing.assert_array_equal(np.flatnonzero(tail[0, 0, 60]), [0, 1, 2, 3, 4])
+    # The first new token finds everything.
+    assert not prompt[0, 0, 0].any()
+
+
+def test_closed_form_is_upstreams_loop():
+    steps, prompts = 130, [1, 2, 10, 26, 50, 51, 100, 137, 400]
+    choices = [[1, 2, 24, 25, 26, n // 3, n // 2, n - 1, n] for n in prompts]
+    kept = np.clip(choices, 1, np.array(prompts)[:, None])
+    prompt_dead, tail_dead = dead(prompts, kept, steps)
+    tail_died = 0
+    for row, head in np.ndindex(kept.shape):
+        m = kept[row, head]
+        for step, expected in enumerate(upstream(prompts[row], m, steps)):
+            survivors = np.flatnonzero(~prompt_dead[row, head, step, :m]).tolist()
+            new = np.flatnonzero(~tail_dead[row, head, step, : step + 1])
+            assert survivors + (m + new).tolist() == expected, (prompts[row], m, step)
+            tail_died += len(new) < step + 1
+        if m == prompts[row]:
+            assert expected == list(range(m + steps))  # nothing is ever removed
+    assert tail_died > 1000
+
+
+def test_attend_holds_the_ratio():
+    cache, positions = random_cache(keep_ratio=True)
+    # Far into the answer, 40 tokens later, some 20 entries of each head are gone.
+    tail = np.asarray(cache.tail.positions)
+    tail, positions = (np.where(x >= 0, x + 40, -1).astype(np.int32) for x in (tail, positions))
+    cache = cache.replace(tail=cache.tail.replace(positions=jnp.array(tail)))
+    q, gone = normal(5, 3, 3, 4, 8), set()
+    for row, head, token in np.ndindex(3, 2, 3):
+        length, p = int(cache.prompt_lengths[row]), int(positions[row, token])
+        where = np.asarray(cache.layers[0].positions[row, head])
+        kept = where[where >= 0].tolist()
+        numbered = [*kept, *range(length, max(p + 1, length))]
+        seen = upstream(length, len(kept), max(p - length + 1, 1))[-1]
+        alive = {numbered[entry] for entry in seen if entry < len(numbered)}
+        gone |= {(row, head, token, at) for at in numbered if at not in alive}
+    out = attend(q, positions, cache, 0, None)
+    expected = attention(q, positions, cache, 0, None, gone)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    without = attend(q, positions, cache.replace(keep_ratio=False), 0, None)
+    assert np.abs(np.asarray(without) - expected).max() > 0.1
+
+
+triples = st.integers(1, 2**20 - 1).flatmap(
+    lambda n: st.tuples(st.integers(0, 2**21 - 1), st.integers(0, n), st.just(n))
+)
+# Products far above 2**31, and the corners of the stated range.
+corners = [(2**21 - 1, n - d, n) for n in (2**20 - 1, 2**20 - 2, 3, 2, 1) for d in (0, 1)]
+
+
+@settings(deadline=None, database=None, max_examples=60)
+@given(st.lists(triples, min_size=20, max_size=20))
+def test_floor_of_product_is_exact(drawn):
+    cases = np.array(drawn + corners, np.int32)
+    expected = [t * x // n for t, x, n in cases.tolist()]
+    np.testing.assert_array_equal(floor_of_product(*jnp.array(cases.T)), expected)

@@ -1,0 +1,441 @@
+"""compress(): what every named method keeps, for ragged batches and sliding windows.
+
+Padding is NaN throughout, so that a padded key that is scored, ranked or gathered shows.
+"""
+
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvjax.scores
+from kvjax import METHODS, CompressionConfig, ConfigError, Probe, budgets
+from kvjax.cache import PaddedLayer, pack
+from kvjax.compress import capacities, choose, compress, probe_request
+from kvjax.rows import Rows, check_prompt, eligible, largest, make_rows, protected
+
+N, K, H = 4, 2, 3
+TOKENS, LENGTHS = 32, (32, 20, 9, 3, 1)
+WINDOWS = {
+    "none": (None, None, None),
+    "uniform": (10, 10, 10),
+    "mixed": (7, None, 15),
+}
+named = CompressionConfig.named
+subject = import_module("kvjax.compress")  # kvjax.compress is the function
+
+# Every config is another program. To share what was compiled, the loops are jitted by shape here
+# and the rest runs op by op; `test_jit_gives_the_same` does it the users' way.
+LOOPS = (
+    (budgets, "kth_largest", jax.jit(budgets.kth_largest)),
+    (budgets, "spread", jax.jit(budgets.spread)),
+    (budgets, "prefix_layers", jax.jit(budgets.prefix_layers)),
+    (kvjax.scores, "window_scores", jax.jit(kvjax.scores.window_scores, static_argnames="window")),
+    (subject, "pack", jax.jit(pack, static_argnames="slots")),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_loops():
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, jitted in LOOPS:
+            patch.setattr(module, name, jitted)
+        yield
+
+
+# ---------------------------------------------------------------------------- prompts
+def row(seed: int, n: int, tokens: int) -> SimpleNamespace:
+    """A random prompt of n tokens in one layer, NaN behind; the same in any bucket."""
+    rng = np.random.default_rng(seed)
+    padding = ((0, tokens - n), (0, 0), (0, 0))
+    drawn = {
+        "keys": rng.normal(size=(n, K, H)),
+        "values": rng.normal(size=(n, K, H)),
+        "column_sums": rng.gamma(0.5, size=(n, N, 1)),
+    }
+    arrays = {name: np.pad(x, padding, constant_values=np.nan) for name, x in drawn.items()}
+    return SimpleNamespace(**arrays, queries=rng.normal(size=(n, N, H)))
+
+
+def prompts(config: CompressionConfig, lengths, tokens: int, layers: int, first: int = 0):
+    """Keys, values and probes of every layer: what `compress` takes."""
+    asked = probe_request(config, tokens)
+    keys, values, probes = [], [], []
+    for layer in range(layers):
+        rows = [row(100 * layer + first + i, n, tokens) for i, n in enumerate(lengths)]
+        keys.append(stack(x.keys for x in rows))
+        values.append(stack(x.values for x in rows))
+        last = [np.maximum(np.arange(n - asked.queries, n), 0) for n in lengths]
+        queries = stack(x.queries[at] for x, at in zip(rows, last, strict=True))
+        sums = stack(x.column_sums[..., 0].T for x in rows)
+        probes.append(
+            Probe(
+                queries=queries if asked.queries else None,
+                column_sums=sums if asked.column_sums else None,
+            )
+        )
+    return keys, values, probes
+
+
+def stack(arrays) -> jax.Array:
+    return jnp.asarray(np.stack(list(arrays)), jnp.float32)
+
+
+def compressed(config, lengths=LENGTHS, tokens=TOKENS, windows=WINDOWS["none"], first=0):
+    arrays = prompts(config, lengths, tokens, len(windows), first)
+    rest = {"lengths": jnp.asarray(lengths, jnp.int32), "windows": windows}
+    return arrays, compress(*arrays, config, **rest)
+
+
+def kept(layer: PaddedLayer, batch_row: int) -> list[list[int]]:
+    """Positions that each head keeps, in slot order."""
+    positions = np.asarray(layer.positions[batch_row])
+    return [head[head >= 0].tolist() for head in positions]
+
+
+def everything_kept(cache, batch_row: int) -> list[list[list[int]]]:
+    return [kept(layer, batch_row) for layer in cache.layers]
+
+
+def seen(n: int, window: int | None) -> range:
+    """Positions that the next token of a prompt of n tokens still sees."""
+    return range(n) if window is None else range(max(0, n - window + 1), n)
+
+
+# ---------------------------------------------------------------------------- every method
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("budget", [12, 0.4, 2], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_kept(method, budget, windows):
+    config = named(method, budget)
+    (keys, values, _), cache = compressed(config, windows=windows)
+    rows = make_rows(config, jnp.asarray(LENGTHS))
+    for i, n in enumerate(LENGTHS):
+        base, sinks, recent = (int(x[i]) for x in (rows.base, rows.sinks, rows.recent))
+        total = 0
+        for layer, window in enumerate(windows):
+            heads, can = kept(cache.layers[layer], i), seen(n, window)
+            if method == "full":
+                can = range(n)
+            held = {*range(sinks), *range(n - recent, n)} & {*can}
+            for head in heads:
+                assert head == sorted(set(head))
+                assert held <= set(head) <= set(can)
+            total += sum(map(len, heads))
+            if METHODS[method].heads == "shared":
+                assert heads[0] == heads[1]
+            if METHODS[method].heads != "ada":
+                assert len(heads[0]) == len(heads[1])
+            if METHODS[method].layers == "uniform" and windows == WINDOWS["none"]:
+                assert sum(map(len, heads)) == K * (n if method == "full" else base)
+        if method == "full":
+            assert total == len(windows) * K * n
+        else:
+            assert total == K * min(len(windows) * base, sum(len(seen(n, w)) for w in windows))
+    for layer, one in enumerate(cache.layers):
+        check_gathered(one, keys[layer], values[layer], whole=method == "full")
+
+
+def check_gathered(layer: PaddedLayer, keys, values, whole: bool):
+    """Survivors lie in front and are the originals bit for bit; empty slots hold zeros."""
+    positions = np.asarray(layer.positions)
+    filled = positions >= 0
+    assert (positions[~filled] == -1).all()
+    slots = np.arange(positions.shape[-1])
+    np.testing.assert_array_equal(filled, slots < filled.sum(-1, keepdims=True))
+    at = np.maximum(positions, 0)[..., None]
+    for ours, original in ((layer.keys, keys), (layer.values, values)):
+        originals = np.take_along_axis(np.asarray(original).swapaxes(1, 2), at, axis=2)
+        np.testing.assert_array_equal(np.asarray(ours)[filled], originals[filled])
+        if not whole:  # `full` leaves the padding as it came, behind the mask
+            assert (np.asarray(ours)[~filled] == 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_alone_in_a_larger_bucket_keeps_the_same(method):
+    config = named(method, budget=9)
+    for windows in (WINDOWS["none"], WINDOWS["mixed"]):
+        _, batch = compressed(config, windows=windows)
+        for i, n in enumerate(LENGTHS):
+            _, alone = compressed(config, (n,), 40, windows, first=i)
+            assert everything_kept(alone, 0) == everything_kept(batch, i)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_changes_nothing(method):
+    config, windows = named(method, budget=7), WINDOWS["mixed"]
+    arrays, with_nan = compressed(config, windows=windows)
+    clean = jax.tree.map(lambda x: jnp.nan_to_num(x, nan=1e3), arrays)
+    lengths = jnp.asarray(LENGTHS, jnp.int32)
+    without = compress(*clean, config, lengths=lengths, windows=windows)
+    for one, other in zip(with_nan.layers, without.layers, strict=True):
+        np.testing.assert_array_equal(one.positions, other.positions)
+        filled = np.asarray(one.positions) >= 0
+        np.testing.assert_array_equal(one.keys[filled], other.keys[filled])
+        assert np.isfinite(one.values[filled]).all()
+
+
+def test_prefixkv_keeps_the_first_and_the_last_token():
+    _, cache = compressed(named("prefixkv", budget=6))
+    for i, n in enumerate(LENGTHS):
+        for heads in everything_kept(cache, i):
+            assert all({0, n - 1} <= set(head) for head in heads)
+    assert cache.keep_ratio
+
+
+def test_h2o_keeps_the_last_half_and_the_heaviest():
+    config = named("h2o", budget=6)
+    (_, _, probes), cache = compressed(config)
+    sums = np.asarray(probes[0].column_sums[0]).reshape(K, -1, TOKENS).mean(1)
+    for head, mass in zip(kept(cache.layers[0], 0), sums, strict=True):
+        heavy = np.argsort(-mass[: TOKENS - 3])[:3]
+        assert head == sorted([*heavy, TOKENS - 3, TOKENS - 2, TOKENS - 1])
+
+
+def test_streaming_llm_keeps_four_sinks_and_the_recent():
+    _, cache = compressed(named("streaming-llm", budget=10))
+    expected = {32: [*range(4), *range(26, 32)], 20: [*range(4), *range(14, 20)], 9: [*range(9)]}
+    for i, n in enumerate(LENGTHS):
+        assert everything_kept(cache, i) == [[expected.get(n, [*range(n)])] * K] * 3
+
+
+def test_snapkv_keeps_the_window_and_the_best_of_the_pooled_scores():
+    """Against attention written out in numpy, without pooling."""
+    config = named("snapkv", budget=6, window=3, pool="none")
+    (keys, _, probes), cache = compressed(config)
+    q, k = np.asarray(probes[0].queries[0]), np.asarray(keys[0][0])
+    for head in range(K):
+        group = q[:, head * N // K : (head + 1) * N // K]
+        logits = np.einsum("wgh,th->gwt", group, k[:, head]) / np.sqrt(H)
+        late = np.arange(TOKENS) > (TOKENS - 3 + np.arange(3))[:, None]
+        p = np.exp(np.where(late, -np.inf, logits))
+        p /= p.sum(-1, keepdims=True)
+        top = np.argsort(-p.sum((0, 1))[: TOKENS - 3])[:3]
+        assert kept(cache.layers[0], 0)[head] == sorted([*top, 29, 30, 31])
+
+
+def test_budget_of_the_bucket_leaves_the_cache_alone():
+    (keys, values, _), cache = compressed(named("ada-snapkv", budget=TOKENS))
+    for layer, k, v in zip(cache.layers, keys, values, strict=True):
+        np.testing.assert_array_equal(layer.keys, k.swapaxes(1, 2))
+        np.testing.assert_array_equal(layer.values, v.swapaxes(1, 2))
+    assert everything_kept(cache, 1) == [[[*range(20)]] * K] * 3
+
+
+@pytest.mark.parametrize("method", ["ada-pyramid", "ada-prefixkv", "prefixkv"])
+def test_jit_gives_the_same(method):
+    config, windows = named(method, budget=0.3), WINDOWS["mixed"]
+    arrays, eager = compressed(config, windows=windows)
+    call = jax.jit(compress, static_argnames=("config", "windows", "tail_slots"))
+    lengths = jnp.asarray(LENGTHS, jnp.int32)
+    cache = call(*arrays, config=config, lengths=lengths, windows=windows, tail_slots=5)
+    for one, other in zip(cache.layers, eager.layers, strict=True):
+        np.testing.assert_array_equal(one.positions, other.positions)
+        np.testing.assert_array_equal(one.keys, other.keys)
+    assert cache.tail.positions.shape == (len(LENGTHS), 5)
+    np.testing.assert_array_equal(cache.next_positions, LENGTHS)
+
+
+# ---------------------------------------------------------------------------- capacity
+BUCKET, HEADS = 24, 3
+EVERY_LENGTH = np.arange(1, BUCKET + 1)
+
+settings_of = {
+    "method": st.sampled_from([name for name in METHODS if name != "full"]),
+    "budget": st.one_of(st.integers(2, BUCKET - 1), st.integers(1, 99).map(lambda p: p / 100)),
+    "window": st.one_of(st.none(), st.integers(1, 20)),
+    "sinks": st.integers(0, 6),
+    "recent": st.one_of(st.sampled_from(["window", "half"]), st.integers(1, 6)),
+    "beta": st.integers(1, 40),
+    "floor": st.sampled_from([0.0, 0.2, 0.37, 1.0]),
+    "cap": st.one_of(st.none(), st.integers(0, 6)),
+    "profile": st.one_of(
+        st.none(),
+        st.tuples(*[st.sampled_from([0.0, 0.05, 0.3, 0.9, 1.0])] * 4).filter(any),
+    ),
+    "profile_has_budget": st.booleans(),
+    "scores": st.sampled_from(["flat", "one head", "one layer", "random"]),
+    "windows": st.one_of(
+        st.just((None,) * 4),
+        st.integers(1, 30).map(lambda w: (w,) * 4),
+        st.tuples(*[st.one_of(st.none(), st.integers(1, 30))] * 4),
+    ),
+}
+
+
+def config_of(drawn) -> CompressionConfig:
+    extra = {name: drawn[name] for name in ("window", "sinks", "recent", "beta", "floor")}
+    budget, method = drawn["budget"], METHODS[drawn["method"]]
+    if method.layers == "prefix" and drawn["profile"]:
+        extra["profile"] = drawn["profile"]
+        budget = budget if drawn["profile_has_budget"] else None
+    capped = drawn["cap"] is not None and isinstance(budget, int)
+    if capped and (method.layers, method.heads) == ("uniform", "ada"):
+        extra["head_cap"] = budget + drawn["cap"]
+    try:
+        return named(drawn["method"], budget, **extra)
+    except ConfigError:  # a window that the budget cannot hold
+        return named(drawn["method"], budget, **(extra | {"window": None}))
+
+
+def scores_of(kind: str, layer: int) -> jax.Array:
+    shape = (BUCKET, HEADS, BUCKET)
+    scores = np.random.default_rng(layer).gamma(0.3, size=shape)
+    if kind == "one head":  # gets all that Ada-KV may give
+        scores[:, 1] += 100
+    if kind == "flat" or (kind == "one layer" and layer == 2):  # needs all for PrefixKV's mass
+        scores = np.ones(shape)
+    elif kind == "one layer":
+        scores[..., 0] += 1e4
+    return jnp.asarray(scores, jnp.float32)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.fixed_dictionaries(settings_of))
+def test_capacity_holds_every_head_of_every_length(drawn):
+    """Rows of every length up to the bucket's, with scores that favour one head or one layer."""
+    config, windows = config_of(drawn), drawn["windows"]
+    masks = []
+
+    def spy(keys, values, keep, slots):
+        masks.append((np.asarray(keep), slots))
+        empty = jnp.zeros((BUCKET, HEADS, 1, 1))
+        return PaddedLayer(keys=empty, values=empty, positions=empty[..., 0].astype(jnp.int32))
+
+    layers = iter(range(4))
+    keys = [jnp.zeros((BUCKET, BUCKET, HEADS, 1))] * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "pack", spy)
+        patch.setattr(subject, "score", lambda *_: scores_of(drawn["scores"], next(layers)))
+        lengths = jnp.asarray(EVERY_LENGTH, jnp.int32)
+        compress(keys, keys, [Probe()] * 4, config, lengths=lengths, windows=windows)
+
+    assert tuple(slots for _, slots in masks) == capacities(config, BUCKET, windows, HEADS)
+    counts = np.stack([keep.sum(-1) for keep, _ in masks], axis=1)  # [row, layer, head]
+    assert (counts.max((0, 2)) <= [slots for _, slots in masks]).all()
+
+    rows = make_rows(config, lengths)
+    caps = np.array([[len(seen(n, w)) for w in windows] for n in EVERY_LENGTH])
+    held = np.stack([np.asarray(protected(rows, BUCKET, w)).sum(-1) for w in windows], axis=1)
+    if config.head_cap is not None:
+        caps = np.minimum(caps, config.head_cap)
+        assert counts.max() <= config.head_cap
+    asked, rounding = 4 * np.asarray(rows.base), 0
+    if config.budget is None:
+        asked, rounding = EVERY_LENGTH * sum(config.profile), 0.501
+    expected = np.clip(asked, held.sum(1), caps.sum(1))
+    assert (np.abs(counts.sum((1, 2)) - HEADS * expected) <= HEADS * rounding).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "slots"),
+    [
+        ("snapkv", (12,) * 3),
+        ("h2o", (12,) * 3),
+        ("pyramidkv", (19, 13, 13)),
+        ("prefixkv", (32,) * 3),
+    ],
+)
+def test_capacity_of_a_bucket(method, slots):
+    """Uniform sizes pay for the budget exactly; a layer's own window is always enough."""
+    config = named(method, budget=12)
+    assert capacities(config, TOKENS, WINDOWS["none"], K) == slots
+    windowed = capacities(config, TOKENS, (7,) * 3, K)
+    assert windowed == (6,) * 3
+    assert capacities(named(method, budget=TOKENS), TOKENS, (7,) * 3, K) == (TOKENS,) * 3
+
+
+# ---------------------------------------------------------------------------- rows
+@pytest.mark.parametrize(
+    ("config", "n", "expected"),  # base, window, sinks, recent
+    [
+        (named("snapkv", 100), 1000, (100, 32, 0, 32)),
+        (named("snapkv", 100), 40, (40, 20, 0, 20)),
+        (named("snapkv", 100, window=64), 1000, (100, 64, 0, 64)),
+        (named("snapkv", 100, window=64), 40, (40, 39, 0, 39)),
+        (named("snapkv", 100), 1, (1, 0, 0, 0)),
+        (named("snapkv", 0.25), 1003, (250, 32, 0, 32)),
+        (named("snapkv", 0.29), 100, (29, 14, 0, 14)),  # 0.29 * 100 is 28.999... in floats
+        (named("snapkv", 0.01), 50, (2, 1, 0, 1)),
+        (named("snapkv", 0.01), 1, (1, 0, 0, 0)),
+        (named("snapkv", 0.999999), 2**20 - 1, (2**20 - 3, 32, 0, 32)),
+        (named("h2o", 101), 1000, (101, 32, 0, 50)),
+        (named("prefixkv", 2), 1000, (2, 1, 1, 1)),
+        (named("streaming-llm", 3), 1000, (3, 1, 2, 1)),
+        (named("streaming-llm", 3), 1, (1, 0, 0, 1)),
+    ],
+)
+def test_rows_and_the_largest_of_them(config, n, expected):
+    assert tuple(largest(config, n)) == expected
+    rows = make_rows(config, jnp.asarray([7, n]))
+    assert tuple(int(x[1]) for x in (rows.base, rows.window, rows.sinks, rows.recent)) == expected
+
+
+def test_an_explicit_window_must_leave_something_to_select():
+    config = named("snapkv", 0.1, window=16)
+    message = r"window=16, expected less than the budget of 16 \(of 160 prompt tokens\)"
+    with pytest.raises(ConfigError, match=message):
+        check_prompt(config, 160)
+    check_prompt(config, 170)
+    check_prompt(named("h2o", 0.1, window=16), 160)  # observes no window
+
+
+def example_rows(**changes) -> Rows:
+    numbers = {"lengths": 6, "base": 4, "window": 1, "sinks": 1, "recent": 2} | changes
+    return Rows(**{name: jnp.asarray([value]) for name, value in numbers.items()})
+
+
+@pytest.mark.parametrize(
+    ("window", "can", "held"),
+    [
+        (None, [0, 1, 2, 3, 4, 5], [0, 4, 5]),
+        (6, [1, 2, 3, 4, 5], [4, 5]),  # position 6 sees 1..6
+        (2, [5], [5]),
+        (1, [], []),
+    ],
+)
+def test_eligible_and_protected(window, can, held):
+    rows = example_rows()
+    assert np.flatnonzero(eligible(rows, 8, window)[0]).tolist() == can
+    assert np.flatnonzero(protected(rows, 8, window)[0]).tolist() == held
+
+
+def test_choose_by_hand():
+    scores = jnp.asarray([[[9.0, 5, 1, 3, 0, 0, 8, 8], [9.0, 1, 2, 4, 0, 0, 8, 8]]])
+    pick = partial(choose, scores, jnp.asarray([4]), example_rows(), window=None)
+    by_head = pick(config=named("h2o", 4))
+    assert [np.flatnonzero(head).tolist() for head in by_head[0]] == [[0, 1, 4, 5], [0, 3, 4, 5]]
+    shared = pick(config=named("streaming-llm", 4))
+    assert [np.flatnonzero(head).tolist() for head in shared[0]] == [[0, 3, 4, 5]]
+    ada = choose(scores, jnp.asarray([4]), example_rows(), named("ada-snapkv", 4, floor=0.0), None)
+    assert [np.flatnonzero(head).tolist() for head in ada[0]] == [[0, 1, 4, 5], [0, 3, 4, 5]]
+    lopsided = scores.at[0, 0].multiply(10)
+    ada = choose(
+        lopsided, jnp.asarray([4]), example_rows(), named("ada-snapkv", 4, floor=0.0), None
+    )
+    assert [np.flatnonzero(head).tolist() for head in ada[0]] == [[0, 1, 3, 4, 5], [0, 4, 5]]
+
+
+def test_pack_by_hand():
+    values = jnp.arange(2 * 4 * 2 * 1, dtype=jnp.bfloat16).reshape(2, 4, 2, 1)
+    keep = jnp.asarray([[[1, 0, 1, 0], [0, 0, 0, 1]], [[0, 0, 0, 0], [1, 1, 1, 0]]], bool)
+    layer = pack(-values, values, keep, slots=3)
+    expected = [[[0, 2, -1], [3, -1, -1]], [[-1, -1, -1], [0, 1, 2]]]
+    assert layer.positions.tolist() == expected
+    assert layer.lengths.tolist() == [[2, 1], [0, 3]]
+    assert layer.values[..., 0].tolist() == [[[0, 4, 0], [7, 0, 0]], [[0, 0, 0], [9, 11, 13]]]
+    assert layer.values.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(layer.keys, -layer.values)
+
+
+# ---------------------------------------------------------------------------- refusals
+def test_a_profile_of_another_model_is_refused():
+    config = named("prefixkv", profile=(0.5, 0.5))
+    with pytest.raises(ValueError, match="profile has 2 layers, expected the model's 3"):
+        compressed(config)
