@@ -51,10 +51,8 @@ def show_texts(model, tokenizer, document: dict, budget: int | float):
         out = kvjax.generate(
             model, [prompt], config, max_new_tokens=60, tokenizer=tokenizer, eos_ids=()
         )
-        print(
-            f"[{name}, {out.kept.mean():.0f} of {PREFIX} entries]", out.text[0].replace("\n", " ")
-        )
-        print()
+        text = (out.text or [""])[0].replace("\n", " ")
+        print(f"[{name}, {out.kept.mean():.0f} of {PREFIX} entries] {text}\n")
 
 
 def show_table(model, documents: list[dict], budget: int | float):
