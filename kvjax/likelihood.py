@@ -46,6 +46,7 @@ def score(
     *,
     seed: int = 0,
     positions: bool = False,
+    pad_to: tuple[int, int] = (0, 0),
 ) -> list[Scored]:
     """NLL of what follows a prefix whose cache is compressed once.
 
@@ -58,6 +59,8 @@ def score(
       prefix_length: tokens of the prefix, one number or one a text; 1 .. length - 1.
       seed: of the `random` scorer.
       positions: whether to return which entries were kept.
+      pad_to: least tokens that prefixes, and what follows them, are padded to, so that batches of
+        other texts share one compiled program. It changes no result.
 
     Raises:
       ValueError: a prefix outside that range, an id outside the vocabulary, a text longer than
@@ -73,11 +76,13 @@ def score(
                 f"prefix_length={prefix} of text {index}, expected 1 to {len(row) - 1}"
                 f" (it has {len(row)} tokens)"
             )
-    check_rows(model, [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)], config)
+    heads = [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)]
+    check_rows(model, heads, config)
     check_rows(model, rows, FULL)
-    prompt, lengths = pad([row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)])
+    prompt, lengths = pad(heads, pad_to[0])
     # Every token after the prefix is a target; all but the last are inputs too.
-    after, counts = pad([row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)])
+    rests = [row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
+    after, counts = pad(rests, pad_to[1])
     nll, top1, kept_positions = _score_program(
         model, prompt, lengths, after, counts, jax.random.key(seed), config=config
     )

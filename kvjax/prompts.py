@@ -98,10 +98,13 @@ def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
     return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
 
 
-def pad(rows: Sequence[Row] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as one `[B, bucket]` int32 array padded on the right with 0, and their lengths."""
+def pad(rows: Sequence[Row] | np.ndarray, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as one `[B, bucket]` int32 array padded on the right with 0, and their lengths.
+
+    The bucket is that of the longest row, or of `at_least` tokens.
+    """
     lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), bucket(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(rows), bucket(max(int(lengths.max()), at_least))), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
     return tokens, lengths

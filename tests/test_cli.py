@@ -298,13 +298,16 @@ def test_score_keeps_the_order_and_the_values(run, documents, documents_file, mo
 @pytest.mark.parametrize("size", [1, 2, 3, 16])
 def test_batches_share_programs(documents, size):
     pairs = [(document["tokens"], document["prefix"]) for document in documents]
-    shapes = [(bucket(prefix), bucket(len(tokens) - prefix)) for tokens, prefix in pairs]
     made = list(batches(pairs, size))
-    assert sorted({index for batch in made for index in batch}) == list(range(len(pairs)))
-    assert max(map(len, made)) <= size
-    assert all(len({shapes[index] for index in batch}) == 1 for batch in made)
-    programs = {(shapes[batch[0]], len(batch)) for batch in made}
-    assert len(programs) == len(set(shapes)) == 2
+    assert sorted({index for batch, _ in made for index in batch}) == list(range(len(pairs)))
+    assert max(len(batch) for batch, _ in made) <= size
+    for batch, (prefix, rest) in made:
+        for index in batch:
+            tokens, own = pairs[index]
+            assert prefix / 2 < own <= prefix
+            assert rest / 2 < len(tokens) - own <= rest
+    octaves = {((p - 1).bit_length(), (len(t) - p - 1).bit_length()) for t, p in pairs}
+    assert len({(pad_to, len(batch)) for batch, pad_to in made}) == len(octaves)
 
 
 # ------------------------------------------------------------------------- convert

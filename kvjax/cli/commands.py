@@ -15,7 +15,7 @@ from kvjax.cli.files import check_vocabulary, read_documents, read_prompts, read
 from kvjax.cli.settings import announce, compression, resolved, sampling
 from kvjax.config import CompressionConfig
 from kvjax.methods import METHODS, Method
-from kvjax.prompts import as_rows, bucket
+from kvjax.prompts import as_rows
 from kvjax.request import check_rows
 
 Document = tuple[list[int], int]  # tokens, prefix
@@ -197,7 +197,7 @@ def score(arguments: argparse.Namespace) -> None:
     announce(config, [prefix for _, prefix in documents])
     scored: dict[int, kvjax.Scored] = {}
     with tqdm(total=len(documents), desc="score", unit="text") as bar:
-        for batch in batches(documents, arguments.batch):
+        for batch, pad_to in batches(documents, arguments.batch):
             tokens, prefixes = zip(*(documents[index] for index in batch), strict=True)
             results = kvjax.score(
                 model,
@@ -206,6 +206,7 @@ def score(arguments: argparse.Namespace) -> None:
                 config,
                 seed=arguments.seed,
                 positions=arguments.positions,
+                pad_to=pad_to,
             )
             scored |= zip(batch, results, strict=True)
             bar.update(len(set(batch)))
@@ -233,21 +234,26 @@ def _check_documents(places: dict[str, Document], model: Any, config: Compressio
     check_rows(model, list(prefixes.values()), config)
 
 
-def batches(documents: Sequence[Document], size: int) -> Iterator[list[int]]:
-    """Indices of documents that share a compiled program, at most `size` at once.
+def batches(
+    documents: Sequence[Document], size: int
+) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """Indices of at most `size` documents at once, and what `kvjax.score` pads them to.
 
-    A program is made for a bucket of prefixes, a bucket of what follows and a number of rows. So
-    each pair of buckets is divided evenly, and its last batch filled up with a repeated document.
+    A program is compiled for each shape. So documents are grouped by the octaves of their prefix
+    and of what follows, every batch of a group has one shape, and the last one is filled up with a
+    repeated document.
     """
+    lengths = [(prefix, len(tokens) - prefix) for tokens, prefix in documents]
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, (tokens, prefix) in enumerate(documents):
-        groups[bucket(prefix), bucket(len(tokens) - prefix)].append(index)
+    for index, (prefix, rest) in enumerate(lengths):
+        groups[(prefix - 1).bit_length(), (rest - 1).bit_length()].append(index)
     for group in groups.values():
         count = math.ceil(len(group) / size)
         rows = math.ceil(len(group) / count)
+        pad_to = max(lengths[i][0] for i in group), max(lengths[i][1] for i in group)
         for start in range(0, len(group), rows):
             part = group[start : start + rows]
-            yield part + part[-1:] * (rows - len(part))
+            yield part + part[-1:] * (rows - len(part)), pad_to
 
 
 def _summary(scored: Sequence[kvjax.Scored]) -> str:

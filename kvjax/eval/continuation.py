@@ -29,11 +29,6 @@ class Result:
     kept: float
 
 
-def rest(document: dict) -> int:
-    """Tokens after the prefix."""
-    return len(document["ids"]) - document["prompt"]
-
-
 def evaluate(
     model: Any, documents: list[dict], config: CompressionConfig, full: list[Scored] | None
 ) -> tuple[list[Scored], Result]:
@@ -42,21 +37,20 @@ def evaluate(
     `full` is the uncompressed run's scores, None for that run itself.
     """
     scores: list[Scored] = []
-    # Every batch holds a longest prompt and a longest rest: one shape, one compilation.
-    longest = [
-        max(range(len(documents)), key=lambda index: documents[index]["prompt"]),
-        max(range(len(documents)), key=lambda index: rest(documents[index])),
-    ]
+    # One shape for all batches: one compilation.
+    prompts = [document["prompt"] for document in documents]
+    rests = [len(document["ids"]) - document["prompt"] for document in documents]
     rows = min(BATCH, len(documents))
     for start in range(0, len(documents), rows):
         chosen = list(range(start, min(start + rows, len(documents))))
-        filled = chosen + [chosen[-1]] * (rows - len(chosen)) + longest
+        filled = chosen + [chosen[-1]] * (rows - len(chosen))
         batch = score(
             model,
             [documents[index]["ids"] for index in filled],
             [documents[index]["prompt"] for index in filled],
             config,
             positions=True,
+            pad_to=(max(prompts), max(rests)),
         )
         scores += batch[: len(chosen)]
     total = sum(len(scored.nll) for scored in scores)
