@@ -138,8 +138,6 @@ def _sizes_from_lengths(config, rows, tokens, windows) -> Int[Array, "B L"]:
         return jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], axis=1)
 
     caps_BL, held_BL = count(eligible), count(protected)
-    if config.head_cap is not None:
-        caps_BL = jnp.minimum(caps_BL, config.head_cap)
     if config.profile is not None:
         base = None if config.budget is None else rows.base
         retained = jnp.array(config.profile, jnp.float32)

@@ -39,6 +39,7 @@ class Request(struct.PyTreeNode):
     ):  # fmt: skip
         if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
             raise ValueError(f"max_new_tokens={new_tokens!r}, expected an integer of at least 1")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if any(not text for text in stop):
             raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
         if stop and tokenizer is None:
@@ -68,7 +69,7 @@ class Request(struct.PyTreeNode):
         return cls(
             tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=jax.random.key(seed),
             rules=rules, cache=cache, config=config, new_tokens=new_tokens,
-            tail_slots=bucket(slots), tokenizer=tokenizer, stop=tuple(stop),
+            tail_slots=bucket(slots), tokenizer=tokenizer, stop=stop,
         )  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def test_rules_by_hand():
     assert kept(logits, top_p=0.39) == [[1]]  # 0.4 reaches it
     assert kept(logits, top_p=0.41) == [[1, 3]]  # 0.4 does not, 0.7 does
     assert kept(logits, top_p=0.71) == [[0, 1, 3]]
-    assert kept(logits, top_p=1e-6) == [[1]]  # the likeliest always stays
+    for tiny in (1e-6, 1e-50):  # the likeliest always stays; 1e-50 is 0 in fp32
+        assert kept(logits, top_p=tiny) == [[1]]
     assert kept(logits, min_p=0.6) == [[1, 3]]  # at least 0.24
     assert kept(logits, min_p=0.2) == [[0, 1, 2, 3]]  # at least 0.08
     assert kept(logits, min_p=1.0) == [[1]]
