@@ -3,15 +3,17 @@
 The data's path: prompt -> prefill -> score -> allocate -> pack -> decode
 (`generate`, `stages`, `compress`, `scores`, `budgets`, `cache`).
 
-Axis legend, obeyed by every name and einsum:
+Axis legend, obeyed by every einsum and by the names of arrays inside functions:
   B batch              N query heads        D model dimension     W observation window
   T query tokens       K KV heads           F MLP dimension       M packed slots
   S cache slots        G = N // K           L layers              V vocabulary
   H head dimension     R = G * queries      X blocks, or any axis
+Local letters: C tokens of a block, E end-of-sequence ids, O tokens of an answer, P parts, Q a
+block of queries, U slots of the tail.
 """
 
 from kvjax.cache import Cache, Probe
-from kvjax.compress import compress
+from kvjax.compress import compress, probe_request
 from kvjax.config import CompressionConfig, ConfigError, parse_budget
 from kvjax.generate import (
     Generation,
@@ -47,6 +49,7 @@ __all__ = [
     "generate",
     "load",
     "parse_budget",
+    "probe_request",
     "score",
     "stream",
     "timed_generate",

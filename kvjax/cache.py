@@ -234,7 +234,7 @@ def attend(
     prompt_BKTS = _seen(entries.positions[:, :, None], positions[:, None, :, None], window)
     tail_BTS = _seen(tail.positions[:, None], positions[..., None], window)
     if cache.keep_ratio:
-        prompt_dead, tail_dead = dead_slots(entries, tail, cache.prompt_lengths, positions)
+        prompt_dead, tail_dead = dead_slots(entries, tail, cache.prompt_lengths, positions, window)
         prompt_BKTS &= ~prompt_dead
         tail_BKTS = tail_BTS[:, None] & ~tail_dead
     else:
@@ -258,13 +258,15 @@ def dead_slots(
     tail: Tail,
     prompt_lengths: Int[Array, " B"],
     positions: Int[Array, "B T"],
+    window: int | None = None,
 ) -> tuple[Bool[Array, "B K T S"], Bool[Array, "B K T U"]]:
     """PrefixKV's eviction while decoding, as a mask (upstream's fixed-point elimination).
 
     Of a prompt of N tokens a head kept m. When a row has seen N + t tokens, its length is held at
     ratio m / N by removing floor(t (N - m) / N) entries, in position order, from the kept slot
     m - 25 on (m // 2 where m - 25 < 1): first the prompt's last survivors, then the oldest of the
-    tail. A query at position p finds what was removed when p tokens had been seen.
+    tail. A query at position p finds what was removed when p tokens had been seen. Of a
+    sliding-window layer N is what it could still see, so that one that kept all of it loses none.
 
     Returns:
       Which prompt slots and which tail slots each query no longer sees.
@@ -272,7 +274,8 @@ def dead_slots(
     kept_BK1 = entries.lengths[..., None]
     prompt_B11 = prompt_lengths[:, None, None]
     grown_B1T = jnp.maximum(positions - prompt_lengths[:, None], 0)[:, None]
-    removed_BKT = floor_of_product(grown_B1T, prompt_B11 - kept_BK1, prompt_B11)
+    offered_B11 = prompt_B11 if window is None else jnp.minimum(prompt_B11, max(window - 1, 1))
+    removed_BKT = floor_of_product(grown_B1T, offered_B11 - kept_BK1, offered_B11)
     first_BK11 = jnp.where(kept_BK1 > FROZEN_POINT, kept_BK1 - FROZEN_POINT, kept_BK1 // 2)[
         ..., None
     ]

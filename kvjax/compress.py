@@ -64,18 +64,30 @@ def compress(
 
     Args:
       keys, values: one array a layer; keys after RoPE, rows padded on the right.
-      probes: one a layer, with what `config.scorer` reads.
+      probes: one a layer, with what `config.scorer` reads (`probe_request` says what).
       lengths: tokens of each row, T by default.
       windows: each layer's sliding window, none by default.
       key: for the `random` scorer.
       tail_slots: room for tokens to come.
 
     Returns:
-      The cache. The budget's bytes are bounded by `capacity`, not by the prompt.
+      The cache. Its bytes are bounded by `capacity`, not by the prompt.
+
+    Raises:
+      ValueError: a probe without what the scorer reads.
     """
     batch, tokens = keys[0].shape[:2]
     if lengths is None:
         lengths = jnp.full((batch,), tokens, jnp.int32)
+    wanted = probe_request(config, tokens)
+    for index, probe in enumerate(probes):
+        given = 0 if probe.queries is None else probe.queries.shape[1]
+        if given < wanted.queries:
+            raise ValueError(
+                f"probe {index} has {given} queries, expected the last {wanted.queries}"
+            )
+        if wanted.column_sums and probe.column_sums is None:
+            raise ValueError(f"probe {index} has column_sums=None, expected what each key received")
     plan = make_plan(config, lengths, tokens, tuple(windows or [None] * len(keys)), key)
     layers = finish(
         [
@@ -114,7 +126,8 @@ def make_plan(
     sizes = None
     if not config.skips(tokens) and not needs_all_layers(config):
         sizes = _sizes_from_lengths(config, rows, tokens, windows)
-    key = jax.random.key(0) if key is None else key
+    # A key of its own: the sampler folds other numbers into the caller's.
+    key = jax.random.split(jax.random.key(0) if key is None else key)[0]
     return Plan(rows=rows, sizes=sizes, key=key, config=config, windows=windows, tokens=tokens)
 
 
@@ -204,7 +217,7 @@ def choose(
     rows: Rows,
     config: CompressionConfig,
     window: int | None,
-) -> Bool[Array, "B #K T"]:
+) -> Bool[Array, " B #K T"]:
     """Which entries a layer keeps: the protected ones and each head's best, `size` on average."""
     tokens = scores.shape[-1]
     held_BT = protected(rows, tokens, window)

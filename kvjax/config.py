@@ -68,6 +68,8 @@ class CompressionConfig:
         return cls(method=name, budget=budget, **(row | settings))
 
     def __post_init__(self):
+        if isinstance(self.profile, list):  # hashable, as a static argument must be
+            object.__setattr__(self, "profile", tuple(self.profile))
         choices = {
             "scorer": get_args(Scorer),
             "layers": get_args(LayerAllocator),

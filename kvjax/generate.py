@@ -44,7 +44,8 @@ class Generation:
     Attributes:
       tokens: ids drawn, the end-of-sequence token included where one was drawn.
       log_probs: of each of them under the model itself (before temperature and filters).
-      text: decoded without special tokens and cut before a stop string; None without a tokenizer.
+      text: what continues the prompt's text, without special tokens, cut before a stop string;
+        None without a tokenizer.
       kept: `[B, L, K]` entries of the prompt that each row, layer and head held.
       cache_bytes: bytes of keys and values held for the prompts (empty slots included).
       full_cache_bytes: what the uncompressed prompts' buckets would take.
@@ -89,8 +90,8 @@ def generate(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    eos_ids: Sequence[int] | None = None,
-    stop: Sequence[str] = (),
+    eos_ids: int | Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
     cache: Cache | None = None,
@@ -106,9 +107,11 @@ def generate(
       tokenizer: from `kvjax.load`; needed for text and for `stop`.
       sampling: greedy by default.
       seed: of sampling, and of the `random` scorer.
-      eos_ids: tokens that end a row; the model's own by default, () for none.
-      stop: strings that end a row and are cut off (checked every few tokens, on the host).
-      chat: put each text into the tokenizer's chat template.
+      eos_ids: token or tokens that end a row; the model's own by default, () for none.
+      stop: string or strings that end a row and are cut off (looked for on the host, every few
+        tokens).
+      chat: put each text into the tokenizer's chat template (the first turn; render later ones
+        yourself, the template would begin anew).
       attention_mask: 1 for the real tokens of a padded array, on either side.
       cache: a cache from `compress_prompt` or from an earlier answer, which the prompts
         continue; a cache of one row serves any number of prompts. It is not changed. `config`
@@ -146,8 +149,8 @@ def stream(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    eos_ids: Sequence[int] | None = None,
-    stop: Sequence[str] = (),
+    eos_ids: int | Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
     cache: Cache | None = None,
@@ -184,17 +187,27 @@ def compress_prompt(
     return prefill_compress_program(model, tokens, lengths, jax.random.key(seed), config=config)[1]
 
 
-def timed_generate(model: Any, prompts: Prompts, config: CompressionConfig = FULL, **arguments):
-    """`generate` with its phases jitted and timed apart: (Generation, Timings).
+def timed_generate(
+    model: Any,
+    prompts: Prompts,
+    config: CompressionConfig = FULL,
+    *,
+    max_new_tokens: int,
+    tokenizer: Any = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    eos_ids: int | Sequence[int] | None = None,
+    chat: bool = False,
+    attention_mask: np.ndarray | None = None,
+) -> tuple[Generation, Timings]:
+    """`generate` with its phases compiled and timed apart; arguments as there.
 
     Every layer's keys and values are alive between prefill and compression, which the one
-    program avoids; compilation is not in the phases' seconds. No `cache`, `stop`, `return_cache`.
+    program avoids. Each call compiles anew, which is not in the phases' seconds.
     """
-    arguments = {"tokenizer": None, "sampling": None, "seed": 0, "eos_ids": None} | arguments
     request = Request.make(
-        model, prompts, config, arguments["max_new_tokens"], arguments["tokenizer"],
-        arguments["sampling"], arguments["seed"], arguments["eos_ids"], (),
-        arguments.get("chat", False), arguments.get("attention_mask"), None,
+        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, (), chat,
+        attention_mask, None,
     )  # fmt: skip
     phases = Phases()
     observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
@@ -259,7 +272,7 @@ def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Ans
     answer = start_answer_program(
         logits, *prompt, request.key, request.rules, room=request.new_tokens
     )
-    texts = [RunningText(request.tokenizer, request.stop) for _ in range(request.tokens.shape[0])]
+    texts = [RunningText(request.tokenizer, request.stop, row) for row in request.contexts]
     shown = 0
     while True:
         count = int(answer.count)
@@ -306,7 +319,10 @@ def _generation(model: Any, request: Request, answer: Answer, kept: Array, cache
     log_probs = _drawn(answer.log_probs, answer.tokens, 0, answer.tokens.shape[1])
     text = None
     if request.tokenizer is not None:
-        cut = [cut_at_stop(row, request.tokenizer, request.stop) for row in tokens]
+        cut = [
+            cut_at_stop(row, request.tokenizer, request.stop, context)
+            for row, context in zip(tokens, request.contexts, strict=True)
+        ]
         text = [piece for piece, _ in cut]
         tokens = [row[:count] for row, (_, count) in zip(tokens, cut, strict=True)]
         log_probs = [row[:count] for row, (_, count) in zip(log_probs, cut, strict=True)]

@@ -67,7 +67,9 @@ def score(
         the model's context.
     """
     rows = as_rows(tokens, vocab_size=model.config.vocab_size)
-    prefixes = [prefix_length] * len(rows) if isinstance(prefix_length, int) else prefix_length
+    if isinstance(prefix_length, int | np.integer):
+        prefix_length = [int(prefix_length)] * len(rows)
+    prefixes = [int(prefix) for prefix in prefix_length]
     if len(prefixes) != len(rows):
         raise ValueError(f"prefix_length has {len(prefixes)} entries, expected {len(rows)}")
     for index, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
@@ -86,11 +88,12 @@ def score(
     nll, top1, kept_positions = _score_program(
         model, prompt, lengths, after, counts, jax.random.key(seed), config=config
     )
+    nll, top1 = np.asarray(nll), np.asarray(top1)  # sliced here, not row by row on the device
     held = [np.asarray(layer) for layer in kept_positions]
     return [
         Scored(
-            nll=np.asarray(nll[index, :count]).tolist(),
-            top1=np.asarray(top1[index, :count]).tolist(),
+            nll=nll[index, :count].tolist(),
+            top1=top1[index, :count].tolist(),
             kept=sum(int((layer[index] >= 0).sum()) for layer in held),
             positions=[[h[h >= 0].tolist() for h in layer[index]] for layer in held]
             if positions

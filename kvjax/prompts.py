@@ -1,5 +1,6 @@
 """From what users hand over (text, token ids, padded arrays) to one right-padded batch."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def _unpadded(prompts: Any, attention_mask: np.ndarray) -> list[np.ndarray]:
 
 def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        return [operator.index(token) for token in np.asarray(prompt).tolist()]
     if tokenizer is None:
         raise ValueError("prompts are text but tokenizer=None, expected a tokenizer or token ids")
     if not prompt:
@@ -110,11 +111,12 @@ def pad(rows: Sequence[Row] | np.ndarray, at_least: int = 0) -> tuple[np.ndarray
     return tokens, lengths
 
 
-def check_context(rows: Sequence[Row], used: int, new_tokens: int, context: int):
-    """Raise ValueError where `used`, the longest row and the answer exceed the context."""
-    longest = used + max(len(row) for row in rows)
-    if longest + new_tokens > context:
-        raise ValueError(
-            f"prompt of {longest} tokens + max_new_tokens={new_tokens} exceeds the model's context,"
-            f" expected at most {context} in all"
-        )
+def check_context(rows: Sequence[Row], used: Sequence[int], new_tokens: int, context: int):
+    """Raise ValueError where what came before (`used`), a row and its answer exceed the context."""
+    for row, before in zip(rows, used, strict=True):
+        length = before + len(row)
+        if length + new_tokens > context:
+            raise ValueError(
+                f"prompt of {length} tokens + max_new_tokens={new_tokens} exceeds the model's"
+                f" context, expected at most {context} in all"
+            )

@@ -1,5 +1,6 @@
 """A call of `generate`, checked and turned into arrays."""
 
+from collections.abc import Sequence
 from typing import Any, no_type_check
 
 import jax
@@ -9,12 +10,14 @@ from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, repeat_rows
 from kvjax.config import CompressionConfig
-from kvjax.prompts import as_rows, bucket, check_context, pad
+from kvjax.prompts import Row, as_rows, bucket, check_context, pad
 from kvjax.rows import check_prompt
 from kvjax.sampling import Sampling
 from kvjax.stages import Rules
 
 FULL = CompressionConfig.named("full")
+# Tokens of the prompt beside which an answer is decoded.
+CONTEXT = 8
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -31,6 +34,7 @@ class Request(struct.PyTreeNode):
     tail_slots: int = struct.field(pytree_node=False)
     tokenizer: Any = struct.field(pytree_node=False)
     stop: tuple[str, ...] = struct.field(pytree_node=False)
+    contexts: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
 
     @classmethod
     def make(
@@ -44,6 +48,8 @@ class Request(struct.PyTreeNode):
             raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
         if stop and tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
+        if chat and cache is not None:
+            raise ValueError("chat=True begins a conversation, expected no cache beside it")
         rows = as_rows(
             prompts,
             tokenizer=tokenizer,
@@ -52,15 +58,17 @@ class Request(struct.PyTreeNode):
             chat=chat,
             special=cache is None,
         )
-        used = 0 if cache is None else int(cache.next_positions.max())
-        check_rows(model, rows, config if cache is None else FULL, used, new_tokens)
         tokens, lengths = pad(rows)
         slots = new_tokens
-        if cache is not None:
+        if cache is None:
+            check_rows(model, rows, config, new_tokens=new_tokens)
+        else:
             cache = repeat_rows(cache, len(rows))
+            check_rows(model, rows, FULL, cache.next_positions.tolist(), new_tokens)
             slots += int(cache.tail.cursor) + tokens.shape[1]
         sampling = sampling or Sampling()
         eos = model.config.eos_token_ids if eos_ids is None else eos_ids
+        eos = [eos] if isinstance(eos, int) else eos
         rules = Rules(
             values=sampling.values,
             eos=jnp.array([*eos, -1], jnp.int32),
@@ -70,11 +78,22 @@ class Request(struct.PyTreeNode):
             tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=jax.random.key(seed),
             rules=rules, cache=cache, config=config, new_tokens=new_tokens,
             tail_slots=bucket(slots), tokenizer=tokenizer, stop=stop,
+            contexts=tuple(tuple(row[-CONTEXT:]) for row in rows),
         )  # fmt: skip
 
 
-def check_rows(model, rows, config, used=0, new_tokens=0):
-    """Raise ValueError where rows do not fit the model, or a window not the budget."""
+def check_rows(
+    model: Any,
+    rows: Sequence[Row],
+    config: CompressionConfig,
+    used: Sequence[int] = (),
+    new_tokens: int = 0,
+):
+    """Raise ValueError where rows do not fit the model, or a window not the budget.
+
+    `used` counts what the cache holds of each row already, nothing by default.
+    """
+    used = used or [0] * len(rows)
     check_context(rows, used, new_tokens, model.config.max_position_embeddings)
     if config.profile is not None and len(config.profile) != model.config.num_layers:
         raise ValueError(

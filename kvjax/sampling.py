@@ -46,7 +46,8 @@ class Sampling:
       top_k: keep the k likeliest, 0 for all.
       top_p: keep the fewest whose probabilities reach this, in (0, 1]; 1 for all.
       min_p: keep those with at least this share of the likeliest's probability, in [0, 1].
-      repetition_penalty: > 1 makes tokens of the prompt and the answer less likely (CTRL).
+      repetition_penalty: > 1 makes tokens of the prompt and the answer less likely (CTRL); what
+        a cache held before the call is not remembered.
 
     Raises:
       ValueError: a value outside its range.

@@ -13,10 +13,12 @@ class RunningText:
     Args:
       tokenizer: a Hugging Face tokenizer, or None (every piece is "").
       stop: strings that end the row; neither they nor what follows is handed out.
+      context: the prompt's last tokens (`decode_after`).
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]):
+    def __init__(self, tokenizer: Any, stop: Sequence[str], context: Sequence[int] = ()):
         self.tokenizer = tokenizer
+        self.context = context
         self.stop = stop
         self.stopped = False
         self._tokens: list[int] = []
@@ -30,7 +32,8 @@ class RunningText:
         text = self._decode()
         self.stopped = first_stop(text, self.stop) is not None
         if self.stopped:
-            return self._give(cut_at_stop(self._tokens, self.tokenizer, self.stop)[0])
+            cut, _ = cut_at_stop(self._tokens, self.tokenizer, self.stop, self.context)
+            return self._give(cut)
         text = text.rstrip(INCOMPLETE)
         # It may end in the beginning of a stop string.
         starts = [stop[:size] for stop in self.stop for size in range(1, len(stop))]
@@ -44,7 +47,7 @@ class RunningText:
         return self._give(self._decode())
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return decode_after(self.context, self._tokens, self.tokenizer)
 
     def _give(self, text: str) -> str:
         piece = text[self._given :]
@@ -58,14 +61,28 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
     return min(found, default=None)
 
 
-def cut_at_stop(tokens: Sequence[int], tokenizer: Any, stop: Sequence[str]) -> tuple[str, int]:
+def decode_after(context: Sequence[int], tokens: Sequence[int], tokenizer: Any) -> str:
+    """The text of `tokens` as it continues the text of `context`, so that the two can be joined.
+
+    Decoded alone, an answer would lose the space that it begins with in many tokenizers.
+    """
+    before = tokenizer.decode(context, skip_special_tokens=True) if len(context) else ""
+    both = tokenizer.decode([*context, *tokens], skip_special_tokens=True) if before else ""
+    if before and both.startswith(before):
+        return both[len(before) :]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def cut_at_stop(
+    tokens: Sequence[int], tokenizer: Any, stop: Sequence[str], context: Sequence[int] = ()
+) -> tuple[str, int]:
     """An answer's text before any stop string, and how many of its tokens lead up to that.
 
     As if looked at after every token: the first token that completes a stop string decides.
     """
 
     def part(size: int) -> str:
-        return tokenizer.decode(tokens[:size], skip_special_tokens=True)
+        return decode_after(context, tokens[:size], tokenizer)
 
     count = len(tokens)
     text = part(count)

@@ -139,7 +139,7 @@ class ModelConfig:
       rms_norm_eps: added to the mean square, > 0.
       rope_theta: base of the rotary frequencies, > 0.
       rope_scaling: None for plain rotary embeddings.
-      max_position_embeddings: tokens the model was trained for; informative, nothing is cut there.
+      max_position_embeddings: tokens the model was trained for: prompt and answer at most.
       sliding_windows: one entry a layer: None, or w: a query at p sees keys p-w+1 .. p. The empty
         tuple stands for None in every layer.
       qkv_bias, o_bias, mlp_bias: which projections have biases.

@@ -56,13 +56,11 @@ def untied(shape: tuple[int, ...]):
 counts = partial(st.lists, min_size=B, max_size=B)
 masks = arrays(bool, (B, S))
 bases = counts(st.integers(0, S))
-# How many of a row's S tokens each head or layer may keep: padding, or what a window has passed.
 lengths = counts(st.integers(1, S))
 
 
 def rows_eligible(row_lengths, heads: int) -> np.ndarray:
-    row = np.arange(S) < np.asarray(row_lengths)[:, None]
-    return np.broadcast_to(row[:, None], (B, heads, S))
+    return np.arange(S) < np.zeros((B, heads, 1), int) + np.reshape(row_lengths, (B, 1, 1))
 
 
 # ---------------------------------------------------------------------------- selection
@@ -155,11 +153,8 @@ def test_pyramid_flattens_where_the_prompt_is_short():
 def test_layer_sizes_at_every_budget(beta, caps_are):
     """Exact, capped, and (but for 1) monotone, from no entry to more than there are."""
     rng = np.random.default_rng(beta)
-    caps = {
-        "equal": np.full(LAYERS, 50),
-        "mixed": rng.integers(0, 61, LAYERS),
-        "one-token": np.ones(LAYERS, int),
-    }[caps_are]
+    caps = {"equal": 50, "mixed": rng.integers(0, 61, LAYERS), "one-token": 1}[caps_are]
+    caps = np.zeros(LAYERS, int) + caps
     base = np.arange(64)
     every = np.broadcast_to(caps, (64, LAYERS))
     expected = np.minimum(LAYERS * base, caps.sum())
@@ -211,8 +206,7 @@ def test_profile_keeps_the_budget_and_what_is_protected(retained, base, n, held)
     assert ((protected <= sizes) & (sizes <= caps)).all()
 
 
-def test_profile_is_exact_where_float32_is_not():
-    """40 layers of a million tokens: sums far above 2**24."""
+def test_profile_is_exact_above_2_to_the_24():
     rng, n = np.random.default_rng(71), 2**20
     caps = ints(np.full((1, 40), n))
     base = ints([500_123])
@@ -254,10 +248,8 @@ def test_prefix_v3():
 def test_prefix_gives_what_ties_to_the_heaviest_next_token():
     scores = floats([[[0.5, 0.5], [0.9, 0.1], [0.6, 0.4]]])
     can, none = jnp.ones((1, 3, 2), bool), ints([[0, 0, 0]])
-    # At p = 0 all first tokens tie; one entry a layer on average is one each.
+    # At p = 0 all first tokens tie: one each, or, with two protected, one for the heaviest.
     assert prefix_layers(scores, can, none, ints([1])).tolist() == [[1, 1, 1]]
-    # Two of three with one protected in the first layer: the heaviest two first tokens.
-    assert prefix_layers(scores, can, ints([[1, 0, 0]]), ints([1])).tolist() == [[1, 1, 1]]
     assert prefix_layers(scores, can, ints([[0, 1, 1]]), ints([1])).tolist() == [[0, 2, 1]]
 
 
@@ -326,7 +318,7 @@ def test_ada_never_takes_a_member_from_a_head_that_both_budgets_give_it():
     assert found.tolist() == [[2, 1, 0]]
 
 
-def mixed_counts(scores, eligible, base: int, floor: float, cap: int) -> list[int]:
+def mixed_counts(scores, eligible, base: int, cap: int, floor: float) -> list[int]:
     """Oracle: a flat stable sort of what the cap leaves, then Hamilton in thousandths."""
     heads = len(scores)
     contenders = np.stack([best(*row) for row in zip(scores, [cap] * heads, eligible, strict=True)])
@@ -342,12 +334,10 @@ def mixed_counts(scores, eligible, base: int, floor: float, cap: int) -> list[in
 @given(untied((B, K, S)), lengths, bases, st.sampled_from(FLOORS), st.integers(0, S))
 def test_ada_counts_are_a_flat_sort(scores, n, base, floor, slack):
     eligible, caps = rows_eligible(n, K), np.array(base) + slack
-    sizes = ada_heads(
-        floats(scores), jnp.asarray(eligible), ints(base), floor=floor, cap=ints(caps)
-    )
-    expected = [
-        mixed_counts(scores[row], eligible[row], base[row], floor, caps[row]) for row in range(B)
-    ]
+    args = floats(scores), jnp.asarray(eligible), ints(base)
+    sizes = ada_heads(*args, floor=floor, cap=ints(caps))
+    rows = zip(scores, eligible, base, caps.tolist(), strict=True)
+    expected = [mixed_counts(*row, floor) for row in rows]
     np.testing.assert_array_equal(sizes, expected)
 
 

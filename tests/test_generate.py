@@ -269,6 +269,27 @@ def test_a_second_turn_after_rows_that_ended_early(model, prompts):
     assert second.tokens == alone.tokens
 
 
+def test_prefixkv_takes_nothing_from_a_window_that_it_kept_whole():
+    windowed = load_decoder(FIXTURES / "mistral", progress=False)  # a window of 8 everywhere
+    prompt = [np.random.default_rng(7).integers(3, 80, 59).tolist()]
+    full = kvjax.generate(windowed, prompt, max_new_tokens=STEPS, eos_ids=())
+    config = CompressionConfig.named("prefixkv", budget=BUDGET)
+    out = kvjax.generate(windowed, prompt, config, max_new_tokens=STEPS, eos_ids=())
+    assert out.kept.tolist() == [[[7, 7], [7, 7]]]  # of 59: what is outside is not eligible
+    assert out.tokens == full.tokens
+
+
+def test_the_context_is_counted_row_by_row(model, prompts):
+    rows = [prompts[0], prompts[0][:4]]
+    cache = kvjax.compress_prompt(model, rows, CompressionConfig.named("full"))
+    room = model.config.max_position_embeddings - len(rows[0])
+    long_turn = [[5], [5] * (room - 4)]
+    out = kvjax.generate(model, long_turn, cache=cache, max_new_tokens=2)
+    assert [len(row) for row in out.tokens] == [2, 2]
+    with pytest.raises(ValueError, match="exceeds the model's context"):
+        kvjax.generate(model, long_turn[::-1], cache=cache, max_new_tokens=5)
+
+
 def test_left_padded_arrays_are_converted(model, prompts):
     width = max(map(len, prompts))
     left = np.array([[0] * (width - len(row)) + row for row in prompts])
@@ -301,7 +322,7 @@ def test_a_stored_profile_sizes_the_layers(model, prompts):
         ({"prompts": [[]]}, "prompt 0 is empty"),
         ({"prompts": [[3, 80]]}, "token id 80"),
         ({"prompts": "text"}, "tokenizer=None"),
-        ({"stop": ["x"]}, "stop="),
+        ({"stop": "x"}, "stop="),
         ({"config": CompressionConfig.named("snapkv", budget=0.25, window=16)}, "window=16"),
         ({"config": CompressionConfig.named("prefixkv", profile=(0.5,))}, "profile has 1"),
     ],

@@ -68,6 +68,16 @@ def test_a_stop_string_cuts_the_text(stories, golden):
     assert int(held.cache.next_positions[0]) == 1 + len(out.tokens[0])
 
 
+def test_an_answer_joins_its_prompt(stories):
+    model, tokenizer, _ = stories
+    for prompt in ("Once upon a time there was a", "Lily went to the par"):
+        whole = kvjax.generate(model, prompt, max_new_tokens=12, tokenizer=tokenizer)
+        ids = tokenizer(prompt)["input_ids"] + whole.tokens[0]
+        assert prompt + whole.text[0] == tokenizer.decode(ids, skip_special_tokens=True)
+        steps = kvjax.stream(model, prompt, max_new_tokens=12, tokenizer=tokenizer)
+        assert "".join(step.text[0] for step in steps) == whole.text[0]
+
+
 @pytest.mark.parametrize(
     ("method", "dumped"), [("snapkv", "snapkv"), ("streaming-llm", "streaming"), ("h2o", "h2o_sum")]
 )

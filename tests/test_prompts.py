@@ -173,9 +173,9 @@ def test_pad():
 
 def test_context():
     rows = [[1] * 20, [1] * 30]
-    check_context(rows, used=10, new_tokens=60, context=100)
+    check_context(rows, used=[10] * len(rows), new_tokens=60, context=100)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        check_context(rows, used=11, new_tokens=60, context=100)
+        check_context(rows, used=[11] * len(rows), new_tokens=60, context=100)
     assert str(caught.value) == (
         "prompt of 41 tokens + max_new_tokens=60 exceeds the model's context,"
         " expected at most 100 in all"

@@ -33,7 +33,6 @@ def prefill_attention(
         query_block = key_block = padded = tokens
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))) for x in (q, k, v))
     q_BKGTH = q.reshape(batch, padded, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    q_BKGTH = (q_BKGTH * head_dim**-0.5).astype(q.dtype)
     k_BKSH, v_BKSH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def attend_block(index):
@@ -64,6 +63,7 @@ def _online_softmax(q_BKGQH, k_BKSH, v_BKSH, lengths, start, first, last, key_bl
         s_BKGQS = jnp.einsum(
             "BKGQH,BKSH->BKGQS", q_BKGQH, kb_BKSH, preferred_element_type=jnp.float32
         )
+        s_BKGQS = s_BKGQS * q_BKGQH.shape[-1] ** -0.5  # in fp32, not in q's dtype
         seen_BQS = visible(query_Q[None], offset + jnp.arange(key_block), lengths, window)
         s_BKGQS = jnp.where(seen_BQS[:, None, None], s_BKGQS, -jnp.inf)
         new_peak = jnp.maximum(peak, s_BKGQS.max(-1))

@@ -118,9 +118,8 @@ def _grouped(q_BWNH, positions_BW, kv_heads):
     """Queries beside their KV head, R = G * W rows of each, and the rows' positions."""
     batch, window, heads, head_dim = q_BWNH.shape
     q_BKGWH = q_BWNH.reshape(batch, window, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    q_BKRH = (q_BKGWH * head_dim**-0.5).astype(q_BWNH.dtype)
     rows_BR = jnp.tile(positions_BW, (1, heads // kv_heads))
-    return q_BKRH.reshape(batch, kv_heads, -1, head_dim), rows_BR
+    return q_BKGWH.reshape(batch, kv_heads, -1, head_dim), rows_BR
 
 
 def _key_blocks(k_BTKH, size):
@@ -135,6 +134,7 @@ def _key_blocks(k_BTKH, size):
 
 def _scores(q_BKRH, positions_BR, k_BKSH, start, lengths, window):
     s_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+    s_BKRS = s_BKRS * q_BKRH.shape[-1] ** -0.5  # in fp32, not in q's dtype
     seen_BRS = visible(positions_BR, start + jnp.arange(k_BKSH.shape[2]), lengths, window)
     return jnp.where(seen_BRS[:, None], s_BKRS, -jnp.inf)
 

@@ -175,7 +175,8 @@ def _measured(
         "compress_seconds": timings and timings.compress,
         "decode_seconds": timings and timings.decode,
         "compile_seconds": timings and timings.compile,
-        "tokens_per_second": timings and drawn / timings.decode,
+        # The first token of each row comes with the prefill.
+        "tokens_per_second": timings and (drawn - len(rows)) / timings.decode,
         "compilations": compiled,
     }
 
