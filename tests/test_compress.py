@@ -207,20 +207,18 @@ def test_streaming_llm_keeps_four_sinks_and_the_recent():
 
 def test_snapkv_keeps_the_window_and_the_best_of_the_pooled_scores():
     """Against attention written out in numpy."""
-    config = named("snapkv", budget=6, window=3, kernel=3)
+    config = named("snapkv", budget=10, window=3, kernel=3)
     (keys, _, probes), cache = compressed(config, (TOKENS,) * 5)
     late = np.arange(TOKENS) > (TOKENS - 3 + np.arange(3))[:, None]
-    for i in range(5):
-        q, k = np.asarray(probes[0].queries[i]), np.asarray(keys[0][i])
-        for head in range(K):
-            group = q[:, head * N // K : (head + 1) * N // K]
-            logits = np.einsum("wgh,th->gwt", group, k[:, head]) / np.sqrt(H)
-            p = np.exp(np.where(late, -np.inf, logits))
-            p /= p.sum(-1, keepdims=True)
-            raw = np.pad(p.sum((0, 1))[: TOKENS - 3], 1)
-            pooled = np.maximum(np.maximum(raw[:-2], raw[1:-1]), raw[2:])
-            top = np.argsort(-pooled, kind="stable")[:3]
-            assert kept(cache.layers[0], i)[head] == sorted([*top, 29, 30, 31])
+    for layer, i, head in np.ndindex(3, 5, K):
+        group = np.asarray(probes[layer].queries[i])[:, head * N // K : (head + 1) * N // K]
+        logits = np.einsum("wgh,th->gwt", group, keys[layer][i, :, head]) / np.sqrt(H)
+        p = np.exp(np.where(late, -np.inf, logits))
+        p /= p.sum(-1, keepdims=True)
+        raw = np.pad(p.sum((0, 1))[: TOKENS - 3], 1)
+        pooled = np.maximum(np.maximum(raw[:-2], raw[1:-1]), raw[2:])
+        top = np.argsort(-pooled, kind="stable")[:7]
+        assert kept(cache.layers[layer], i)[head] == sorted([*top, 29, 30, 31])
 
 
 def test_budget_of_the_bucket_leaves_the_cache_alone():
