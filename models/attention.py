@@ -7,10 +7,12 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import Cache, Probe, ProbeRequest, attend, write_layer
 from kvjax.kernels.prefill_attention import prefill_attention
+from kvjax.kernels.prefill_attention.training import training_attention
 from kvjax.kernels.window_scores import accumulated_scores
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import RMSNorm, parameter, rope_frequencies, rotate, with_bias
@@ -19,7 +21,7 @@ from kvjax.models.layers import RMSNorm, parameter, rope_frequencies, rotate, wi
 class Attention(nnx.Module):
     """Attention of one layer; biases, q/k norm and sliding window as the config says."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
         d = config.hidden_size
         self.config = config
@@ -37,6 +39,14 @@ class Attention(nnx.Module):
         norm = partial(RMSNorm, h, config.rms_norm_eps, axis="H", dtype=dtype)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Whole sequences without a cache, differentiable: for training."""
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
+        out_BTNH = training_attention(q_BTNH, k_BTKH, v_BTKH, window=self.window)
+        return self._output(out_BTNH)
 
     def prefill(
         self, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"], request: ProbeRequest

@@ -6,6 +6,7 @@ caller drives `layers[i].prefill` and does with each layer's keys and values wha
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import Cache, Probe, ProbeRequest, write_positions
@@ -17,7 +18,7 @@ from kvjax.models.layers import MLP, RMSNorm, parameter
 class Embedding(nnx.Module):
     """Token embeddings; the output head too where they are tied."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.table_VD = parameter(rngs, (config.vocab_size, config.hidden_size), 1, dtype)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -27,12 +28,19 @@ class Embedding(nnx.Module):
 class Layer(nnx.Module):
     """Pre-norm attention and MLP, each with a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         eps, size = config.rms_norm_eps, config.hidden_size
         self.attention_norm = RMSNorm(size, eps, dtype=dtype)
         self.attention = Attention(config, layer, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(size, eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Whole sequences without a cache."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
     def prefill(
         self, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"], request: ProbeRequest
@@ -62,7 +70,7 @@ class Decoder(nnx.Module):
       rngs: for random weights; `kvjax.models.weights` replaces them by a checkpoint's.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
@@ -72,6 +80,17 @@ class Decoder(nnx.Module):
         shape = (config.hidden_size, config.vocab_size)
         tied = config.tie_word_embeddings
         self.head_DV = None if tied else parameter(rngs, shape, config.hidden_size, dtype)
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """fp32 logits after every token of unpadded sequences: the forward pass of training.
+
+        It can be differentiated; generating goes through `kvjax.generate`.
+        """
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        x_BTD = self.embed(tokens_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, positions_BT)
+        return self.logits(x_BTD)
 
     def logits(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
         """fp32 logits of hidden states that have left the last layer."""

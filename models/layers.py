@@ -8,12 +8,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import ModelConfig, RopeScaling
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> nnx.Param:
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> nnx.Param:
     """A normal weight of variance 1 / fan_in."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
 
@@ -21,7 +22,7 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dt
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in fp32; `size` names the axis D or H."""
 
-    def __init__(self, size: int, eps: float, *, axis: str = "D", dtype: jnp.dtype = jnp.float32):
+    def __init__(self, size: int, eps: float, *, axis: str = "D", dtype: DTypeLike = jnp.float32):
         self.eps = eps
         self.axis = axis
         setattr(self, f"scale_{axis}", nnx.Param(jnp.ones((size,), dtype)))
@@ -36,7 +37,7 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """SiLU-gated MLP; biases where the config has them."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
         self.gate_DF = parameter(rngs, (d, f), d, dtype)
         self.up_DF = parameter(rngs, (d, f), d, dtype)

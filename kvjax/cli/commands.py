@@ -57,6 +57,15 @@ def convert(arguments: argparse.Namespace) -> None:
     print(convert_llama2c(arguments.checkpoint, arguments.vocabulary, arguments.out))
 
 
+# ---------------------------------------------------------------------------- train-tiny
+def train_tiny(arguments: argparse.Namespace) -> None:
+    """`kvjax train-tiny`."""
+    from kvjax.tiny.settings import load_settings
+    from kvjax.tiny.train import train
+
+    print(train(load_settings(arguments.config), arguments.out))
+
+
 # ---------------------------------------------------------------------------- generate
 def generate(arguments: argparse.Namespace) -> None:
     """`kvjax generate`."""

@@ -82,6 +82,18 @@ def build_parser() -> Parser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="such as stories15M.bin")
     sub.add_argument("vocabulary", metavar="VOCABULARY", help="such as tokenizer.bin")
     sub.add_argument("out", metavar="OUT", help="a directory that is new or empty")
+
+    sub = command(commands.train_tiny, "train-tiny", "Train the bundled model")
+    sub.add_argument(
+        "--config", required=True, metavar="FILE", help="TOML, such as configs/tiny.toml"
+    )
+    sub.add_argument(
+        "--out",
+        default="build/tiny",
+        metavar="DIR",
+        help="checkpoints, log.csv and, at the end, model/ and log.png; a run that was stopped goes"
+        " on from its last checkpoint (build/tiny)",
+    )
     return parser
 
 

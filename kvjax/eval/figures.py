@@ -1,0 +1,138 @@
+"""Pictures; matplotlib is needed here and nowhere else (`pip install kvjax[plot]`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+_INK, _KEPT, _NEEDLE, _ASKED = "#22313f", "#2a6f97", "#f4a259", "#c1121f"
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def _figure(width: float, height: float, **settings):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot.subplots(figsize=(width, height), layout="constrained", **settings)
+
+
+def _save(figure, path: str | Path) -> Path:
+    from matplotlib import pyplot
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=140, metadata={"Software": None})
+    pyplot.close(figure)
+    return target
+
+
+def heat_map(
+    path: str | Path,
+    kept: Mapping[str, Int[np.ndarray, "L K S"]],
+    tokens: int,
+    *,
+    needles: Sequence[tuple[int, int]] = (),
+    asked: tuple[int, int] | None = None,
+    title: str = "",
+) -> Path:
+    """Which entries of one prompt each head kept: a panel a method, a row a head.
+
+    Args:
+      path: of the PNG.
+      kept: true positions of the kept entries by method, -1 in empty slots.
+      tokens: of the prompt.
+      needles, asked: [first, end) of spans that are marked below the panels.
+      title: above everything.
+    """
+    figure, axes = _figure(11, 1.15 * len(kept) + 0.9, nrows=len(kept), sharex=True, squeeze=False)
+    for axis, (name, positions) in zip(axes[:, 0], kept.items(), strict=True):
+        layers, heads, _ = positions.shape
+        grid = np.zeros((layers * heads, tokens))
+        for row, slots in enumerate(positions.reshape(layers * heads, -1)):
+            grid[row, slots[slots >= 0]] = 1
+        from matplotlib.colors import ListedColormap
+
+        shades = ListedColormap(["#f3f5f7", _KEPT])
+        axis.imshow(grid, aspect="auto", interpolation="nearest", cmap=shades, vmin=0, vmax=1)
+        for first, end in needles:
+            axis.plot([first, end - 1], [-1.2] * 2, color=_NEEDLE, lw=3, clip_on=False)
+        if asked is not None:
+            axis.plot([asked[0], asked[1] - 1], [-1.2] * 2, color=_ASKED, lw=4, clip_on=False)
+        for layer in range(1, layers):
+            axis.axhline(layer * heads - 0.5, color="white", lw=1.2)
+        ticks = [layer * heads + (heads - 1) / 2 for layer in range(layers)]
+        axis.set_yticks(ticks, [f"layer {layer}" for layer in range(layers)])
+        axis.tick_params(length=0)
+        axis.set_title(name, loc="left", fontsize=9, fontweight="bold", pad=7)
+        axis.spines[:].set_visible(False)
+    axes[-1, 0].set_xlabel("position in the prompt (orange: facts, red: the one asked for)")
+    figure.suptitle(title, fontsize=10)
+    return _save(figure, path)
+
+
+def dispersion(path: str | Path, counts: Float[np.ndarray, "L N"], tokens: int) -> Path:
+    """Entries that each query head needs for 90 % of its attention."""
+    layers, heads = counts.shape
+    figure, axes = _figure(9, 2.6, ncols=layers, sharey=True, squeeze=False)
+    for layer, axis in enumerate(axes[0]):
+        order = np.sort(counts[layer])
+        axis.bar(np.arange(heads), order, color=_KEPT)
+        for place, count in enumerate(order):
+            axis.text(place, count * 1.08, f"{count:.0f}", ha="center", fontsize=7, color=_INK)
+        axis.set_yscale("log")
+        axis.set_title(f"layer {layer}")
+        axis.set_xticks([])
+    axes[0, 0].set_ylabel("entries for 90 % of attention")
+    figure.supxlabel(f"query heads of each layer, sorted (prompts of {tokens} tokens)", fontsize=9)
+    return _save(figure, path)
+
+
+def training(path: str | Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Loss and accuracy per task over a training run's log."""
+    figure, (left, right) = _figure(10, 3.4, ncols=2)
+    steps = [int(row["step"]) for row in rows]
+    left.plot(steps, [float(row["loss"]) for row in rows], color=_INK)
+    left.set(xlabel="step", ylabel="loss, nats a weighted token", ylim=(0, None))
+    known = ("step", "length", "alphabet", "loss")
+    for task in (name for name in rows[0] if name not in known):
+        points = [(int(row["step"]), float(row[task])) for row in rows if row[task]]
+        right.plot(*zip(*points, strict=True), label=task, marker=".", ms=3, lw=1)
+    right.set(xlabel="step", ylabel="answers right to the last token", ylim=(-0.02, 1.02))
+    right.legend(fontsize=7, frameon=False)
+    for axis in (left, right):
+        previous = None
+        for row in rows:
+            if row["length"] != previous:
+                axis.axvline(int(row["step"]), color="#d0d5da", lw=0.8, zorder=0)
+                top = axis.get_ylim()[1]
+                axis.text(int(row["step"]), top, f" {row['length']}", fontsize=7, va="top")
+                previous = row["length"]
+    return _save(figure, path)
+
+
+def accuracy(
+    path: str | Path,
+    shares: Mapping[str, Mapping[str, Float[np.ndarray, " points"]]],
+    budgets: Sequence[str],
+) -> Path:
+    """Share right against the budget: a panel a protocol, a line a method."""
+    figure, axes = _figure(10, 3.6, ncols=len(shares), sharey=True, squeeze=False)
+    for axis, (protocol, methods) in zip(axes[0], shares.items(), strict=True):
+        for name, values in methods.items():
+            style = {"color": _INK, "ls": ":"} if name == "full" else {"marker": "o", "ms": 3}
+            axis.plot(range(len(budgets)), values, label=name, lw=1.3, **style)
+        axis.set_xticks(range(len(budgets)), budgets)
+        axis.set(title=protocol, xlabel="entries kept")
+    axes[0, 0].set(ylabel="answers right", ylim=(-0.02, 1.02))
+    axes[0, -1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(figure, path)

@@ -1,0 +1,163 @@
+"""Questions about long documents, answered from a compressed cache; right or wrong.
+
+Two protocols. "inside": the question ends the prompt, so that an observation window sees it (the
+first token of the answer comes from the uncompressed prompt). "after": the document is compressed
+alone and then asked, as a cache that serves many questions must be.
+
+A prompt is prefilled once for all methods and budgets. Caches are widened to the prompt's bucket,
+so that one program decodes them all; what is kept does not change.
+
+B prompts, T tokens of a bucket, O tokens of an answer, L layers, K KV heads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from kvjax import stages
+from kvjax.cache import Cache, PaddedLayer, ProbeRequest, with_room
+from kvjax.compress import compress
+from kvjax.config import CompressionConfig
+from kvjax.prompts import pad
+from kvjax.rows import DEFAULT_WINDOW
+from kvjax.sampling import Sampling
+
+PROTOCOLS = {"inside": "question inside the prompt", "after": "question after compression"}
+ROWS = 50  # prompts at once
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one document, as token ids."""
+
+    document: Sequence[int]
+    question: Sequence[int]
+    answer: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method at one budget over all prompts.
+
+    Attributes:
+      right: `[B]` whether the answer was the expected one to the last token.
+      kept: `[B, L, K]` entries of the prompt that were held, counted in the cache.
+      positions: `[L, K, S]` of the first prompt, -1 in empty slots.
+    """
+
+    right: Bool[np.ndarray, " B"]
+    kept: Int[np.ndarray, "B L K"]
+    positions: Int[np.ndarray, "L K S"]
+
+
+def ask(
+    model: Any,
+    items: Sequence[Item],
+    configs: Sequence[CompressionConfig],
+    protocol: str,
+    *,
+    seed: int = 0,
+) -> list[Outcome]:
+    """Answer every item under every config, greedily.
+
+    Args:
+      model: a decoder.
+      items: the prompts.
+      configs: methods and budgets; those that observe a window observe at most 32 tokens.
+      protocol: where the question stands, a key of PROTOCOLS.
+      seed: of the `random` scorer.
+
+    Raises:
+      ValueError: an unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r}, expected 'inside' or 'after'")
+    inside = protocol == "inside"
+    prompts = [[*item.document, *(item.question if inside else ())] for item in items]
+    longest = max(len(prompt) for prompt in prompts)
+    room = max(len(item.answer) for item in items)
+    questions, _ = pad([item.question for item in items])
+    right: list[list[bool]] = [[] for _ in configs]
+    kept: list[list[np.ndarray]] = [[] for _ in configs]
+    first: list[np.ndarray] = []
+    for start in range(0, len(items), ROWS):
+        chosen = range(start, min(start + ROWS, len(items)))
+        # A last batch that is short is filled up: one shape, one compilation.
+        rows = [*chosen, *[chosen[-1]] * (min(ROWS, len(items)) - len(chosen))]
+        tokens, lengths = pad([prompts[row] for row in rows], at_least=longest)
+        counts = jnp.array([len(items[row].question) for row in rows], jnp.int32)
+        logits, *layers = _prefill(model, tokens, lengths)
+        for index, config in enumerate(configs):
+            key = jax.random.fold_in(jax.random.key(seed), start)
+            cache = _compress(*layers, jnp.asarray(lengths), key, config=config)
+            if inside:
+                drawn = _decode(model, cache, logits, room=room)
+            else:
+                drawn = _ask(model, cache, questions[rows], counts, room=room)
+            drawn = np.asarray(drawn)
+            held = np.asarray(stages.kept_entries(cache))
+            for place, row in enumerate(chosen):
+                answer = list(items[row].answer)
+                right[index].append(drawn[place, : len(answer)].tolist() == answer)
+                kept[index].append(held[place])
+            if start == 0:
+                first.append(np.stack([np.asarray(layer.positions[0]) for layer in cache.layers]))
+    return [
+        Outcome(right=np.array(mine), kept=np.stack(held), positions=positions)
+        for mine, held, positions in zip(right, kept, first, strict=True)
+    ]
+
+
+@jax.jit
+def _prefill(model, tokens, lengths):
+    request = ProbeRequest(queries=DEFAULT_WINDOW, column_sums=True)
+    return stages.prefill(model, tokens, lengths, request)
+
+
+@partial(jax.jit, static_argnames="config")
+def _compress(keys, values, probes, lengths, key, *, config) -> Cache:
+    cache = compress(keys, values, probes, config, lengths=lengths, key=key)
+    tokens = keys[0].shape[1]
+    return cache.replace(layers=tuple(_widen(layer, tokens) for layer in cache.layers))
+
+
+def _widen(layer: PaddedLayer, slots: int) -> PaddedLayer:
+    """The layer with empty slots up to `slots`."""
+    more = ((0, 0), (0, 0), (0, slots - layer.positions.shape[-1]))
+    return PaddedLayer(
+        keys=jnp.pad(layer.keys, (*more, (0, 0))),
+        values=jnp.pad(layer.values, (*more, (0, 0))),
+        positions=jnp.pad(layer.positions, more, constant_values=-1),
+    )
+
+
+@partial(jax.jit, static_argnames="room")
+def _decode(model, cache, logits, *, room: int):
+    rules = stages.Rules(
+        values=Sampling().values, eos=jnp.array([-1]), switches=Sampling().switches
+    )
+    batch = logits.shape[0]
+    prompt = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
+    answer = stages.start_answer(logits, *prompt, jax.random.key(0), rules, room)
+    slots = cache.tail.positions.shape[1] + room
+    return stages.decode(model, with_room(cache, slots), answer, rules, room - 1)[1].tokens
+
+
+@partial(jax.jit, static_argnames="room")
+def _ask(model, cache, questions, counts, *, room: int):
+    cache = with_room(cache, questions.shape[1])
+    logits, cache = stages.extend_prompt(model, questions, counts, cache)
+    return _decode(model, cache, logits, room=room)
+
+
+def interval(right: Bool[np.ndarray, " B"], *, draws: int = 2000, seed: int = 0):
+    """Bootstrap 95 % interval of the share that is right: (low, high)."""
+    rng = np.random.default_rng(seed)
+    shares = rng.choice(right, (draws, len(right))).mean(axis=1)
+    return tuple(float(edge) for edge in np.quantile(shares, (0.025, 0.975)))

@@ -1,0 +1,44 @@
+"""A `Decoder` into a Hugging Face directory: the reverse of `kvjax.models.weights`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from kvjax.models.decoder import Decoder
+from kvjax.models.weights import tensor_specs
+
+
+def save_decoder(
+    model: Decoder, directory: str | Path, config: Mapping[str, Any], *, dtype: Any = jnp.bfloat16
+) -> Path:
+    """Write `config.json` and `model.safetensors`.
+
+    Args:
+      model: the decoder.
+      directory: is made where it does not exist; files of these names are replaced.
+      config: the `config.json` that `ModelConfig.from_hf` made the model's config from.
+      dtype: of the weights on disk: bfloat16, float16 or float32.
+
+    Returns:
+      The path of the weights.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, spec in tensor_specs(model.config).items():
+        value: Any = model
+        for part in spec.attribute.split("."):
+            value = value[int(part)] if part.isdigit() else getattr(value, part)
+        array = np.asarray(value[...]).astype(jnp.dtype(dtype))
+        if spec.transposed:
+            array = array.reshape(spec.file_shape[::-1]).T
+        tensors[name] = np.ascontiguousarray(array.reshape(spec.file_shape))
+    path = folder / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    return path
