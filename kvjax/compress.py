@@ -5,7 +5,7 @@ S slots of a layer.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import no_type_check
 
 import jax
@@ -36,14 +36,14 @@ class Plan(struct.PyTreeNode):
     Attributes:
       rows: each row's budget.
       sizes: `[B, L]` entries per head of each layer, or None where they depend on scores.
-      key: random key of the `random` scorer.
+      key: random key of the `random` scorer, one for all rows or `[B]`.
       config, windows: the settings; each layer's sliding window.
       tokens: the bucket.
     """
 
     rows: Rows
     sizes: Int[Array, "B L"] | None
-    key: Key[Array, ""]
+    key: Key[Array, "*row"]
     config: CompressionConfig = struct.field(pytree_node=False)
     windows: tuple[int | None, ...] = struct.field(pytree_node=False)
     tokens: int = struct.field(pytree_node=False)
@@ -57,7 +57,7 @@ def compress(
     *,
     lengths: Int[Array, " B"] | None = None,
     windows: Sequence[int | None] | None = None,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*row"] | None = None,
     tail_slots: int = 0,
 ) -> Cache:
     """Compress a prompt's keys and values, for one's own model. Jittable, `config` static.
@@ -67,7 +67,7 @@ def compress(
       probes: one a layer, with what `config.scorer` reads (`probe_request` says what).
       lengths: tokens of each row, T by default.
       windows: each layer's sliding window, none by default.
-      key: for the `random` scorer.
+      key: for the `random` scorer; with one for each row (`[B]`) rows draw differently.
       tail_slots: room for tokens to come.
 
     Returns:
@@ -115,7 +115,7 @@ def make_plan(
     lengths: Int[Array, " B"],
     tokens: int,
     windows: tuple[int | None, ...],
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*row"] | None = None,
 ) -> Plan:
     """Resolve budgets row by row, and layer sizes as far as they depend on lengths alone."""
     if config.profile is not None and len(config.profile) != len(windows):
@@ -127,8 +127,12 @@ def make_plan(
     if not config.skips(tokens) and not needs_all_layers(config):
         sizes = _sizes_from_lengths(config, rows, tokens, windows)
     # A key of its own: the sampler folds other numbers into the caller's.
-    key = jax.random.split(jax.random.key(0) if key is None else key)[0]
+    key = _each(lambda one: jax.random.split(one)[0], jax.random.key(0) if key is None else key)
     return Plan(rows=rows, sizes=sizes, key=key, config=config, windows=windows, tokens=tokens)
+
+
+def _each(change: Callable, key: Key[Array, "*row"]) -> Key[Array, "*row"]:
+    return jax.vmap(change)(key) if key.ndim else change(key)
 
 
 def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
@@ -179,7 +183,7 @@ def compress_layer(
         keys,
         plan.rows,
         plan.config,
-        jax.random.fold_in(plan.key, index),
+        _each(lambda key: jax.random.fold_in(key, index), plan.key),
         plan.windows[index],
     )
     scored = Scored(keys=keys, values=values, scores=scores)

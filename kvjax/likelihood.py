@@ -44,7 +44,7 @@ def score(
     prefix_length: int | Sequence[int],
     config: CompressionConfig = FULL,
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     positions: bool = False,
     pad_to: tuple[int, int] = (0, 0),
 ) -> list[Scored]:
@@ -57,7 +57,7 @@ def score(
     Args:
       tokens: ids of a text, or of several.
       prefix_length: tokens of the prefix, one number or one a text; 1 .. length - 1.
-      seed: of the `random` scorer.
+      seed: of the `random` scorer, one number or one a text.
       positions: whether to return which entries were kept.
       pad_to: least tokens that prefixes, and what follows them, are padded to, so that batches of
         other texts share one compiled program. It changes no result.
@@ -86,7 +86,7 @@ def score(
     rests = [row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
     after, counts = pad(rests, pad_to[1])
     nll, top1, kept_positions = _score_program(
-        model, prompt, lengths, after, counts, jax.random.key(seed), config=config
+        model, prompt, lengths, after, counts, _key(seed, len(rows)), config=config
     )
     nll, top1 = np.asarray(nll), np.asarray(top1)  # sliced here, not row by row on the device
     held = [np.asarray(layer) for layer in kept_positions]
@@ -103,6 +103,14 @@ def score(
     ]
 
 
+def _key(seed: int | Sequence[int], texts: int) -> Key[Array, "*row"]:
+    if isinstance(seed, int | np.integer):
+        return jax.random.key(int(seed))
+    if len(seed) != texts:
+        raise ValueError(f"seed has {len(seed)} entries, expected one or {texts}")
+    return jax.vmap(jax.random.key)(jnp.array(list(seed), jnp.uint32))
+
+
 @partial(jax.jit, static_argnames="config")
 def _score_program(
     model: Any,
@@ -110,7 +118,7 @@ def _score_program(
     lengths: Int[Array, " B"],
     after: Int[Array, "B T"],
     counts: Int[Array, " B"],
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     *,
     config: CompressionConfig,
 ) -> tuple[Float[Array, "B T"], Int[Array, "B T"], tuple[Int[Array, "B K S"], ...]]:

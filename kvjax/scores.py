@@ -20,7 +20,7 @@ def score(
     keys: Float[Array, "B T K H"],
     rows: Rows,
     config: CompressionConfig,
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     window: int | None,
 ) -> Float[Array, "B K T"]:
     """Importance of each entry under `config.scorer`; padding scores 0.
@@ -29,7 +29,7 @@ def score(
       queries: the last W queries of each row after RoPE, right-aligned, for "window".
       column_sums: attention that each key received from all queries, for "accumulated".
       keys: the layer's keys after RoPE.
-      key: the layer's random key, for "random".
+      key: the layer's random key, for "random": one for all rows, or `[B]`.
       window: width of a sliding-window layer, or None.
 
     Raises:
@@ -50,9 +50,11 @@ def score(
         scores_T = positions_T + 1.0
     else:
         # One draw a position, so that neither the bucket nor the batch changes it.
-        scores_T = jax.vmap(
-            lambda position: jax.random.uniform(jax.random.fold_in(key, position), (kv_heads,))
-        )(positions_T).T
+        def draw(key, position):
+            return jax.random.uniform(jax.random.fold_in(key, position), (kv_heads,))
+
+        draw_rows = jax.vmap(jax.vmap(draw, (None, 0), 1), (0, None))
+        scores_T = draw_rows(jnp.broadcast_to(key, (batch,)), positions_T)
     scores_BKT = jnp.broadcast_to(scores_T, (batch, kv_heads, tokens)).astype(jnp.float32)
     return jnp.where(real_BT[:, None], scores_BKT, 0.0)
 

@@ -77,7 +77,7 @@ def prefill_compress(
     model: Any,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     config: CompressionConfig,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Prefill and compress layer by layer: a layer is packed before the next one runs.

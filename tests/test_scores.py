@@ -200,6 +200,9 @@ def test_random_depends_on_key_and_position_alone():
     other = random_scores(40, [40], jax.random.key(4))
     for different in (other[0], np.roll(scores[0], 1, axis=0), np.roll(scores[0], 1, axis=1)):
         assert (different != scores[0]).mean() > 0.99
+    two = random_scores(40, [40, 40], jax.random.split(KEY))  # a key a row
+    assert (two[0] != two[1]).mean() > 0.99
+    np.testing.assert_array_equal(two[1], random_scores(40, [40], jax.random.split(KEY)[1])[0])
     mean = random_scores(2000, [2000]).mean()
     assert abs(mean - 0.5) < 6 / math.sqrt(12 * 6000)  # six standard errors of 6000 draws
 

@@ -1,6 +1,5 @@
 """Training the bundled model: the loss falls, and a killed run ends in the same bits."""
 
-import csv
 import dataclasses
 import os
 import signal
@@ -15,7 +14,7 @@ import pytest
 
 import kvjax
 from kvjax.tiny.settings import Settings, load_settings
-from kvjax.tiny.train import train
+from kvjax.tiny.train import read_log, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Settings(
@@ -62,17 +61,12 @@ def whole(tmp_path_factory):
     return out
 
 
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_loss_falls(whole):
-    losses = [float(row["loss"]) for row in rows(whole)]
+    losses = [float(row["loss"]) for row in read_log(whole)]
     assert losses[0] > 5.5  # near log(384) = 5.95
     assert min(losses[10:15]) < losses[0] - 1.5
-    assert [int(row["step"]) for row in rows(whole)] == list(range(2, 41, 2))
-    assert rows(whole)[9]["repeat"] != "" == rows(whole)[8]["repeat"]
+    assert [int(row["step"]) for row in read_log(whole)] == list(range(2, 41, 2))
+    assert read_log(whole)[9]["repeat"] != "" == read_log(whole)[8]["repeat"]
 
 
 def test_the_result_is_a_checkpoint_like_any_other(whole):
@@ -92,9 +86,9 @@ def test_a_run_killed_three_times_ends_in_the_same_bits(whole, tmp_path):
     killed = 0
     for moment in (0.1, 0.4, 0.75):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        wanted = int(moment * len(rows(whole)))
+        wanted = int(moment * len(read_log(whole)))
         while process.poll() is None:
-            done = len(rows(out)) if (out / "log.csv").exists() else 0
+            done = len(read_log(out)) if (out / "log.csv").exists() else 0
             if done > wanted:
                 time.sleep(float(rng.uniform(0, 0.05)))  # anywhere within a step or a save
                 break
@@ -104,17 +98,17 @@ def test_a_run_killed_three_times_ends_in_the_same_bits(whole, tmp_path):
             killed += process.wait() == -signal.SIGKILL
     assert killed >= 2  # the last one may have come to its end first
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert finished.stdout.strip() == str(out / "model")
+    assert finished.stdout.split() == [str(out / "model"), str(out / "log.png")]
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
-    assert rows(out) == rows(whole)
+    assert read_log(out) == read_log(whole)
 
 
 def test_a_finished_run_is_not_run_again(whole):
     before = (whole / "model" / "model.safetensors").read_bytes()
     train(SMALL, whole, progress=False)
     assert (whole / "model" / "model.safetensors").read_bytes() == before
-    assert len(rows(whole)) == 20
+    assert len(read_log(whole)) == 20
 
 
 def test_another_run_in_the_same_folder_is_refused(whole):

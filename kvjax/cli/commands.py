@@ -8,6 +8,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import kvjax
@@ -60,10 +61,14 @@ def convert(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- train-tiny
 def train_tiny(arguments: argparse.Namespace) -> None:
     """`kvjax train-tiny`."""
+    from kvjax.eval import figures
     from kvjax.tiny.settings import load_settings
-    from kvjax.tiny.train import train
+    from kvjax.tiny.train import read_log, train
 
-    print(train(load_settings(arguments.config), arguments.out))
+    settings = load_settings(arguments.config)
+    print(train(settings, arguments.out))
+    if figures.available():
+        print(figures.training(Path(arguments.out) / "log.png", read_log(arguments.out)))
 
 
 # ---------------------------------------------------------------------------- generate

@@ -30,11 +30,17 @@ class Result:
 
 
 def evaluate(
-    model: Any, documents: list[dict], config: CompressionConfig, full: list[Scored] | None
+    model: Any,
+    documents: list[dict],
+    config: CompressionConfig,
+    full: list[Scored] | None,
+    *,
+    seed: int = 0,
 ) -> tuple[list[Scored], Result]:
     """Score every document; a document is {"ids": tokens, "prompt": tokens of its prefix}.
 
-    `full` is the uncompressed run's scores, None for that run itself.
+    `full` is the uncompressed run's scores, None for that run itself. The `random` scorer draws
+    for each document anew, from `seed` and its index.
     """
     scores: list[Scored] = []
     # One shape for all batches: one compilation.
@@ -49,6 +55,7 @@ def evaluate(
             [documents[index]["ids"] for index in filled],
             [documents[index]["prompt"] for index in filled],
             config,
+            seed=[seed * len(documents) + index for index in filled],
             positions=True,
             pad_to=(max(prompts), max(rests)),
         )

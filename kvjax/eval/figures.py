@@ -16,7 +16,7 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def _figure(width: float, height: float, **settings):
+def _figure(width: float | int, height: float | int, **settings):
     import matplotlib
 
     matplotlib.use("Agg")

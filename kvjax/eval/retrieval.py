@@ -93,8 +93,9 @@ def ask(
         tokens, lengths = pad([prompts[row] for row in rows], at_least=longest)
         counts = jnp.array([len(items[row].question) for row in rows], jnp.int32)
         logits, *layers = _prefill(model, tokens, lengths)
+        # Every prompt draws for itself.
+        key = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(rows))
         for index, config in enumerate(configs):
-            key = jax.random.fold_in(jax.random.key(seed), start)
             cache = _compress(*layers, jnp.asarray(lengths), key, config=config)
             if inside:
                 drawn = _decode(model, cache, logits, room=room)

@@ -224,6 +224,12 @@ def export(model: Decoder, settings: Settings, directory: Path) -> Path:
     return directory
 
 
+def read_log(out: str | Path) -> list[dict[str, str]]:
+    """The rows of a run's `log.csv`."""
+    with (Path(out) / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _claim(folder: Path, settings: Settings) -> None:
     """Make the folder this run's own, or see that it is."""
     folder.mkdir(parents=True, exist_ok=True)
