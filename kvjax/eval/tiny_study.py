@@ -1,6 +1,6 @@
-"""The bundled model, measured: what it can do, how its heads differ, what each method costs it.
+"""The small model, measured: what it can do, how its heads differ, what each method costs it.
 
-    python -m kvjax.eval.tiny_study [--count 200] [--out docs]
+    python -m kvjax.eval.tiny_study --model DIR [--count 200] [--out docs]
 
 Writes three tables to `tiny_study.md` and three pictures to `images/`: accuracy per task and
 length with the full cache; entries that each head needs for 90 % of its attention; every method at
@@ -18,7 +18,6 @@ import numpy as np
 from tqdm import tqdm
 
 import kvjax
-from kvjax import tiny
 from kvjax.eval import figures
 from kvjax.eval.dispersion import entries_needed
 from kvjax.eval.retrieval import PROTOCOLS, Outcome, ask, interval
@@ -97,6 +96,7 @@ def full_markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, type=Path, help="the run's model/")
     parser.add_argument("--count", type=int, default=200, help="prompts a cell (200)")
     parser.add_argument("--length", type=int, default=512, help="tokens of the methods' prompts")
     parser.add_argument("--out", type=Path, default=Path("docs"))
@@ -104,7 +104,7 @@ def main() -> int:
     if not figures.available():
         print("kvjax: the study draws pictures, expected matplotlib (kvjax[plot])", file=sys.stderr)
         return 2
-    model, _ = tiny.load()
+    model, _ = kvjax.load(options.model, progress=False)
     images, sections = options.out / "images", []
     full = full_accuracy(model, options.count)
     sections.append("## Full cache\n\n" + full_markdown(full))
@@ -126,9 +126,9 @@ def main() -> int:
     titles = {PROTOCOLS[protocol]: rows for protocol, rows in shares.items()}
     figures.accuracy(images / "methods.png", titles, [f"{budget:.0%}" for budget in BUDGETS])
     header = (
-        "# The bundled model, measured\n\n"
-        "Written by `make study` (`python -m kvjax.eval.tiny_study"
-        f" --count {options.count} --length {options.length}`). A cell is the share of"
+        "# The small model, measured\n\n"
+        "Written by `python -m kvjax.eval.tiny_study"
+        f" --count {options.count} --length {options.length}`. A cell is the share of"
         f" {options.count} prompts that were answered right to the last word, with a bootstrap 95 %"
         " interval.\n"
     )

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from kvjax.tiny.tasks import TASKS, compose, draw_facts
 from kvjax.tiny.vocabulary import ID, KEYS, SYMBOLS, VALUES
 
-_TOKENS_PER_TURN = 7
+_TOKENS_PER_TURN = 5
+_LEAST = 12  # tokens of a document that is repeated
 _SYMBOLS = np.array([ID[word] for word in (*KEYS, *VALUES)])
 
 
@@ -34,15 +35,21 @@ def training_sequence(
     """Tokens and turns of one sequence; `needles` is the most facts it may have.
 
     The number of facts is log-uniform, so that few and many are equally common. Questions take
-    what they need, at most half of the sequence; a document that is repeated takes the other half.
+    what they need, at most half of the sequence. A document that is repeated takes a fifth to a
+    half of it, so that nobody learns to copy from a fixed distance; questions follow its copy.
     """
     half = length // 2
     count = round(float(np.exp(rng.uniform(0, np.log(needles)))))
     count = max(1, min(count, half // _TOKENS_PER_TURN))
+    if task == "repeat":
+        half = int(rng.integers(max(length // 5, _LEAST), half + 1))
     facts = draw_facts(rng, task, half - 2, needles=count, alphabet=alphabet)
     asked = sum(len(question) + len(answer) for question, answer in facts.turns)
     document = half if task == "repeat" else max(half, length - asked)
     tokens, turns = compose(rng, task, facts, document)
+    if task == "repeat":
+        turns = [*turns, *rng.permutation(len(facts.turns)).tolist()]
+        turns = [facts.turns[turn] if isinstance(turn, int) else turn for turn in turns]
     numbers = [0] * len(tokens)
     for index, (question, answer) in enumerate(turns):
         tokens = tokens + question + answer

@@ -41,6 +41,8 @@ class Settings:
       muon_rate: peak learning rate of matrices (Muon).
       adam_rate: peak learning rate of embeddings and norms (Adam).
       warmup: steps of linear warm-up; a cosine follows, down to `final_rate` of the peak.
+      cycles: steps of each such warm-up and cosine; together those of all stages.
+      peaks: what each cycle's peak is of the rates above.
       clip: global norm of the gradient at most.
       filler_weight: of the loss of words in sentences; words of answers weigh 1.
       log_every, evaluate_every, save_every: steps.
@@ -60,6 +62,8 @@ class Settings:
     muon_rate: float
     adam_rate: float
     warmup: int
+    cycles: tuple[int, ...]
+    peaks: tuple[float, ...]
     final_rate: float
     clip: float
     filler_weight: float
@@ -80,11 +84,17 @@ class Settings:
             for entry in entries:
                 if not isinstance(entry, str) and not entry > 0 and field.name != "seed":
                     raise ValueError(f"{field.name} = {value!r}, expected numbers above 0")
-            if isinstance(value, tuple) and len(value) != len(self.steps):
+            of_cycles = field.name in ("cycles", "peaks")
+            if isinstance(value, tuple) and not of_cycles and len(value) != len(self.steps):
                 raise ValueError(
                     f"{field.name} has {len(value)} entries, expected one for each of the"
                     f" {len(self.steps)} stages"
                 )
+        if len(self.cycles) != len(self.peaks) or sum(self.cycles) != self.total_steps:
+            raise ValueError(
+                f"cycles = {self.cycles!r}, expected {self.total_steps} steps in all (those of the"
+                f" stages) and an entry for each of the {len(self.peaks)} peaks"
+            )
         for stage in self.stages:
             _check(stage, self.context)
 
@@ -179,11 +189,11 @@ def load_settings(path: str | Path) -> Settings:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    listed = kind in (tuple[int, ...], tuple[str, ...])
+    listed = kind in (tuple[int, ...], tuple[float, ...], tuple[str, ...])
     inner = kind.__args__[0] if listed else kind
     entries = value if listed and isinstance(value, list) else [value]
     allowed = (int, float) if inner is float else (inner,)
     if listed != isinstance(value, list) or not all(type(entry) in allowed for entry in entries):
         what = f"a list of {inner.__name__}" if listed else f"one {inner.__name__}"
         raise ValueError(f"{name} = {value!r}, expected {what}")
-    return tuple(entries) if listed else inner(value)
+    return tuple(map(inner, entries)) if listed else inner(value)

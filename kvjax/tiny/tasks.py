@@ -2,13 +2,16 @@
 
 A document is sentences of filler with facts between them; a turn is a question and its answer.
 
-    note KEY V V .            ask KEY :        ->  KEY V V .                 single, multikey
-    note KEY V V .  (again)   list KEY :       ->  KEY V V KEY V V .         multivalue
+    note KEY V V .            ask KEY          ->  V V .                     single, multikey
+    note KEY V V .  (again)   list KEY         ->  V V KEY V V .             multivalue
     note KEY V V .            ask KEY KEY :    ->  KEY V V KEY V V .         multiquery
-    let KEY KEY .  let KEY V  trace KEY :      ->  KEY KEY V .               tracking
-    saw V .                   most :           ->  V V .                     frequent
+    let KEY KEY .  let KEY V  trace KEY        ->  KEY V .                   tracking
+    saw V .                   most             ->  V V .                     frequent
     anything                  again            ->  the document once more    repeat
     sentences alone                                                          stream
+
+A question ends with what has to be looked up, so that its last token attends to the fact: an
+observation window that holds the question sees what the answer needs.
 
 Everything is drawn from the generator that is passed in, so a seed is a document.
 """
@@ -58,9 +61,8 @@ def _note(key: int, value: Tokens) -> Tokens:
     return [ID["note"], key, *value, _STOP]
 
 
-def _ask(word: str, keys: Tokens, answer: list[Tokens]) -> Turn:
-    told = [token for piece in answer for token in piece]
-    return Turn([ID[word], *keys, _COLON], [*told, _STOP])
+def _ask(word: str, key: int, answer: Tokens) -> Turn:
+    return Turn([ID[word], key], [*answer, _STOP])
 
 
 def _notes(rng, count: int, alphabet: int) -> tuple[list[tuple[int, Tokens]], list[Tokens]]:
@@ -72,7 +74,7 @@ def _notes(rng, count: int, alphabet: int) -> tuple[list[tuple[int, Tokens]], li
 def multikey(rng: np.random.Generator, needles: int, alphabet: int) -> Facts:
     """`needles` notes of different keys, each asked for."""
     pairs, inserts = _notes(rng, needles, alphabet)
-    return Facts(inserts, [_ask("ask", [key], [[key, *value]]) for key, value in pairs])
+    return Facts(inserts, [_ask("ask", key, value) for key, value in pairs])
 
 
 def single(rng: np.random.Generator, needles: int, alphabet: int) -> Facts:
@@ -86,8 +88,8 @@ def multiquery(rng: np.random.Generator, needles: int, alphabet: int) -> Facts:
     turns = []
     for _ in range(max(1, needles // 3)):
         chosen = [pairs[i] for i in rng.choice(len(pairs), rng.integers(2, 5), replace=False)]
-        answer = [[key, *value] for key, value in chosen]
-        turns.append(_ask("ask", [key for key, _ in chosen], answer))
+        told = [token for key, value in chosen for token in (key, *value)]
+        turns.append(Turn([ID["ask"], *(key for key, _ in chosen), _COLON], [*told, _STOP]))
     return Facts(inserts, turns)
 
 
@@ -98,8 +100,8 @@ def multivalue(rng: np.random.Generator, needles: int, alphabet: int) -> Facts:
     inserts = [_note(key, value) for key, listed in values.items() for value in listed]
     rng.shuffle(inserts)
     for key in keys:
-        answer = [insert[1:-1] for insert in inserts if insert[1] == key]
-        turns.append(_ask("list", [key], answer))
+        told = [token for insert in inserts if insert[1] == key for token in insert[1:-1]]
+        turns.append(_ask("list", key, told[1:]))
     return Facts(inserts, turns)
 
 
@@ -113,7 +115,7 @@ def tracking(rng: np.random.Generator, needles: int, alphabet: int) -> Facts:
             break
         chain = [*names, int(rng.choice(_VALUES[:alphabet]))]
         chains.append([[ID["let"], a, b, _STOP] for a, b in pairwise(chain)])
-        turns.append(_ask("trace", names[:1], [chain]))
+        turns.append(_ask("trace", chain[0], chain[1:]))
     # A variable is set before it is used: the last link of a chain comes first.
     order = rng.permutation([i for i, chain in enumerate(chains) for _ in chain]).tolist()
     return Facts([chains[i].pop() for i in order], turns)
@@ -127,7 +129,7 @@ def frequent(rng: np.random.Generator, needles: int, alphabet: int) -> Facts:
         [ID["saw"], word, _STOP] for word, n in zip(words, counts, strict=True) for _ in range(n)
     ]
     rng.shuffle(inserts)
-    return Facts(inserts, [Turn([ID["most"], _COLON], [*words[:2], _STOP])])
+    return Facts(inserts, [Turn([ID["most"]], [*words[:2], _STOP])])
 
 
 def stream(rng: np.random.Generator, needles: int, alphabet: int) -> Facts:

@@ -55,9 +55,13 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
     """Muon for matrices, Adam for embeddings and norms; warm-up, cosine, clipping."""
 
     def rate(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(
-            0.0, peak, settings.warmup, settings.total_steps, peak * settings.final_rate
-        )
+        cycles = [
+            optax.warmup_cosine_decay_schedule(
+                0.0, peak * part, settings.warmup, steps, peak * part * settings.final_rate
+            )
+            for steps, part in zip(settings.cycles, settings.peaks, strict=True)
+        ]
+        return optax.join_schedules(cycles, np.cumsum(settings.cycles)[:-1].tolist())
 
     def matrices(params: Any) -> Any:
         def axes(path, _):
