@@ -33,10 +33,14 @@ types: setup  ## mypy
 fidelity: setup  ## agreement with kvpress on 200 documents (needs ../shared/data), about 10 minutes
 	$(RUN) -m kvjax.eval.fidelity --data ../shared/data -o docs/fidelity_table.md
 
+compile-matrix: setup  ## every kernel at every named shape, compiled for TPUs and an H200 without one
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[ahead]'
+	$(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
+
 bench: setup  ## speed on this machine, about 5 minutes
 	$(RUN) -m kvjax.bench -o docs/bench_cpu.json
 
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test lint types fidelity bench clean
+.PHONY: help setup demo test lint types fidelity compile-matrix bench clean

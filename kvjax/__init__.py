@@ -15,6 +15,7 @@ block of queries, U slots of the tail.
 from kvjax.cache import Cache, Probe
 from kvjax.compress import compress, probe_request
 from kvjax.config import CompressionConfig, ConfigError, parse_budget
+from kvjax.extend import append, claim, claimed_positions, decode_attention
 from kvjax.generate import (
     Generation,
     Step,
@@ -29,6 +30,7 @@ from kvjax.load import load
 from kvjax.methods import METHODS
 from kvjax.programs import compilations
 from kvjax.sampling import Sampling
+from kvjax.saved import load_cache, save_cache
 
 __version__ = "0.1.0"
 
@@ -43,13 +45,19 @@ __all__ = [
     "Scored",
     "Step",
     "Timings",
+    "append",
+    "claim",
+    "claimed_positions",
     "compilations",
     "compress",
     "compress_prompt",
+    "decode_attention",
     "generate",
     "load",
+    "load_cache",
     "parse_budget",
     "probe_request",
+    "save_cache",
     "score",
     "stream",
     "timed_generate",

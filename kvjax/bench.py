@@ -1,6 +1,6 @@
 """Speed of the whole path: prefill, compression and the decode step, as ratios.
 
-    python -m kvjax.bench [--methods snapkv,ada-snapkv,h2o] [--budget 256] [-o docs/bench_cpu.json]
+    python -m kvjax.bench [--methods snapkv,ada-snapkv/padded] [--budget 256] [-o FILE.json]
 
 A decode step reads every weight and every held entry once, so it is bound by memory: beside each
 measured step stands (weights + held bytes) / (bandwidth measured in the same run by summing an
@@ -117,7 +117,8 @@ def measure(model: Decoder, batch: int, methods: list[str], budget: int, rate: f
         "methods": {},
     }
     for name in ["full", *methods]:
-        config = CompressionConfig.named(name, budget=budget)
+        method, _, layout = name.partition("/")
+        config = CompressionConfig.named(method, budget=budget, layout=layout or None)
         # The two in turn, so that both see the same machine.
         run = partial(stages.prefill_compress, config=config)
         again, _ = best(read, model, tokens, lengths, runs=2)

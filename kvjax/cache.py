@@ -17,7 +17,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.kernels.decode_attention import decode_attention, merge
+from kvjax.kernels.decode_attention import decode_attention, merge, pool_attention
+from kvjax.pool import Pool, kept_mask
 
 # PrefixKV (upstream's constant, from Elastic Cache): decoding evicts from this far before the
 # end of the prompt's kept entries; what lies before stays for good.
@@ -66,6 +67,15 @@ class PaddedLayer(struct.PyTreeNode):
         """Entries that each head holds."""
         return (self.positions >= 0).sum(-1, dtype=jnp.int32)
 
+    def kept_mask(self, tokens: int) -> Bool[Array, "B K T"]:
+        """Which tokens each head holds."""
+        batch, kv_heads, _ = self.positions.shape
+        place = jnp.where(self.positions >= 0, self.positions, tokens)
+        rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
+        return (
+            jnp.zeros((batch, kv_heads, tokens), bool).at[rows, heads, place].set(True, mode="drop")
+        )
+
 
 @no_type_check  # jax maps trees to other leaves than arrays
 class Tail(struct.PyTreeNode):
@@ -88,7 +98,8 @@ class Cache(struct.PyTreeNode):
     """A prompt's compressed cache with its tail.
 
     Attributes:
-      layers: kept entries; constant while decoding.
+      layers: kept entries in the padded layout, one a layer; constant while decoding.
+      pool: kept entries in the packed layout, and `layers` is empty then.
       tail: tokens since.
       prompt_lengths: `[B]` tokens of the prompt before compression.
       next_positions: `[B]` position of the row's next token, whatever was evicted.
@@ -99,6 +110,7 @@ class Cache(struct.PyTreeNode):
     tail: Tail
     prompt_lengths: Int[Array, " B"]
     next_positions: Int[Array, " B"]
+    pool: Pool | None = None
     keep_ratio: bool = struct.field(pytree_node=False, default=False)
 
     @property
@@ -109,20 +121,46 @@ class Cache(struct.PyTreeNode):
     @property
     def nbytes(self) -> int:
         """Bytes that the prompt's keys and values occupy, empty slots included."""
+        if self.pool is not None:
+            return self.pool.nbytes
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
+    @property
+    def counts(self) -> Int[Array, "B L K"]:
+        """Entries of the prompt that each row, layer and head holds."""
+        if self.pool is not None:
+            return self.pool.counts
+        return jnp.stack([layer.lengths for layer in self.layers], axis=1)
 
-def empty_tail(layers: tuple[PaddedLayer, ...], slots: int) -> Tail:
-    """A tail of `slots` empty slots that fits these layers."""
+    def kept_mask(self, tokens: int) -> Bool[Array, "B L K T"]:
+        """Which of the first `tokens` tokens of the prompt each row, layer and head holds."""
+        if self.pool is not None:
+            layers = range(self.pool.counts.shape[1])
+            return jnp.stack([kept_mask(self.pool, layer, tokens) for layer in layers], axis=1)
+        return jnp.stack([layer.kept_mask(tokens) for layer in self.layers], axis=1)
 
-    def zeros(array: Array) -> Array:
-        batch, kv_heads, _, head_dim = array.shape
-        return jnp.zeros((batch, kv_heads, slots, head_dim), array.dtype)
+    def without_tail(self) -> "Cache":
+        """The prompt's entries with a tail of no slots."""
+        return self.replace(tail=empty_tail(self.pool or self.layers, 0))
 
+
+def empty_tail(entries: tuple[PaddedLayer, ...] | Pool, slots: int) -> Tail:
+    """A tail of `slots` empty slots that fits these entries."""
+    if isinstance(entries, Pool):
+        batch, layers, kv_heads = entries.counts.shape
+        head_dim, dtype = entries.entries.shape[-1] // 2, entries.entries.dtype
+    else:
+        batch, kv_heads, _, head_dim = entries[0].keys.shape
+        layers, dtype = len(entries), entries[0].keys.dtype
+    # Arrays of their own: a stream donates its tail.
+    keys, values = (
+        tuple(jnp.zeros((batch, kv_heads, slots, head_dim), dtype) for _ in range(layers))
+        for _ in range(2)
+    )
     return Tail(
-        keys=tuple(zeros(layer.keys) for layer in layers),
-        values=tuple(zeros(layer.values) for layer in layers),
-        positions=jnp.full((layers[0].keys.shape[0], slots), -1, jnp.int32),
+        keys=keys,
+        values=values,
+        positions=jnp.full((batch, slots), -1, jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
     )
 
@@ -230,22 +268,58 @@ def attend(
       positions: their positions, -1 for padding (its output is zeros).
       window: width of a sliding-window layer, or None.
     """
-    entries, tail = cache.layers[layer], cache.tail
-    prompt_BKTS = _seen(entries.positions[:, :, None], positions[:, None, :, None], window)
+    tail = cache.tail
     tail_BTS = _seen(tail.positions[:, None], positions[..., None], window)
+    tail_BKTS = tail_BTS[:, None]
+    if cache.pool is not None:
+        part, dead_BKTU = _attend_pool(q, positions, cache, cache.pool, layer, window)
+        if dead_BKTU is not None:
+            tail_BKTS = tail_BKTS & ~dead_BKTU
+        return merge([part, _attend_tail(q, tail, layer, tail_BKTS)]).astype(q.dtype)
+    entries = cache.layers[layer]
+    prompt_BKTS = _seen(entries.positions[:, :, None], positions[:, None, :, None], window)
     if cache.keep_ratio:
         prompt_dead, tail_dead = dead_slots(entries, tail, cache.prompt_lengths, positions, window)
         prompt_BKTS &= ~prompt_dead
-        tail_BKTS = tail_BTS[:, None] & ~tail_dead
-    else:
-        tail_BKTS = tail_BTS[:, None]
+        tail_BKTS = tail_BKTS & ~tail_dead
     parts = [
         decode_attention(q, entries.keys, entries.values, entries.positions >= 0, prompt_BKTS),
-        decode_attention(
-            q, tail.keys[layer], tail.values[layer], (tail.positions >= 0)[:, None], tail_BKTS
-        ),
+        _attend_tail(q, tail, layer, tail_BKTS),
     ]
     return merge(parts).astype(q.dtype)
+
+
+def _attend_tail(q, tail: Tail, layer: int, seen_BKTS):
+    filled_B1S = (tail.positions >= 0)[:, None]
+    return decode_attention(q, tail.keys[layer], tail.values[layer], filled_B1S, seen_BKTS)
+
+
+def _attend_pool(q, positions, cache: Cache, pool: Pool, layer: int, window: int | None):
+    """Attention to a layer's part of the pool, and which tail slots PrefixKV has evicted."""
+    tail = cache.tail
+    start_B, end_B = pool.bounds(layer)
+    kept_BK = pool.counts[:, layer]
+    dead = dead_BKTU = None
+    if cache.keep_ratio:
+        first_BK, last_BKT = dead_range(kept_BK, cache.prompt_lengths, positions, window)
+        # A head's slots are a run: its dead ones too.
+        run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK
+        dead = run_BK + first_BK, run_BK[:, None] + last_BKT.swapaxes(1, 2)
+        dead_BKTU = _dead_in_tail(kept_BK, first_BK, last_BKT, tail, cache.prompt_lengths)
+    part = pool_attention(
+        q,
+        positions,
+        pool.entries,
+        pool.owners,
+        pool.positions,
+        start_B,
+        end_B,
+        kv_heads=kept_BK.shape[1],
+        window=window,
+        dead=dead,
+        region=pool.regions[layer] if pool.regions is not None else None,
+    )
+    return part, dead_BKTU
 
 
 def _seen(key_positions: Array, query_positions: Array, window: int | None) -> Array:
@@ -271,22 +345,32 @@ def dead_slots(
     Returns:
       Which prompt slots and which tail slots each query no longer sees.
     """
-    kept_BK1 = entries.lengths[..., None]
+    kept_BK = entries.lengths
+    first_BK, last_BKT = dead_range(kept_BK, prompt_lengths, positions, window)
+    slot_S = jnp.arange(entries.positions.shape[-1])
+    dead_BKTS = (slot_S >= first_BK[..., None, None]) & (slot_S < last_BKT[..., None])
+    return dead_BKTS, _dead_in_tail(kept_BK, first_BK, last_BKT, tail, prompt_lengths)
+
+
+def dead_range(
+    kept: Int[Array, "B K"],
+    prompt_lengths: Int[Array, " B"],
+    positions: Int[Array, "B T"],
+    window: int | None,
+) -> tuple[Int[Array, "B K"], Int[Array, "B K T"]]:
+    """First removed entry of each head, and for each query the first one after the removed."""
     prompt_B11 = prompt_lengths[:, None, None]
     grown_B1T = jnp.maximum(positions - prompt_lengths[:, None], 0)[:, None]
     offered_B11 = prompt_B11 if window is None else jnp.minimum(prompt_B11, max(window - 1, 1))
-    removed_BKT = floor_of_product(grown_B1T, offered_B11 - kept_BK1, offered_B11)
-    first_BK11 = jnp.where(kept_BK1 > FROZEN_POINT, kept_BK1 - FROZEN_POINT, kept_BK1 // 2)[
-        ..., None
-    ]
-    last_BKT1 = first_BK11 + removed_BKT[..., None]
+    removed_BKT = floor_of_product(grown_B1T, offered_B11 - kept[..., None], offered_B11)
+    first_BK = jnp.where(kept > FROZEN_POINT, kept - FROZEN_POINT, kept // 2)
+    return first_BK, first_BK[..., None] + removed_BKT
 
-    def dead(order):
-        return (order >= first_BK11) & (order < last_BKT1)
 
-    slot_S = jnp.arange(entries.positions.shape[-1])
-    order_BK1U = kept_BK1[..., None] + (tail.positions - prompt_lengths[:, None])[:, None, None]
-    return dead(slot_S), dead(order_BK1U)
+def _dead_in_tail(kept_BK, first_BK, last_BKT, tail: Tail, prompt_lengths):
+    grown_BU = tail.positions - prompt_lengths[:, None]
+    order_BK1U = kept_BK[..., None, None] + grown_BU[:, None, None]
+    return (order_BK1U >= first_BK[..., None, None]) & (order_BK1U < last_BKT[..., None])
 
 
 def floor_of_product(t: Array, x: Array | int, n: Array | int) -> Array:

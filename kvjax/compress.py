@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import budgets
 from kvjax.cache import Cache, PaddedLayer, Probe, ProbeRequest, empty_tail, full_layer, pack
 from kvjax.config import CompressionConfig
+from kvjax.pool import Pool, empty_pool, put_layer
 from kvjax.rows import Rows, eligible, largest, make_rows, protected
 from kvjax.scores import score
 
@@ -27,6 +28,14 @@ class Scored(struct.PyTreeNode):
     keys: Float[Array, "B T K H"]
     values: Float[Array, "B T K H"]
     scores: Float[Array, "B K T"]
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Packing(struct.PyTreeNode):
+    """The layers so far: padded ones or those that wait, or a pool that is being filled."""
+
+    layers: tuple[PaddedLayer | Scored, ...] = ()
+    pool: Pool | None = None
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -71,7 +80,8 @@ def compress(
       tail_slots: room for tokens to come.
 
     Returns:
-      The cache. Its bytes are bounded by `capacity`, not by the prompt.
+      The cache. Its bytes are the budget's in the packed layout, and bounded by `capacity` in the
+      padded one.
 
     Raises:
       ValueError: a probe without what the scorer reads.
@@ -89,25 +99,10 @@ def compress(
         if wanted.column_sums and probe.column_sums is None:
             raise ValueError(f"probe {index} has column_sums=None, expected what each key received")
     plan = make_plan(config, lengths, tokens, tuple(windows or [None] * len(keys)), key)
-    layers = finish(
-        [
-            compress_layer(index, k, v, probe, plan)
-            for index, (k, v, probe) in enumerate(zip(keys, values, probes, strict=True))
-        ],
-        plan,
-    )
-    return new_cache(layers, plan, tail_slots)
-
-
-def new_cache(layers: tuple[PaddedLayer, ...], plan: Plan, tail_slots: int = 0) -> Cache:
-    """The cache of a prompt that has just been compressed."""
-    return Cache(
-        layers=layers,
-        tail=empty_tail(layers, tail_slots),
-        prompt_lengths=plan.rows.lengths,
-        next_positions=plan.rows.lengths,
-        keep_ratio=plan.config.keep_ratio and not plan.config.skips(plan.tokens),
-    )
+    kept = Packing()
+    for index, (k, v, probe) in enumerate(zip(keys, values, probes, strict=True)):
+        kept = add_layer(kept, index, k, v, probe, plan)
+    return finish(kept, plan, tail_slots)
 
 
 def make_plan(
@@ -167,16 +162,17 @@ def _sizes_from_lengths(config, rows, tokens, windows) -> Int[Array, "B L"]:
     return budgets.uniform_layers(rows.base, caps_BL)
 
 
-def compress_layer(
+def add_layer(
+    kept: Packing,
     index: int,
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
     probe: Probe,
     plan: Plan,
-) -> PaddedLayer | Scored:
-    """Score a layer, and pack it at once where its size is known."""
+) -> Packing:
+    """Score the next layer, and pack it at once where its size is known."""
     if plan.config.skips(plan.tokens):
-        return full_layer(keys, values, plan.rows.lengths)
+        return kept.replace(layers=(*kept.layers, full_layer(keys, values, plan.rows.lengths)))
     scores = score(
         probe.queries,
         probe.column_sums,
@@ -187,32 +183,57 @@ def compress_layer(
         plan.windows[index],
     )
     scored = Scored(keys=keys, values=values, scores=scores)
-    return scored if plan.sizes is None else _pack(index, scored, plan.sizes[:, index], plan)
+    if plan.sizes is None:
+        return kept.replace(layers=(*kept.layers, scored))
+    return _pack(kept, index, scored, plan.sizes[:, index], plan)
 
 
-def finish(layers: Sequence[PaddedLayer | Scored], plan: Plan) -> tuple[PaddedLayer, ...]:
-    """Pack the layers that waited for all scores."""
-    waiting = [layer for layer in layers if isinstance(layer, Scored)]
-    if not waiting:
-        return tuple(layer for layer in layers if isinstance(layer, PaddedLayer))
+def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
+    """The cache, once every layer was added: those that waited for all scores are packed."""
+    waiting = [layer for layer in kept.layers if isinstance(layer, Scored)]
+    if waiting:
+        sizes_BL = _sizes_from_scores(waiting, plan)
+        kept = Packing()
+        for index, layer in enumerate(waiting):
+            kept = _pack(kept, index, layer, sizes_BL[:, index], plan)
+    padded = tuple(layer for layer in kept.layers if isinstance(layer, PaddedLayer))
+    return Cache(
+        layers=padded,
+        pool=kept.pool,
+        tail=empty_tail(kept.pool or padded, tail_slots),
+        prompt_lengths=plan.rows.lengths,
+        next_positions=plan.rows.lengths,
+        keep_ratio=plan.config.keep_ratio and not plan.config.skips(plan.tokens),
+    )
+
+
+def _sizes_from_scores(layers: Sequence[Scored], plan: Plan) -> Int[Array, "B L"]:
     can = jnp.stack([eligible(plan.rows, plan.tokens, window) for window in plan.windows], axis=1)
     held = [protected(plan.rows, plan.tokens, window) for window in plan.windows]
-    sizes_BL = budgets.prefix_layers(
-        jnp.stack([layer.scores.mean(1) for layer in waiting], axis=1),
+    return budgets.prefix_layers(
+        jnp.stack([layer.scores.mean(1) for layer in layers], axis=1),
         can,
         jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in held], axis=1),
         plan.rows.base,
     )
-    return tuple(
-        _pack(index, layer, sizes_BL[:, index], plan) for index, layer in enumerate(waiting)
-    )
 
 
-def _pack(index: int, layer: Scored, size: Int[Array, " B"], plan: Plan) -> PaddedLayer:
-    keep = choose(layer.scores, size, plan.rows, plan.config, plan.windows[index])
-    batch, tokens, kv_heads, _ = layer.keys.shape
-    slots = capacity(plan.config, tokens, index, plan.windows, kv_heads)
-    return pack(layer.keys, layer.values, jnp.broadcast_to(keep, (batch, kv_heads, tokens)), slots)
+def _pack(kept: Packing, index: int, layer: Scored, size: Int[Array, " B"], plan: Plan) -> Packing:
+    config, windows, tokens = plan.config, plan.windows, plan.tokens
+    keep = choose(layer.scores, size, plan.rows, config, windows[index])
+    batch, _, kv_heads, _ = layer.keys.shape
+    keep_BKT = jnp.broadcast_to(keep, (batch, kv_heads, tokens))
+    if not packs(config):
+        slots = capacity(config, tokens, index, windows, kv_heads)
+        padded = pack(layer.keys, layer.values, keep_BKT, slots)
+        return kept.replace(layers=(*kept.layers, padded))
+    pool = kept.pool
+    if pool is None:
+        slots, regions = pool_shape(config, tokens, windows, kv_heads)
+        pool = empty_pool(layer.keys, len(windows), slots, regions)
+    room = kv_heads * layer_capacity(config, tokens, index, windows)
+    room = min(room, pool.entries.shape[1])
+    return kept.replace(pool=put_layer(pool, index, layer.keys, layer.values, keep_BKT, room))
 
 
 def choose(
@@ -239,6 +260,32 @@ def choose(
     return held_BT[:, None] | budgets.select_top(scores, sizes_BK, open_BKT)
 
 
+def packs(config: CompressionConfig) -> bool:
+    """Whether `config` keeps its entries in the packed layout.
+
+    Where it does not say: packed on an accelerator, and for budgets that differ by head or layer;
+    padded for uniform ones on a CPU, whose matrix products gain nothing from looking at all heads.
+    """
+    if config.layout is not None:
+        return config.layout == "packed"
+    uneven = config.heads == "ada" or config.layers != "uniform"
+    return uneven or jax.default_backend() != "cpu"
+
+
+def pool_shape(
+    config: CompressionConfig, tokens: int, windows: tuple[int | None, ...], kv_heads: int
+) -> tuple[int, tuple[tuple[int, int], ...] | None]:
+    """Slots of the pool for a bucket of `tokens`, and each layer's region where it is fixed."""
+    layers, base = len(windows), min(largest(config, tokens).base, tokens)
+    if config.profile is not None:
+        total = min(_profile_reach(config, base, tokens, 0)[0], layers * tokens)
+        return kv_heads * total, None
+    if config.layers != "uniform" or any(window is not None for window in windows):
+        return kv_heads * layers * base, None
+    size = kv_heads * base
+    return layers * size, tuple((index * size, (index + 1) * size) for index in range(layers))
+
+
 def capacity(
     config: CompressionConfig,
     tokens: int,
@@ -251,6 +298,28 @@ def capacity(
     The padded layout pays for what its longest head might get: exactly the budget for uniform
     sizes, more for the others.
     """
+    size = _reach(config, tokens, index, windows)
+    if config.heads == "ada":
+        alpha = round(config.floor * budgets.THOUSAND) / budgets.THOUSAND
+        top = math.ceil((1 - alpha) * kv_heads * size + alpha * size) + 1
+        size = min(top, config.head_cap or top)
+    return _visible(size, tokens, windows[index])
+
+
+def layer_capacity(
+    config: CompressionConfig, tokens: int, index: int, windows: tuple[int | None, ...]
+) -> int:
+    """Entries a head, on average over its heads, that layer `index` may get of such a prompt."""
+    return _visible(_reach(config, tokens, index, windows), tokens, windows[index])
+
+
+def _visible(size: int, tokens: int, window: int | None) -> int:
+    return min(size, tokens if window is None else max(window - 1, 1))
+
+
+def _reach(
+    config: CompressionConfig, tokens: int, index: int, windows: tuple[int | None, ...]
+) -> int:
     rows, layers = largest(config, tokens), len(windows)
     base, held = rows.base, rows.sinks + rows.recent
     total, most, size = layers * base, base, base
@@ -267,13 +336,7 @@ def capacity(
     cut = any(window is not None and window <= most for window in windows)
     if cut and len(set(windows)) + (config.layers != "uniform") > 1:
         size = total  # what other layers cannot hold may all come here
-    size = min(size, tokens)
-    if config.heads == "ada":
-        alpha = round(config.floor * budgets.THOUSAND) / budgets.THOUSAND
-        top = math.ceil((1 - alpha) * kv_heads * size + alpha * size) + 1
-        size = min(top, config.head_cap or top)
-    seen = windows[index]
-    return min(size, tokens if seen is None else max(seen - 1, 1))
+    return min(size, tokens)
 
 
 def _profile_reach(
@@ -297,12 +360,14 @@ def _profile_reach(
     return total, math.ceil(max(profile) * scale) + base, math.ceil(size) + 2
 
 
-def capacities(
+def held_slots(
     config: CompressionConfig, tokens: int, windows: tuple[int | None, ...], kv_heads: int
-) -> tuple[int, ...]:
-    """Slots a head of every layer's buffer for a bucket of `tokens`."""
+) -> int:
+    """Slots of all layers' and heads' buffers for a bucket of `tokens`, empty ones included."""
     if config.skips(tokens):
-        return (tokens,) * len(windows)
-    return tuple(
+        return tokens * len(windows) * kv_heads
+    if packs(config):
+        return pool_shape(config, tokens, windows, kv_heads)[0]
+    return kv_heads * sum(
         capacity(config, tokens, index, windows, kv_heads) for index in range(len(windows))
     )

@@ -33,6 +33,8 @@ class CompressionConfig:
       beta: PyramidKV's steepness, >= 1.
       profile: fraction of the prompt that each layer retains (PrefixKV offline); needs
         layers="prefix".
+      layout: "padded" ([B, K, S, H] per layer, S for the longest head), "packed" (one pool of
+        exactly the budget) or None for packed, except for uniform budgets on a CPU.
 
     Raises:
       ConfigError: a value outside its range.
@@ -55,6 +57,7 @@ class CompressionConfig:
     head_cap: int | None = None
     beta: int = 20
     profile: tuple[float, ...] | None = None
+    layout: Literal["padded", "packed"] | None = None
 
     @classmethod
     def named(cls, name: str, budget: int | float | None = None, **settings: Any):
@@ -77,10 +80,11 @@ class CompressionConfig:
             "reduce": ("mean", "sum"),
             "pool": ("max", "average", "none"),
             "group": ("mean", "max"),
+            "layout": ("padded", "packed", None),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                _fail(self, name, f"one of {', '.join(allowed)}")
+                _fail(self, name, f"one of {', '.join(map(str, allowed))}")
         if self.recent not in ("window", "half") and not _whole(self.recent, 1):
             _fail(self, "recent", "'window', 'half' or an integer of at least 1")
         for name, least in (("sinks", 0), ("kernel", 1), ("beta", 1)):

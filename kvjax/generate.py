@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from kvjax import stages
-from kvjax.cache import Cache, empty_tail, with_room
-from kvjax.compress import capacities, compress, probe_request
+from kvjax.cache import Cache, with_room
+from kvjax.compress import compress, held_slots, probe_request
 from kvjax.config import CompressionConfig
 from kvjax.programs import (
     answer_program,
@@ -289,7 +289,7 @@ def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Ans
             return
         tail, next_positions, answer = decode_program(
             model,
-            cache.replace(tail=empty_tail(cache.layers, 0)),
+            cache.without_tail(),
             cache.tail,
             answer,
             request.rules,
@@ -340,10 +340,10 @@ def _bytes(model: Any, request: Request) -> dict[str, int]:
     """Bytes of the prompts' keys and values: as held, and with nothing evicted."""
     config, (batch, tokens) = model.config, request.tokens.shape
     windows, heads = config.sliding_windows, config.num_kv_heads
-    head = batch * heads * 2 * config.head_dim * model.embed.table_VD[...].dtype.itemsize
+    slot = batch * 2 * config.head_dim * model.embed.table_VD[...].dtype.itemsize
     if request.cache is not None:
         tokens = bucket(int(request.cache.prompt_lengths.max()))
         held = request.cache.nbytes
     else:
-        held = head * sum(capacities(request.config, tokens, windows, heads))
-    return {"cache_bytes": held, "full_cache_bytes": head * len(windows) * tokens}
+        held = slot * held_slots(request.config, tokens, windows, heads)
+    return {"cache_bytes": held, "full_cache_bytes": slot * heads * len(windows) * tokens}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax import stages
 from kvjax.cache import with_room
@@ -85,17 +85,24 @@ def score(
     # Every token after the prefix is a target; all but the last are inputs too.
     rests = [row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
     after, counts = pad(rests, pad_to[1])
-    nll, top1, kept_positions = _score_program(
-        model, prompt, lengths, after, counts, _key(seed, len(rows)), config=config
+    nll, top1, counts_BLK, kept = _score_program(
+        model,
+        prompt,
+        lengths,
+        after,
+        counts,
+        _key(seed, len(rows)),
+        config=config,
+        positions=positions,
     )
     nll, top1 = np.asarray(nll), np.asarray(top1)  # sliced here, not row by row on the device
-    held = [np.asarray(layer) for layer in kept_positions]
+    entries, held = np.asarray(counts_BLK).sum((1, 2)), np.asarray(kept)
     return [
         Scored(
             nll=nll[index, :count].tolist(),
             top1=top1[index, :count].tolist(),
-            kept=sum(int((layer[index] >= 0).sum()) for layer in held),
-            positions=[[h[h >= 0].tolist() for h in layer[index]] for layer in held]
+            kept=int(entries[index]),
+            positions=[[np.flatnonzero(head).tolist() for head in layer] for layer in held[index]]
             if positions
             else [],
         )
@@ -111,7 +118,7 @@ def _key(seed: int | Sequence[int], texts: int) -> Key[Array, "*row"]:
     return jax.vmap(jax.random.key)(jnp.array(list(seed), jnp.uint32))
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "positions"))
 def _score_program(
     model: Any,
     prompt: Int[Array, "B P"],
@@ -121,7 +128,10 @@ def _score_program(
     key: Key[Array, "*row"],
     *,
     config: CompressionConfig,
-) -> tuple[Float[Array, "B T"], Int[Array, "B T"], tuple[Int[Array, "B K S"], ...]]:
+    positions: bool,
+) -> tuple[
+    Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B L K"], Bool[Array, "B L K P"] | None
+]:
     logits_BV, cache = stages.prefill_compress(model, prompt, lengths, key, config)
     batch, tokens = after.shape
     block = min(stages.BLOCK, tokens)
@@ -144,7 +154,8 @@ def _score_program(
         jnp.concatenate([head, rest.swapaxes(0, 1).reshape(batch, -1)], axis=1)[:, :tokens]
         for head, rest in zip(first, later, strict=True)
     )
-    return nll_BT, top1_BT, tuple(layer.positions for layer in cache.layers)
+    kept = cache.kept_mask(prompt.shape[1]) if positions else None
+    return nll_BT, top1_BT, cache.counts, kept
 
 
 def _judge(

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache import Cache, Probe, ProbeRequest, Tail
-from kvjax.compress import compress_layer, finish, make_plan, new_cache, probe_request
+from kvjax.compress import Packing, add_layer, finish, make_plan, probe_request
 from kvjax.config import CompressionConfig
 from kvjax.sampling import Switches, Values, sample
 
@@ -87,14 +87,13 @@ def prefill_compress(
     plan = make_plan(config, lengths, tokens.shape[1], model.config.sliding_windows, key)
     request = probe_request(config, tokens.shape[1])
     x_BTD = model.embed(tokens)
-    layers = []
+    kept = Packing()
     for index, layer in enumerate(model.layers):
         x_BTD, keys, values, probe = layer.prefill(x_BTD, lengths, request)
-        kept = compress_layer(index, keys, values, probe, plan)
+        kept = add_layer(kept, index, keys, values, probe, plan)
         # Without the barrier XLA may keep every layer's keys and values alive to the end.
         x_BTD, kept = lax.optimization_barrier((x_BTD, kept))
-        layers.append(kept)
-    return last_logits(model, x_BTD, lengths), new_cache(finish(layers, plan), plan)
+    return last_logits(model, x_BTD, lengths), finish(kept, plan)
 
 
 def last_logits(
@@ -202,4 +201,4 @@ def feed_last(model: Any, cache: Cache, answer: Answer) -> Cache:
 
 def kept_entries(cache: Cache) -> Int[Array, "B L K"]:
     """Entries of the prompt that each row, layer and head keeps."""
-    return jnp.stack([layer.lengths for layer in cache.layers], axis=1)
+    return cache.counts

@@ -1,5 +1,7 @@
 """Sizes that depend on lengths alone: budgets resolved by row, and slots that hold any of them."""
 
+import dataclasses
+from functools import partial
 from importlib import import_module
 
 import jax
@@ -11,10 +13,10 @@ from hypothesis import strategies as st
 
 from kvjax import METHODS, CompressionConfig, ConfigError, Probe, budgets
 from kvjax.cache import PaddedLayer
-from kvjax.compress import capacities, compress
+from kvjax.compress import capacity, compress, held_slots, layer_capacity, pool_shape
 from kvjax.rows import check_prompt, largest, make_rows, protected
 
-named = CompressionConfig.named
+named = partial(CompressionConfig.named, layout="padded")
 subject = import_module("kvjax.compress")  # kvjax.compress is the function
 
 # Every config is another program; the parts that they share are compiled once.
@@ -104,6 +106,15 @@ def cases(draw, family: str):
     return (method, budget), extra, windows
 
 
+def capacities(config, tokens, windows, heads):
+    """Slots of every layer in the padded layout."""
+    if config.skips(tokens):
+        return (tokens,) * len(windows)
+    found = [capacity(config, tokens, i, windows, heads) for i in range(len(windows))]
+    assert held_slots(config, tokens, windows, heads) == heads * sum(found)
+    return tuple(found)
+
+
 def scores_of(kind: str, layer: int) -> jax.Array:
     shape = (BUCKET, HEADS, BUCKET)
     scores = np.random.default_rng(layer).gamma(0.3, size=shape)
@@ -153,6 +164,16 @@ def check_capacity(config: CompressionConfig, windows: tuple[int | None, ...], k
         asked, rounding = EVERY_LENGTH * sum(config.profile), 0.501
     expected = np.clip(asked, held.sum(1), caps.sum(1))
     assert (np.abs(counts.sum((1, 2)) - HEADS * expected) <= HEADS * rounding).all()
+
+    # The packed layout's pool holds every row, and no more than the fullest may need.
+    slots, regions = pool_shape(config, BUCKET, windows, HEADS)
+    assert counts.sum((1, 2)).max() <= slots
+    for layer, of_layer in enumerate(counts.sum(-1).T):
+        assert of_layer.max() <= HEADS * layer_capacity(config, BUCKET, layer, windows)
+        if regions is not None:
+            assert of_layer.max() <= regions[layer][1] - regions[layer][0]
+    packed = dataclasses.replace(config, layout="packed")
+    assert held_slots(packed, BUCKET, windows, HEADS) == slots
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,7 @@ WINDOWS = {
     "uniform": (10, 10, 10),
     "mixed": (7, None, 15),
 }
-named = CompressionConfig.named
+named = partial(CompressionConfig.named, layout="padded")
 subject = import_module("kvjax.compress")  # kvjax.compress is the function
 
 # Every config is another program. To share what was compiled, its parts are jitted here and the

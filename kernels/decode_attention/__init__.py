@@ -1,5 +1,81 @@
-"""Attention of a few new tokens to cached entries, in parts that merge by log-sum-exp."""
+"""Attention of a few new tokens to cached entries, in parts that merge by log-sum-exp.
 
+B batch, T new tokens, M slots of a pool, N query heads, K KV heads, H head dim, E = 2 H.
+"""
+
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float, Int, Int8
+
+from kvjax.kernels.decode_attention import gpu, packed, tpu
 from kvjax.kernels.decode_attention.reference import decode_attention, merge
 
-__all__ = ["decode_attention", "merge"]
+__all__ = ["decode_attention", "merge", "pool_attention"]
+
+Implementation = Literal["xla", "pallas", "triton"]
+
+_BY_PLATFORM: dict[str, Implementation] = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}
+_KERNELS: dict[str, Any] = {"pallas": tpu, "triton": gpu}
+
+
+def pool_attention(
+    q: Float[Array, "B T N H"],
+    query_positions: Int[Array, "B T"],
+    entries: Float[Array, "B M E"],
+    owners: Int8[Array, "B M"],
+    positions: Int[Array, "B M"],
+    start: Int[Array, " B"],
+    end: Int[Array, " B"],
+    *,
+    kv_heads: int,
+    window: int | None = None,
+    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    region: tuple[int, int] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend new tokens to one layer's slots of a packed pool.
+
+    Every query head is multiplied with every slot, and counts those whose owner is its KV head.
+
+    Args:
+      q: queries after RoPE; K divides N.
+      query_positions: true positions of the new tokens.
+      entries: keys (after RoPE) and values side by side; what an unowned slot holds is not read
+        into any result, NaN included.
+      owners: KV head of each slot, in any order; -1 for none.
+      positions: true position of each slot's entry.
+      start, end: the layer's slots are start <= m < end, unaligned, by row.
+      kv_heads: K.
+      window: a query at p sees positions p - window + 1 .. p; None for all up to p.
+      dead: first and, for each query, one past the last slot of each head that is evicted.
+      region: static bounds that hold start and end of every row, where there are any.
+      implementation: "xla", "pallas" (TPU) or "triton" (GPU); by default the platform's own, and
+        "xla" where that one cannot take the call.
+
+    Returns:
+      The softmax-weighted values of these slots and the log-sum-exp of the scaled scores, fp32.
+      A query that sees no slot gets zeros and -inf.
+    """
+    heads, head_dim = q.shape[2:]
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads={kv_heads}, expected a divisor of q's {heads} heads")
+    if entries.shape[-1] != 2 * head_dim:
+        raise ValueError(
+            f"entries are {entries.shape[-1]} wide, expected {2 * head_dim} (keys beside values)"
+        )
+    if implementation is None:
+        implementation = _BY_PLATFORM.get(jax.default_backend(), "xla")
+        kernel = _KERNELS.get(implementation)
+        if dead is not None or (kernel and not kernel.supports(q.shape, entries.dtype)):
+            implementation = "xla"
+    arrays = q, query_positions, entries, owners, positions, start, end
+    if implementation == "xla":
+        return packed.pool_attention(
+            *arrays, kv_heads=kv_heads, window=window, dead=dead, region=region
+        )
+    if implementation not in _KERNELS:
+        raise ValueError(f"implementation={implementation!r}, expected xla, pallas or triton")
+    if dead is not None:
+        raise NotImplementedError(f"{implementation} takes no dead ranges, expected 'xla'")
+    return _KERNELS[implementation].pool_attention(*arrays, kv_heads=kv_heads, window=window)

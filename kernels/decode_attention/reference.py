@@ -56,11 +56,21 @@ def merge(
 
     A query that sees nothing in any segment gets zeros.
     """
-    lse_PBTN = jnp.stack([lse for _, lse in parts])
-    peak_BTN = lse_PBTN.max(0)
-    weight_PBTN = jnp.exp(lse_PBTN - jnp.where(peak_BTN == -jnp.inf, 0.0, peak_BTN))
-    total_BTN = weight_PBTN.sum(0)
-    weight_PBTN = weight_PBTN / jnp.where(total_BTN > 0, total_BTN, 1.0)
+    weight_PBTN, _ = merge_weights(jnp.stack([lse for _, lse in parts]))
     return sum(
         (w[..., None] * o for w, (o, _) in zip(weight_PBTN, parts, strict=True)), jnp.zeros(())
     )
+
+
+def merge_weights(
+    lse: Float[Array, "P ..."],
+) -> tuple[Float[Array, "P ..."], Float[Array, "..."]]:
+    """What each of P disjoint segments counts for, and the log-sum-exp of all of them.
+
+    The weights of a query that sees nothing in any segment are zeros.
+    """
+    peak = lse.max(0)
+    safe = jnp.where(peak == -jnp.inf, 0.0, peak)
+    weights = jnp.exp(lse - safe)
+    total = weights.sum(0)
+    return weights / jnp.where(total > 0, total, 1.0), safe + jnp.log(total)

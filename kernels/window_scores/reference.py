@@ -1,7 +1,5 @@
 """Column sums of attention probabilities in XLA, one block of scores at a time.
 
-    sums[n, s] = sum over queries w of softmax_s(q[w, n] . k[s, n // G] / sqrt(H))
-
 Two passes: log-sum-exp of every query's scores (or the one that attention has computed
 already), then exp(score - lse) summed over queries. fp32 throughout; a query's softmax runs
 over ALL the keys it sees, its own window's included.
@@ -25,19 +23,9 @@ def window_scores(
     lengths: Int[Array, " B"],
     *,
     window: int | None = None,
+    power: int = 1,
 ) -> Float[Array, "B N T"]:
-    """Column sums over a few queries (SnapKV's observation window).
-
-    Args:
-      q: the queries after RoPE.
-      query_positions: their positions; -1 leaves a query out.
-      k: keys after RoPE, at positions 0..T - 1.
-      lengths: real tokens of each row; keys past them get 0.
-      window: a sliding-window layer's width, or None.
-
-    Returns:
-      fp32 sums per query head; a column's entries lie in [0, number of queries].
-    """
+    """See `kvjax.kernels.window_scores`."""
     q_BKRH, row_positions_BR = _grouped(q, query_positions, k.shape[2])
     k_XBKSH, starts_X = _key_blocks(k, KEY_BLOCK)
 
@@ -53,7 +41,7 @@ def window_scores(
     lse_BKR = jnp.where(lse_BKR == -jnp.inf, 0.0, lse_BKR)  # a query left out: exp(-inf) = 0
 
     def columns(block):
-        p_BKRS = jnp.exp(block_scores(*block) - lse_BKR[..., None])
+        p_BKRS = jnp.exp(block_scores(*block) - lse_BKR[..., None]) ** power
         return p_BKRS.reshape(*p_BKRS.shape[:2], -1, q.shape[1], p_BKRS.shape[-1]).sum(-2)
 
     return _join(lax.map(columns, (k_XBKSH, starts_X)), k.shape[1])
@@ -66,12 +54,9 @@ def accumulated_scores(
     lengths: Int[Array, " B"],
     *,
     window: int | None = None,
+    power: int = 1,
 ) -> Float[Array, "B N T"]:
-    """Column sums over ALL queries of the prompt (H2O, PrefixKV), from attention's `lse`.
-
-    Costs one score product and one exponential over the causal half, and no value product.
-    Shapes, `window` and the result as in `window_scores`.
-    """
+    """See `kvjax.kernels.window_scores`."""
     batch, tokens, heads, _ = q.shape
     kv_heads, block = k.shape[2], min(QUERY_BLOCK, tokens)
     blocks = -(-tokens // block)
@@ -98,7 +83,7 @@ def accumulated_scores(
             )
             s_BKRS = _scores(q_BKRH, rows_BR, k_BKSH, start, lengths, window)
             lse_BNQ = lax.dynamic_slice_in_dim(lse_BNT, offset, block, axis=2)
-            p_BKRS = jnp.exp(s_BKRS - lse_BNQ.reshape(*s_BKRS.shape[:-1], 1))
+            p_BKRS = jnp.exp(s_BKRS - lse_BNQ.reshape(*s_BKRS.shape[:-1], 1)) ** power
             return sums_BKGS + p_BKRS.reshape(batch, kv_heads, -1, block, key_block).sum(-2)
 
         last = blocks

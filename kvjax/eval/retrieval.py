@@ -10,6 +10,7 @@ so that one program decodes them all; what is kept does not change.
 B prompts, T tokens of a bucket, O tokens of an answer, L layers, K KV heads.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,6 +87,7 @@ def ask(
     right: list[list[bool]] = [[] for _ in configs]
     kept: list[list[np.ndarray]] = [[] for _ in configs]
     first: list[np.ndarray] = []
+    padded = [dataclasses.replace(config, layout="padded") for config in configs]
     for start in range(0, len(items), ROWS):
         chosen = range(start, min(start + ROWS, len(items)))
         # A last batch that is short is filled up: one shape, one compilation.
@@ -95,7 +97,7 @@ def ask(
         logits, *layers = _prefill(model, tokens, lengths)
         # Every prompt draws for itself.
         key = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(rows))
-        for index, config in enumerate(configs):
+        for index, config in enumerate(padded):
             cache = _compress(*layers, jnp.asarray(lengths), key, config=config)
             if inside:
                 drawn = _decode(model, cache, logits, room=room)

@@ -1,0 +1,107 @@
+"""Attention of new tokens to a packed pool in XLA: every query head looks at every slot.
+
+B batch, T new tokens, M slots, N query heads, K KV heads, G = N // K, H head dim, E = 2 H.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Int8
+
+# Slots that are read at once where a layer's place in the pool is known only while running.
+BLOCK = 512
+
+
+def pool_attention(
+    q: Float[Array, "B T N H"],
+    query_positions: Int[Array, "B T"],
+    entries: Float[Array, "B M E"],
+    owners: Int8[Array, "B M"],
+    positions: Int[Array, "B M"],
+    start: Int[Array, " B"],
+    end: Int[Array, " B"],
+    *,
+    kv_heads: int,
+    window: int | None = None,
+    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    region: tuple[int, int] | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """See `kvjax.kernels.decode_attention`."""
+    rules = (query_positions, start, end, kv_heads, window, dead)
+    # Zeros beside the query: keys and values are read as they lie, side by side.
+    q_BTNE = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)
+    if region is not None:
+        first, last = region
+        entries, owners, positions = (x[:, first:last] for x in (entries, owners, positions))
+        slots_BM = jnp.broadcast_to(jnp.arange(first, last), owners.shape)
+        peak, total, o_BTNE = _partial(q_BTNE, entries, owners, positions, slots_BM, rules)
+    else:
+        peak, total, o_BTNE = _blocks(q_BTNE, entries, owners, positions, rules)
+    o_BTNH = o_BTNE[..., q.shape[-1] :] / jnp.where(total > 0, total, 1.0)[..., None]
+    return o_BTNH, jnp.where(total > 0, peak, 0.0) + jnp.log(total)
+
+
+def _blocks(q_BTNE, entries, owners, positions, rules):
+    """Online softmax over as many blocks as the longest row needs."""
+    _, start, end, *_ = rules
+    slots = entries.shape[1]
+    block = min(BLOCK, slots)
+
+    def step(index, carry):
+        peak, total, o_BTNE = carry
+        wanted_B = start + index * block
+        offset_B = jnp.clip(wanted_B, 0, slots - block)
+        cut = jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, block))
+        slots_BM = offset_B[:, None] + jnp.arange(block)
+        # A block that the pool's end pushed back does not count its first slots again.
+        slots_BM = jnp.where(slots_BM >= wanted_B[:, None], slots_BM, slots)
+        part = _partial(
+            q_BTNE, *(cut(x, offset_B) for x in (entries, owners, positions)), slots_BM, rules
+        )
+        top = jnp.maximum(peak, part[0])
+        safe = jnp.where(top == -jnp.inf, 0.0, top)
+        old, new = jnp.exp(peak - safe), jnp.exp(part[0] - safe)
+        return (
+            top,
+            total * old + part[1] * new,
+            o_BTNE * old[..., None] + part[2] * new[..., None],
+        )
+
+    shape = q_BTNE.shape[:-1]
+    nothing = (
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(q_BTNE.shape, jnp.float32),
+    )
+    return lax.fori_loop(0, (end - start + block - 1).max() // block, step, nothing)
+
+
+def _partial(q_BTNE, entries_BME, owners_BM, positions_BM, slots_BM, rules):
+    """(peak, sum of exponentials, weighted sum) over some slots; -inf, 0, 0 where none is seen."""
+    query_positions, start, end, kv_heads, window, dead = rules
+    heads, head_dim = q_BTNE.shape[2], q_BTNE.shape[3] // 2
+    s_BTNM = jnp.einsum("BTNE,BME->BTNM", q_BTNE, entries_BME, preferred_element_type=jnp.float32)
+    s_BTNM = s_BTNM * head_dim**-0.5
+    mine_BM = (owners_BM >= 0) & (slots_BM >= start[:, None]) & (slots_BM < end[:, None])
+    distance_BTM = query_positions[..., None] - positions_BM[:, None]
+    seen_BTM = mine_BM[:, None] & (distance_BTM >= 0)
+    if window is not None:
+        seen_BTM &= distance_BTM < window
+    if dead is not None:
+        owner_BM = jnp.maximum(owners_BM, 0).astype(jnp.int32)
+        first_BM = jnp.take_along_axis(dead[0], owner_BM, axis=1)
+        last_BTM = jnp.take_along_axis(dead[1], owner_BM[:, None], axis=2)
+        seen_BTM &= ~((slots_BM >= first_BM)[:, None] & (slots_BM[:, None] < last_BTM))
+    head_N = jnp.arange(heads) // (heads // kv_heads)
+    seen_BTNM = seen_BTM[:, :, None] & (owners_BM[:, None, None] == head_N[:, None])
+    s_BTNM = jnp.where(seen_BTNM, s_BTNM, -jnp.inf)
+    peak_BTN = s_BTNM.max(-1)
+    p_BTNM = jnp.exp(s_BTNM - jnp.where(peak_BTN == -jnp.inf, 0.0, peak_BTN)[..., None])
+    clean_BME = jnp.where(mine_BM[..., None], entries_BME, 0)  # 0 * NaN would be NaN
+    o_BTNE = jnp.einsum(
+        "BTNM,BME->BTNE",
+        p_BTNM.astype(clean_BME.dtype),
+        clean_BME,
+        preferred_element_type=jnp.float32,
+    )
+    return peak_BTN, p_BTNM.sum(-1), o_BTNE

@@ -1,0 +1,86 @@
+"""The Triton kernel of `gpu.py`; this file alone needs triton.
+
+Rows (T new tokens x N query heads) are padded to ROWS, a power of two of at least 16. A program
+reads a share of one row's slots; the shares are merged by their log-sum-exps.
+"""
+
+import inspect
+
+import triton
+import triton.language as tl
+
+
+def jit(function):
+    """`triton.jit`, which has to see the function itself, under a type checker's wrapper too."""
+    return triton.jit(inspect.unwrap(function))
+
+
+@jit
+def pool_attention_kernel(
+    q_ptr,  # [B, R, H], scaled
+    row_position_ptr,  # [B, R]
+    row_owner_ptr,  # [R]
+    entries_ptr,  # [B, M, 2H]
+    owners_ptr,  # [B, M]
+    positions_ptr,  # [B, M]
+    start_ptr,  # [B]
+    end_ptr,  # [B]
+    o_ptr,  # [B, SPLITS, R, H]
+    lse_ptr,  # [B, SPLITS, R]
+    R: tl.constexpr,
+    M: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,  # H up to a power of two
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0 for none
+):
+    batch = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    start = tl.load(start_ptr + batch)
+    end = tl.load(end_ptr + batch)
+    share = tl.cdiv(tl.cdiv(end - start, SPLITS), TILE) * TILE
+    low = start + split * share
+    high = tl.minimum(low + share, end)
+
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    real = row < R
+    inside = column < H
+    q_mask = real[:, None] & inside[None, :]
+    q = tl.load(q_ptr + (batch * R + row[:, None]) * H + column[None, :], mask=q_mask, other=0.0)
+    owner = tl.load(row_owner_ptr + row, mask=real, other=-2)
+    position = tl.load(row_position_ptr + batch * R + row, mask=real, other=-1)
+
+    peak = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in range(low, high, TILE):
+        slot = first + tl.arange(0, TILE)
+        mine = slot < high
+        slot_owner = tl.load(owners_ptr + batch * M + slot, mask=mine, other=-1).to(tl.int32)
+        slot_position = tl.load(positions_ptr + batch * M + slot, mask=mine, other=0)
+        # An empty slot is not read at all: what it holds cannot matter.
+        held = mine & (slot_owner >= 0)
+        base = entries_ptr + (batch * M + slot[:, None]) * (2 * H) + column[None, :]
+        mask = held[:, None] & inside[None, :]
+        k = tl.load(base, mask=mask, other=0.0)
+        v = tl.load(base + H, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        distance = position[:, None] - slot_position[None, :]
+        seen = held[None, :] & (owner[:, None] == slot_owner[None, :]) & (distance >= 0)
+        if WINDOW > 0:
+            seen = seen & (distance < WINDOW)
+        s = tl.where(seen, s, -1e30)
+        top = tl.maximum(peak, tl.max(s, 1))
+        p = tl.where(seen, tl.exp(s - top[:, None]), 0.0)
+        decay = tl.exp(peak - top)
+        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        total = total * decay + tl.sum(p, 1)
+        peak = top
+    safe = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, peak + tl.log(safe), float("-inf"))
+    place = (batch * SPLITS + split) * R + row
+    tl.store(o_ptr + place[:, None] * H + column[None, :], acc / safe[:, None], mask=q_mask)
+    tl.store(lse_ptr + place, lse, mask=real)

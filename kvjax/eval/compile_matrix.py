@@ -1,0 +1,125 @@
+"""Every kernel at every named shape, compiled for every target without having one.
+
+    python -m kvjax.eval.compile_matrix [-o docs/compile_matrix.md]
+
+The temporaries stand beside the pool or the keys, so that a hidden copy would show. A few minutes
+on two cores; the last line on stdout is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from kvjax.ahead import TARGETS, TPUS, TRITON_OPTIONS, compile_for, missing
+from kvjax.kernels import decode_attention, window_scores
+from kvjax.kernels.shapes import SHAPES, Shape
+
+KERNELS = ("pool_attention", "window_scores", "accumulated_scores")
+LAYERS = 4  # of the pool that attention reads one layer of
+WINDOW = 32
+LONGEST = 32_768  # accumulated scores beyond this only repeat the same tiles
+
+
+def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int] | None:
+    """The function, its argument shapes, and the bytes it mainly reads; None if not supported."""
+    array = jax.ShapeDtypeStruct
+    b, n, k, h = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
+    dtype, wide = jnp.dtype(shape.dtype), jnp.int32
+    on_tpu = target in TPUS
+    options: dict[str, Any] = {} if on_tpu else {"compile_options": TRITON_OPTIONS}
+    if kernel == "pool_attention":
+        module = decode_attention.tpu if on_tpu else decode_attention.gpu
+        if not module.supports((b, 1, n, h), dtype):
+            return None
+        slots = LAYERS * shape.slots
+        arrays = [array((b, 1, n, h), dtype), array((b, 1), wide), array((b, slots, 2 * h), dtype)]
+        arrays += [array((b, slots), jnp.int8), array((b, slots), wide)]
+        arrays += [array((b,), wide)] * 2
+        read = b * slots * 2 * h * dtype.itemsize
+        return partial(module.pool_attention, kv_heads=k, **options), arrays, read
+    tokens = min(shape.tokens, LONGEST) if kernel == "accumulated_scores" else shape.tokens
+    queries = tokens if kernel == "accumulated_scores" else WINDOW
+    module = window_scores.tpu if on_tpu else window_scores.gpu
+    size = (tokens,) if on_tpu else ()
+    if not module.supports((b, queries, n, h), k, *size):
+        return None
+    arrays = [array((b, queries, n, h), dtype), array((b, tokens, k, h), dtype)]
+    if kernel == "accumulated_scores":
+        arrays.append(array((b, n, tokens), jnp.float32))
+    else:
+        arrays.insert(1, array((b, queries), wide))
+    arrays.append(array((b,), wide))
+    return partial(getattr(module, kernel), **options), arrays, b * tokens * k * h * dtype.itemsize
+
+
+def compile_one(kernel: str, shape: Shape, target: str) -> dict[str, Any]:
+    """Seconds, temporaries, and whether the kernel is in the program."""
+    row: dict[str, Any] = {"kernel": kernel, "shape": shape.name, "target": target}
+    found = problem(kernel, shape, target)
+    if found is None:
+        return row | {"result": "XLA"}
+    function, arrays, read = found
+    began = time.perf_counter()
+    compiled = compile_for(target, function, *arrays)
+    text = compiled.as_text()
+    call = "tpu_custom_call" if target in TPUS else "triton"
+    return row | {
+        "result": "compiled" if call in text else "no kernel",
+        "seconds": time.perf_counter() - began,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "reads": read,
+    }
+
+
+def table(rows: list[dict[str, Any]], targets: list[str]) -> str:
+    """Temporaries as a share of what is read, by kernel and shape."""
+    lines = ["| kernel | shape | " + " | ".join(targets) + " |", "|---" * (len(targets) + 2) + "|"]
+    for kernel in KERNELS:
+        for shape in SHAPES:
+            cells = []
+            for target in targets:
+                row = next(
+                    r for r in rows
+                    if (r["kernel"], r["shape"], r["target"]) == (kernel, shape.name, target)
+                )  # fmt: skip
+                known = row["result"] == "compiled"
+                cells.append(f"{row['temporaries'] / row['reads']:.1%}" if known else row["result"])
+            lines.append(f"| {kernel} | {shape.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    for target in arguments.targets:
+        if (reason := missing(target)) is not None:
+            print(f"kvjax: target {target} {reason}", file=sys.stderr)
+            return 2
+    cells = [(k, s, t) for t in arguments.targets for k in KERNELS for s in SHAPES]
+    rows = [compile_one(*cell) for cell in tqdm(cells, desc="compile", disable=None)]
+    text = table(rows, arguments.targets)
+    if arguments.output:
+        header = (
+            "# Kernels compiled ahead of time\n\nWritten by `make compile-matrix`. A cell: the"
+            " program's temporaries as a share of the pool or keys that it reads; *XLA* where the"
+            " kernel does not take the shape and the reference stands in. Nothing here has run.\n\n"
+        )
+        arguments.output.write_text(header + text)
+    print(text)
+    print(json.dumps(rows))
+    return int(any(row["result"] == "no kernel" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The packed layout: one pool for all layers, whose slots carry their owner and true position.
+
+B batch, M slots, L layers, K KV heads, T prompt tokens, H head dim, E = 2 H (a slot's key and value
+side by side).
+
+    slot      0   1   2   3   4   5   6   7        layer 0: slots 0..4, head 0 kept 3 entries and
+    owner     0   0   0   1   1   0   1   1        head 1 two; layer 1: slots 5..7. Which head a
+    position  p0  p3  p9  p0  p9  p9  p0  p9       slot belongs to is data: the shapes are the
+                                                   budget's, whatever Ada-KV or PrefixKV decide.
+"""
+
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int8
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Pool(struct.PyTreeNode):
+    """Kept entries of all layers. A layer's slots are contiguous, in the order of its heads.
+
+    Attributes:
+      entries: `[B, M, 2H]`; keys after RoPE, then values; zeros in empty slots.
+      owners: `[B, M]` int8, the KV head that an entry belongs to; -1 in an empty slot.
+      positions: `[B, M]` int32, the entry's position in the prompt; -1 in an empty slot.
+      counts: `[B, L, K]` int32, entries of each layer and head.
+      regions: [first, end) of each layer where that is the same for every prompt, or None where
+        layers lie back to back from run-time starts.
+    """
+
+    entries: Float[Array, "B M E"]
+    owners: Int8[Array, "B M"]
+    positions: Int[Array, "B M"]
+    counts: Int[Array, "B L K"]
+    regions: tuple[tuple[int, int], ...] | None = struct.field(pytree_node=False, default=None)
+
+    def bounds(self, layer: int) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        """First slot of a layer, and the first one after it."""
+        sizes_BL = self.counts.sum(-1, dtype=jnp.int32)
+        if self.regions is not None:
+            start_B = jnp.full(sizes_BL.shape[:1], self.regions[layer][0], jnp.int32)
+        else:
+            start_B = sizes_BL[:, :layer].sum(-1, dtype=jnp.int32)
+        return start_B, start_B + sizes_BL[:, layer]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, empty slots included."""
+        return self.entries.nbytes
+
+
+def empty_pool(
+    like: Float[Array, "B T K H"],
+    layers: int,
+    slots: int,
+    regions: tuple[tuple[int, int], ...] | None,
+) -> Pool:
+    """A pool without entries, for keys of this shape and dtype."""
+    batch, _, kv_heads, head_dim = like.shape
+    if kv_heads > jnp.iinfo(jnp.int8).max:
+        raise ValueError(f"keys have {kv_heads} heads, expected at most 127 (owners are int8)")
+    return Pool(
+        entries=jnp.zeros((batch, slots, 2 * head_dim), like.dtype),
+        owners=jnp.full((batch, slots), -1, jnp.int8),
+        positions=jnp.full((batch, slots), -1, jnp.int32),
+        counts=jnp.zeros((batch, layers, kv_heads), jnp.int32),
+        regions=regions,
+    )
+
+
+def put_layer(
+    pool: Pool,
+    layer: int,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    keep: Bool[Array, "B K T"],
+    room: int,
+) -> Pool:
+    """Write one layer's kept entries behind those of the layers before it.
+
+    `room` is at least the most entries that the layer's heads keep together.
+    """
+    batch, tokens, kv_heads, head_dim = keys.shape
+    running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
+    wanted_R = jnp.arange(1, room + 1, dtype=jnp.int32)
+    found_BR = jax.vmap(lambda running: jnp.searchsorted(running, wanted_R))(running_BX)
+    found_BR = found_BR.astype(jnp.int32)
+    filled_BR = found_BR < kv_heads * tokens
+    found_BR = jnp.minimum(found_BR, kv_heads * tokens - 1)
+    owner_BR, position_BR = found_BR // tokens, found_BR % tokens
+    # Rows are taken from [B, T * K, H] as it lies: no transposed copy of the prompt.
+    row_BR1 = (position_BR * kv_heads + owner_BR)[..., None]
+    halves = [
+        jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BR1, axis=1) for x in (keys, values)
+    ]
+    new = (
+        jnp.where(filled_BR[..., None], jnp.concatenate(halves, axis=-1), 0),
+        jnp.where(filled_BR, owner_BR, -1).astype(jnp.int8),
+        jnp.where(filled_BR, position_BR, -1),
+    )
+    old = pool.entries, pool.owners, pool.positions
+    if pool.regions is not None:
+        first, end = pool.regions[layer]
+        written = [
+            lax.dynamic_update_slice_in_dim(a, b[:, : end - first], first, axis=1)
+            for a, b in zip(old, new, strict=True)
+        ]
+    else:
+        start_B, _ = pool.bounds(layer)
+        # What is not filled goes out of bounds, where it is dropped.
+        slot_BR = jnp.where(filled_BR, start_B[:, None] + wanted_R - 1, pool.entries.shape[1])
+        rows_B1 = jnp.arange(batch)[:, None]
+        written = [
+            a.at[rows_B1, slot_BR].set(b, mode="drop", unique_indices=False)
+            for a, b in zip(old, new, strict=True)
+        ]
+    entries, owners, positions = written
+    counts = pool.counts.at[:, layer].set(keep.sum(-1, dtype=jnp.int32))
+    return pool.replace(entries=entries, owners=owners, positions=positions, counts=counts)
+
+
+def kept_mask(pool: Pool, layer: int, tokens: int) -> Bool[Array, "B K T"]:
+    """Which tokens each head of a layer holds."""
+    start_B, end_B = pool.bounds(layer)
+    slots_M = jnp.arange(pool.owners.shape[1])
+    mine_BM = (slots_M >= start_B[:, None]) & (slots_M < end_B[:, None])
+    batch, kv_heads = pool.counts.shape[0], pool.counts.shape[2]
+    mask_BKT = jnp.zeros((batch, kv_heads, tokens), bool)
+    rows_B1 = jnp.arange(batch)[:, None]
+    position_BM = jnp.where(mine_BM, pool.positions, tokens)
+    owner_BM = jnp.maximum(pool.owners, 0).astype(jnp.int32)
+    return mask_BKT.at[rows_B1, owner_BM, position_BM].set(True, mode="drop")

@@ -1,0 +1,120 @@
+"""Kernels and the decode loop compiled for TPUs and a GPU that are not here."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kvjax import stages
+from kvjax.ahead import TARGETS, TPUS, TRITON_OPTIONS, compile_for, missing
+from kvjax.cache import Cache, Tail
+from kvjax.eval.compile_matrix import KERNELS, compile_one
+from kvjax.kernels import decode_attention
+from kvjax.kernels.shapes import SHAPES, TESTED
+from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Decoder
+from kvjax.pool import Pool
+from kvjax.sampling import Sampling
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    if (reason := missing(request.param)) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", TESTED, ids=lambda shape: shape.name)
+def test_kernels_compile_without_hidden_copies(target, kernel, shape):
+    row = compile_one(kernel, shape, target)
+    assert row["result"] == "compiled"
+    if kernel == "pool_attention":
+        assert row["temporaries"] < 0.05 * row["reads"]
+
+
+def test_named_shapes_are_distinct():
+    assert len({shape.name for shape in SHAPES}) == len(SHAPES)
+    for shape in SHAPES:
+        assert shape.heads % shape.kv_heads == 0
+        assert shape.budget < shape.tokens
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(ValueError, match="target='v3', expected one of v5e, v5p, v6e, tpu7x, h200"):
+        missing("v3")
+
+
+def decode_problem(head_dim: int):
+    """A few layers that decode 16 tokens from a pool that dwarfs everything else."""
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 512,
+            "hidden_size": 512,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": head_dim,
+            "max_position_embeddings": 65536,
+        }
+    )
+    batch, layers, heads, slots, tail = 4, 4, 8, 262_144, 128
+    array, half = jax.ShapeDtypeStruct, jnp.bfloat16
+    from flax import nnx
+
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=half, rngs=nnx.Rngs(0)))
+    wide = array((batch, heads, tail, head_dim), half)
+    cache = Cache(
+        layers=(),
+        pool=Pool(
+            entries=array((batch, slots, 2 * head_dim), half),
+            owners=array((batch, slots), jnp.int8),
+            positions=array((batch, slots), jnp.int32),
+            counts=array((batch, layers, heads), jnp.int32),
+        ),
+        tail=Tail(
+            keys=(wide,) * layers,
+            values=(wide,) * layers,
+            positions=array((batch, tail), jnp.int32),
+            cursor=array((), jnp.int32),
+        ),
+        prompt_lengths=array((batch,), jnp.int32),
+        next_positions=array((batch,), jnp.int32),
+    )
+    rules = stages.Rules(
+        values=Sampling().values, eos=jnp.array([-1]), switches=Sampling().switches
+    )
+    prompt = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
+    logits = jnp.zeros((batch, 512), jnp.float32)
+    answer = jax.eval_shape(
+        lambda: stages.start_answer(logits, *prompt, jax.random.key(0), rules, 16)
+    )
+    return model, cache, answer, rules
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["v5e", "h200"])
+def test_the_decode_loop_copies_no_pool(name, head_dim, monkeypatch):
+    """Temporaries under 5 % of the pool, and nothing of the pool's shape is copied."""
+    if (reason := missing(name)) is not None:
+        pytest.skip(reason)
+    kind = "pallas" if name in TPUS else "triton"
+    monkeypatch.setitem(decode_attention._BY_PLATFORM, "cpu", kind)
+    if kind == "triton":
+        run = partial(decode_attention.gpu.pool_attention, compile_options=TRITON_OPTIONS)
+        monkeypatch.setattr(decode_attention.gpu, "pool_attention", run)
+    model, cache, answer, rules = decode_problem(head_dim)
+    compiled = compile_for(
+        name, lambda m, c, a: stages.decode(m, c, a, rules, 15)[1].tokens, model, cache, answer
+    )
+    pool = cache.pool.entries
+    shape = ",".join(map(str, pool.shape))
+    text = compiled.as_text()
+    assert ("tpu_custom_call" if kind == "pallas" else "triton") in text
+    assert not re.findall(rf"bf16\[{shape}\]\S* (?:copy|fusion|copy-start)\(", text)
+    size = pool.size * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * size

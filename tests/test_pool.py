@@ -1,0 +1,224 @@
+"""The packed layout: slots with owners, in exactly the budget's bytes."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvjax
+from kvjax import METHODS, CompressionConfig
+from kvjax import pool as pools
+from kvjax.models.weights import load_decoder
+from kvjax.pool import empty_pool
+
+FIXTURES = Path(__file__).parent / "fixtures" / "hf"
+QUICK = {"xla_backend_optimization_level": 0}
+put_layer = jax.jit(pools.put_layer, static_argnums=(1, 5), compiler_options=QUICK)
+kept_mask = jax.jit(pools.kept_mask, static_argnums=(1, 2), compiler_options=QUICK)
+COMPRESSING = [name for name in METHODS if name != "full"]
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------- packing
+def test_put_by_hand():
+    """The picture in kvjax/pool.py: ten tokens, two layers, two heads."""
+    keys = np.arange(1.0, 21).astype(np.float32).reshape(1, 10, 2, 1)  # 2 p + 1 and 2 p + 2
+    kept = [([0, 3, 9], [0, 9]), ([9], [0, 9])]
+    pool = empty_pool(jnp.asarray(keys), 2, 9, None)
+    for layer, heads in enumerate(kept):
+        keep = np.zeros((1, 2, 10), bool)
+        for head, places in enumerate(heads):
+            keep[0, head, places] = True
+        pool = put_layer(pool, layer, keys, -keys, keep, 6)
+    np.testing.assert_array_equal(pool.owners, [[0, 0, 0, 1, 1, 0, 1, 1, -1]])
+    np.testing.assert_array_equal(pool.positions, [[0, 3, 9, 0, 9, 9, 0, 9, -1]])
+    np.testing.assert_array_equal(pool.entries[0, :, 0], [1, 7, 19, 2, 20, 19, 2, 20, 0])
+    np.testing.assert_array_equal(pool.entries[..., 1], -pool.entries[..., 0])
+    np.testing.assert_array_equal(pool.counts, [[[3, 2], [1, 2]]])
+    bounds = [[int(bound[0]) for bound in pool.bounds(layer)] for layer in (0, 1)]
+    assert bounds == [[0, 5], [5, 8]]
+    assert pool.nbytes == 9 * 2 * 4
+    mask = np.asarray(kept_mask(pool, 0, 10))
+    assert [np.flatnonzero(head).tolist() for head in mask[0]] == [[0, 3, 9], [0, 9]]
+
+
+@st.composite
+def keeps(draw):
+    """Masks of a few layers, whose totals differ by row, layer and head."""
+    layers, batch, heads, tokens = (draw(st.integers(1, n)) for n in (3, 3, 4, 12))
+    seed, share = draw(st.integers(0, 2**31)), draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+    return np.random.default_rng(seed).random((layers, batch, heads, tokens)) < share
+
+
+@given(keep=keeps(), spare=st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_every_kept_entry_is_found_under_its_owner(keep, spare):
+    layers, batch, heads, tokens = keep.shape
+    slots = int(keep.sum((0, 2, 3)).max()) + spare
+    slots = max(slots, 1)
+    keys, values = (normal(seed, layers, batch, tokens, heads, 4) for seed in (0, 1))
+    pool = empty_pool(jnp.asarray(keys[0]), layers, slots, None)
+    for layer in range(layers):
+        # What is not kept may hold anything.
+        dirty = np.where(keep[layer].swapaxes(1, 2)[..., None], keys[layer], np.float32(np.nan))
+        pool = put_layer(pool, layer, dirty, values[layer], keep[layer], min(heads * tokens, slots))
+    np.testing.assert_array_equal(pool.counts, keep.sum(-1).swapaxes(0, 1))
+    for row in range(batch):
+        at = 0
+        for layer in range(layers):
+            for head in range(heads):
+                places = np.flatnonzero(keep[layer, row, head])
+                run = slice(at, at + len(places))
+                at = run.stop
+                assert (pool.owners[row, run] == head).all()
+                np.testing.assert_array_equal(pool.positions[row, run], places)
+                both = np.concatenate([keys, values], -1)[layer, row, places, head]
+                np.testing.assert_array_equal(pool.entries[row, run], both)
+        assert (pool.owners[row, at:] == -1).all()
+        assert (pool.positions[row, at:] == -1).all()
+        assert (pool.entries[row, at:] == 0).all()
+    for layer in range(layers):
+        np.testing.assert_array_equal(kept_mask(pool, layer, tokens), keep[layer])
+
+
+def test_fixed_regions_hold_the_same():
+    """Every layer at its own place; rows that keep less leave empty slots there."""
+    rng = np.random.default_rng(0)
+    keep = rng.random((2, 3, 2, 8)) < 0.5
+    keys, values = normal(0, 2, 3, 8, 2, 4), normal(1, 2, 3, 8, 2, 4)
+    regions = ((0, 16), (16, 32))
+    loose, fixed = (empty_pool(jnp.asarray(keys[0]), 2, 32, r) for r in (None, regions))
+    for layer in range(2):
+        arrays = keys[layer], values[layer], keep[layer]
+        loose, fixed = (put_layer(p, layer, *arrays, 16) for p in (loose, fixed))
+    for layer in range(2):
+        np.testing.assert_array_equal(kept_mask(fixed, layer, 8), keep[layer])
+        for row in range(3):
+            a, b = (
+                np.asarray(p.entries)[row, slice(*(int(x[row]) for x in p.bounds(layer)))]
+                for p in (loose, fixed)
+            )
+            np.testing.assert_array_equal(a, b)
+    assert fixed.bounds(1)[0].tolist() == [16] * 3
+
+
+def test_owners_are_int8():
+    with pytest.raises(ValueError, match="keys have 128 heads, expected at most 127"):
+        empty_pool(jnp.zeros((1, 2, 128, 4)), 1, 4, None)
+
+
+# ---------------------------------------------------------------------------- generation
+@pytest.fixture(scope="module")
+def model():
+    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Three prompts of 64, 41 and 52 tokens: one bucket of 64."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 80, size).tolist() for size in (64, 41, 52)]
+
+
+@pytest.mark.parametrize("budget", [16, 0.4])
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_packed_answers_as_padded_in_exactly_the_budget(model, prompts, name, budget):
+    padded, packed = (
+        kvjax.generate(
+            model,
+            prompts,
+            CompressionConfig.named(name, budget, layout=layout),
+            max_new_tokens=12,
+            eos_ids=(),
+            return_cache=True,
+        )
+        for layout in ("padded", "packed")
+    )
+    assert packed.tokens == padded.tokens
+    np.testing.assert_allclose(packed.log_probs, padded.log_probs, atol=1e-5)
+    np.testing.assert_array_equal(packed.kept, padded.kept)
+    np.testing.assert_array_equal(packed.cache.kept_mask(64), padded.cache.kept_mask(64))
+    config = model.config
+    per_head = 16 if budget == 16 else int(0.4 * 64)
+    heads = config.num_layers * config.num_kv_heads
+    expected = len(prompts) * heads * per_head * 2 * config.head_dim * 4
+    assert packed.cache_bytes == packed.cache.nbytes == expected <= padded.cache_bytes
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen25-sharded"])
+@pytest.mark.parametrize("method", ["snapkv", "ada-prefixkv", "prefixkv", "h2o"])
+def test_packed_answers_as_padded_under_sliding_windows(name, method, prompts):
+    model = load_decoder(FIXTURES / name, progress=False)
+    outs = [
+        kvjax.generate(
+            model,
+            prompts,
+            CompressionConfig.named(method, 12, layout=layout),
+            max_new_tokens=12,
+            eos_ids=(),
+        )
+        for layout in ("padded", "packed")
+    ]
+    assert outs[0].tokens == outs[1].tokens
+    np.testing.assert_array_equal(outs[0].kept, outs[1].kept)
+
+
+@pytest.mark.parametrize("name", ["ada-snapkv", "prefixkv"])
+def test_what_empty_slots_hold_changes_nothing(model, prompts, name):
+    """NaN everywhere that no entry lies."""
+    config = CompressionConfig.named(name, 16, layout="packed")
+    cache = kvjax.compress_prompt(model, [prompts[0], prompts[1][:10]], config)
+    empty = np.asarray(cache.pool.owners < 0)
+    assert empty.sum() == (16 - 10) * model.config.num_layers * model.config.num_kv_heads
+    dirty = cache.pool.replace(
+        entries=jnp.where(empty[..., None], jnp.nan, cache.pool.entries),
+    )
+    question = [[5, 6, 7]] * 2
+    clean, same = (
+        kvjax.generate(model, question, cache=c, max_new_tokens=6, eos_ids=())
+        for c in (cache, cache.replace(pool=dirty))
+    )
+    assert clean.tokens == same.tokens
+    assert clean.log_probs == same.log_probs
+
+
+def test_turns_streams_and_scores(model, prompts):
+    config = CompressionConfig.named("ada-snapkv", 16, layout="packed")
+    call = {"max_new_tokens": 10, "eos_ids": ()}
+    whole = kvjax.generate(model, prompts, config, **call)
+    steps = list(kvjax.stream(model, prompts, config, **call))
+    drawn = [[token for step in steps for token in step.tokens[row]] for row in range(3)]
+    assert drawn == whole.tokens
+    first = kvjax.generate(model, prompts, config, return_cache=True, **call)
+    again = kvjax.generate(model, [[9, 8]] * 3, cache=first.cache, **call)
+    assert [len(row) for row in again.tokens] == [10] * 3
+    packed, padded = (
+        kvjax.score(
+            model,
+            prompts,
+            30,
+            CompressionConfig.named("ada-snapkv", 8, layout=layout),
+            positions=True,
+        )
+        for layout in ("packed", "padded")
+    )
+    for a, b in zip(packed, padded, strict=True):
+        np.testing.assert_allclose(a.nll, b.nll, atol=1e-4)
+        assert (a.kept, a.positions) == (b.kept, b.positions)
+
+
+def test_layout_none_packs_uneven_budgets():
+    """On a CPU; uniform ones stay padded there."""
+    from kvjax.compress import packs
+
+    packed = {name for name in COMPRESSING if packs(CompressionConfig.named(name, 16))}
+    uneven = {"pyramidkv", "ada-snapkv", "ada-pyramid", "prefixkv", "ada-prefixkv"}
+    assert packed == uneven
+    assert packs(CompressionConfig.named("snapkv", 16, layout="packed"))

@@ -1,0 +1,167 @@
+"""Attention to a packed pool: reference against float64, TPU kernel against the reference."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from kvjax.kernels.decode_attention import packed, tpu
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def make_case(seed, *, batch=2, tokens=1, heads=6, kv_heads=2, head_dim=8, slots=40, owners="any"):
+    """A pool whose layer lies at [start, end) of each row; NaN in every slot without an owner."""
+    rng = np.random.default_rng(seed)
+    start = rng.integers(0, slots // 3 + 1, batch)
+    end = rng.integers(slots // 2, slots + 1, batch)
+    drawn = rng.integers(0, kv_heads, (batch, slots))
+    if owners == "runs":
+        drawn = np.sort(drawn, axis=1)
+    elif owners == "one head":
+        drawn[:] = kv_heads - 1
+    elif owners == "one slot":
+        drawn[:] = 0
+        drawn[np.arange(batch), end - 1] = kv_heads - 1
+    elif owners == "empty layer":
+        end = start.copy()
+    owned = (np.arange(slots) >= start[:, None]) & (np.arange(slots) < end[:, None])
+    # A slot outside the layer is another layer's, or empty.
+    drawn = np.where(owned | (rng.random((batch, slots)) < 0.5), drawn, -1)
+    if owners == "holes":
+        drawn = np.where(rng.random((batch, slots)) < 0.4, -1, drawn)
+    positions = np.where(drawn >= 0, rng.integers(0, 100, (batch, slots)), -1)
+    entries = normal(seed + 1, batch, slots, 2 * head_dim)
+    entries[drawn < 0] = np.nan
+    query_positions = rng.integers(80, 120, (batch, tokens))
+    return {
+        "q": normal(seed + 2, batch, tokens, heads, head_dim),
+        "query_positions": query_positions.astype(np.int32),
+        "entries": entries,
+        "owners": drawn.astype(np.int8),
+        "positions": positions.astype(np.int32),
+        "start": start.astype(np.int32),
+        "end": end.astype(np.int32),
+    }
+
+
+def oracle(case, kv_heads, window=None, dead=None):
+    """One query, head and slot at a time, in float64."""
+    q = case["q"].astype(np.float64)
+    batch, tokens, heads, head_dim = q.shape
+    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+    for b, t, n in np.ndindex(batch, tokens, heads):
+        owner, scores, values = n // (heads // kv_heads), [], []
+        for m in range(case["start"][b], case["end"][b]):
+            distance = case["query_positions"][b, t] - case["positions"][b, m]
+            if case["owners"][b, m] != owner or distance < 0:
+                continue
+            if window is not None and distance >= window:
+                continue
+            if dead is not None and dead[0][b, owner] <= m < dead[1][b, t, owner]:
+                continue
+            entry = case["entries"][b, m].astype(np.float64)
+            scores.append(q[b, t, n] @ entry[:head_dim] / np.sqrt(head_dim))
+            values.append(entry[head_dim:])
+        if scores:
+            weights = np.exp(np.array(scores) - max(scores))
+            out[b, t, n] = weights @ np.array(values) / weights.sum()
+            lse[b, t, n] = max(scores) + np.log(weights.sum())
+    return out, lse
+
+
+OWNERS = ["any", "runs", "one head", "one slot", "empty layer", "holes"]
+
+
+@pytest.mark.parametrize("block", [7, 512])
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("owners", OWNERS)
+def test_reference_matches_float64(owners, window, block, monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", block)
+    case = make_case(3, tokens=2, owners=owners)
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 40, (2, 2)).astype(np.int32)
+    last = first[:, None] + rng.integers(0, 12, (2, 2, 2)).astype(np.int32)
+    for dead in (None, (first, last)):
+        out, lse = packed.pool_attention(
+            **jax.tree.map(jnp.asarray, case),
+            kv_heads=2,
+            window=window,
+            dead=jax.tree.map(jnp.asarray, dead),
+        )
+        expected = oracle(case, 2, window, dead)
+        np.testing.assert_allclose(out, expected[0], atol=2e-6)
+        np.testing.assert_allclose(lse, expected[1], atol=2e-6)
+
+
+def test_reference_with_a_fixed_region():
+    case = make_case(5, slots=30)
+    case["start"][:], case["end"][:] = 10, [25, 18]
+    expected = packed.pool_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2)
+    out = packed.pool_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2, region=(10, 26))
+    for a, b in zip(out, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+# Twins of the named shapes: the same query and KV heads and widths, few slots.
+SHAPES = {
+    "llama-3-8b": (32, 8, 128),
+    "llama-3-70b/tp8": (8, 1, 128),
+    "qwen3-0.6b": (16, 8, 128),
+    "width 64": (12, 4, 64),
+    "width 256": (4, 2, 256),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_tpu_kernel_matches_the_reference(name):
+    heads, kv_heads, head_dim = SHAPES[name]
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "slots": 400}
+    case = jax.tree.map(jnp.asarray, make_case(7, **shape))
+    expected = packed.pool_attention(**case, kv_heads=kv_heads)
+    out = tpu.pool_attention(**case, kv_heads=kv_heads, tile=128, interpret=True)
+    np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
+    np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("owners", OWNERS)
+def test_tpu_kernel_masks(owners, window, tokens):
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "slots": 300, "tokens": tokens}
+    case = jax.tree.map(jnp.asarray, make_case(11, owners=owners, **shape))
+    call = {**case, "kv_heads": 2, "window": window}
+    expected = packed.pool_attention(**call)
+    out = tpu.pool_attention(**call, tile=128, interpret=True)
+    np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
+    np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tpu_kernel_in_half_precision(dtype):
+    case = jax.tree.map(jnp.asarray, make_case(13, head_dim=64, slots=200))
+    half = case | {"q": case["q"].astype(dtype), "entries": case["entries"].astype(dtype)}
+    exact = case | {name: half[name].astype(jnp.float32) for name in ("q", "entries")}
+    expected = packed.pool_attention(**exact, kv_heads=2)
+    out = tpu.pool_attention(**half, kv_heads=2, tile=128, interpret=True)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(out[0], expected[0], atol=8 * eps)
+
+
+def test_tpu_kernel_has_no_races():
+    """Mosaic's interpreter, which simulates the copies and their semaphores."""
+    case = jax.tree.map(jnp.asarray, make_case(17, head_dim=64, slots=300))
+    expected = packed.pool_attention(**case, kv_heads=2)
+    interpret = pltpu.InterpretParams(detect_races=True)
+    run = partial(tpu.pool_attention, kv_heads=2, tile=128, interpret=interpret)
+    out = jax.jit(run)(**case)
+    np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    assert interpreter.races is not None
+    assert not interpreter.races.races_found
