@@ -129,8 +129,7 @@ def test_tpu_kernel_matches_the_reference(name):
     np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize(("tokens", "window"), [(1, None), (3, 30)])
 @pytest.mark.parametrize("owners", OWNERS)
 def test_tpu_kernel_masks(owners, window, tokens):
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "slots": 300, "tokens": tokens}
