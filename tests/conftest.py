@@ -10,10 +10,22 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 )
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped():
+    """Forget a file's compiled programs after it.
+
+    Each maps several pieces of memory, and Linux gives a process 65,530 (vm.max_map_count): the
+    whole suite in one process would reach that, and LLVM then crashes.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ SMALL = Settings(
     final_rate=0.05,
     clip=1.0,
     filler_weight=0.1,
+    rehearse=4,
     log_every=2,
     evaluate_every=20,
     save_every=4,
@@ -163,6 +164,15 @@ def test_the_shipped_settings_are_valid():
     assert settings.total_steps == sum(settings.steps)
     assert settings.stage_at(0).length == settings.lengths[0]
     assert settings.stage_at(settings.total_steps - 1).length == settings.lengths[-1]
-    with pytest.raises(ValueError, match="past the end"):
+    with pytest.raises(ValueError, match=f"step={settings.total_steps}, expected 0 to"):
         settings.stage_at(settings.total_steps)
     assert jax.default_backend() == "cpu"
+
+
+def test_every_fourth_step_rehearses_one_of_the_three_stages_before():
+    settings = load_settings(ROOT / "configs" / "tiny.toml")
+    last = range(settings.total_steps - 24, settings.total_steps)
+    drawn = [settings.drawn_at(step).length for step in last]
+    assert drawn.count(2304) == 18
+    assert sorted(set(drawn)) == sorted(settings.lengths[2:])
+    assert {settings.drawn_at(step).length for step in range(settings.steps[0])} == {64}

@@ -1,6 +1,8 @@
 """What trains the bundled model: a flat TOML file, checked."""
 
+import bisect
 import dataclasses
+import itertools
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ class Settings:
       peaks: what each cycle's peak is of the rates above.
       clip: global norm of the gradient at most.
       filler_weight: of the loss of words in sentences; words of answers weigh 1.
+      rehearse: every so many steps, a step is one of the three stages before its own, in turn, so
+        that what was learnt at short lengths is not lost at long ones.
       log_every, evaluate_every, save_every: steps.
       steps, lengths, batches, alphabets, needles: one entry a stage, see `Stage`.
       tasks: one entry a stage: names separated by spaces, a name as often as its weight.
@@ -67,6 +71,7 @@ class Settings:
     final_rate: float
     clip: float
     filler_weight: float
+    rehearse: int
     log_every: int
     evaluate_every: int
     save_every: int
@@ -123,11 +128,21 @@ class Settings:
 
     def stage_at(self, step: int) -> Stage:
         """The stage that step 0 .. total_steps - 1 belongs to."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        raise ValueError(f"step={step} past the end, expected less than {self.total_steps}")
+        return self.stages[self._index(step)]
+
+    def drawn_at(self, step: int) -> Stage:
+        """The stage whose sequences step 0 .. total_steps - 1 sees: its own or a rehearsed one."""
+        index = self._index(step)
+        turn, left = divmod(step, self.rehearse)
+        if index and not left:
+            index -= 1 + turn % min(index, 3)
+        return self.stages[index]
+
+    def _index(self, step: int) -> int:
+        ends = list(itertools.accumulate(self.steps))
+        if not 0 <= step < ends[-1]:
+            raise ValueError(f"step={step}, expected 0 to {ends[-1] - 1}")
+        return bisect.bisect_right(ends, step)
 
     def hf_config(self) -> dict[str, Any]:
         """The model's `config.json`."""

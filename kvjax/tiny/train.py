@@ -199,7 +199,7 @@ def train(settings: Settings, out: str | Path, *, progress: bool = True) -> Path
 
 
 def _batch(settings: Settings, step: int) -> Batch:
-    stage = settings.stage_at(step)
+    stage = settings.drawn_at(step)
     # Tasks in turn: every step of a long curriculum sees all that its batch has room for.
     first = step * stage.batch
     tasks = [stage.tasks[(first + row) % len(stage.tasks)] for row in range(stage.batch)]
