@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.kernels.decode_attention import packed, tpu
+from kvjax.kernels.decode_attention import packed, pool_attention, tpu
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -75,6 +75,27 @@ def oracle(case, kv_heads, window=None, dead=None):
     return out, lse
 
 
+def make_dead(seed, case, kv_heads):
+    """Evicted slots of each head, for each query, as (first, one past the last)."""
+    rng = np.random.default_rng(seed)
+    batch, tokens, slots = case["q"].shape[0], case["q"].shape[1], case["owners"].shape[1]
+    first = rng.integers(0, slots, (batch, kv_heads)).astype(np.int32)
+    more = rng.integers(0, slots // 3, (batch, tokens, kv_heads)).astype(np.int32)
+    return first, first[:, None] + more
+
+
+def quantised(case):
+    """The case in int8, and the same entries as float32. Scales of unowned slots are NaN."""
+    head_dim = case["q"].shape[-1]
+    halves = case["entries"].reshape(*case["entries"].shape[:2], 2, head_dim)
+    scales = np.abs(halves).max(-1) / 127
+    whole = np.nan_to_num(np.round(halves / scales[..., None]), nan=99)
+    exact = (whole * scales[..., None]).astype(np.float32).reshape(case["entries"].shape)
+    entries = whole.reshape(case["entries"].shape).astype(np.int8)
+    of_slots = scales.transpose(0, 2, 1).astype(np.float32)
+    return case | {"entries": entries, "scales": of_slots}, case | {"entries": exact}
+
+
 OWNERS = ["any", "runs", "one head", "one slot", "empty layer", "holes"]
 
 
@@ -84,10 +105,7 @@ OWNERS = ["any", "runs", "one head", "one slot", "empty layer", "holes"]
 def test_reference_matches_float64(owners, window, block, monkeypatch):
     monkeypatch.setattr(packed, "BLOCK", block)
     case = make_case(3, tokens=2, owners=owners)
-    rng = np.random.default_rng(0)
-    first = rng.integers(0, 40, (2, 2)).astype(np.int32)
-    last = first[:, None] + rng.integers(0, 12, (2, 2, 2)).astype(np.int32)
-    for dead in (None, (first, last)):
+    for dead in (None, make_dead(0, case, 2)):
         out, lse = packed.pool_attention(
             **jax.tree.map(jnp.asarray, case),
             kv_heads=2,
@@ -97,6 +115,16 @@ def test_reference_matches_float64(owners, window, block, monkeypatch):
         expected = oracle(case, 2, window, dead)
         np.testing.assert_allclose(out, expected[0], atol=2e-6)
         np.testing.assert_allclose(lse, expected[1], atol=2e-6)
+
+
+@pytest.mark.parametrize("block", [7, 512])
+def test_reference_of_int8_entries_matches_float64(block, monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", block)
+    case, exact = quantised(make_case(3, tokens=2))
+    out, lse = packed.pool_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2)
+    expected = oracle(exact, 2)
+    np.testing.assert_allclose(out, expected[0], atol=2e-6)
+    np.testing.assert_allclose(lse, expected[1], atol=2e-6)
 
 
 def test_reference_with_a_fixed_region():
@@ -134,10 +162,31 @@ def test_tpu_kernel_matches_the_reference(name):
 def test_tpu_kernel_masks(owners, window, tokens):
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "slots": 300, "tokens": tokens}
     case = jax.tree.map(jnp.asarray, make_case(11, owners=owners, **shape))
-    call = {**case, "kv_heads": 2, "window": window}
+    dead = jax.tree.map(jnp.asarray, make_dead(5, case, 2)) if tokens > 1 else None
+    call = {**case, "kv_heads": 2, "window": window, "dead": dead}
     expected = packed.pool_attention(**call)
     out = tpu.pool_attention(**call, tile=128, interpret=True)
     np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
+    np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
+
+
+@pytest.mark.parametrize("owners", ["any", "one slot"])
+def test_tpu_kernel_with_int8_entries(owners):
+    case, _ = quantised(make_case(19, head_dim=64, slots=300, owners=owners))
+    case = jax.tree.map(jnp.asarray, case)
+    expected = packed.pool_attention(**case, kv_heads=2)
+    out = tpu.pool_attention(**case, kv_heads=2, tile=128, interpret=True)
+    np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
+    np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])  # 128 ** -0.5 is no power of two
+def test_tpu_kernel_scales_scores_in_float32(head_dim):
+    case = jax.tree.map(jnp.asarray, make_case(13, head_dim=head_dim, slots=200))
+    half = case | {name: case[name].astype("bfloat16") for name in ("q", "entries")}
+    exact = case | {name: half[name].astype(jnp.float32) for name in ("q", "entries")}
+    expected = packed.pool_attention(**exact, kv_heads=2)
+    out = tpu.pool_attention(**half, kv_heads=2, tile=128, interpret=True)
     np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
 
 
@@ -164,3 +213,10 @@ def test_tpu_kernel_has_no_races():
 
     assert interpreter.races is not None
     assert not interpreter.races.races_found
+
+
+def test_int8_entries_come_with_scales():
+    case = jax.tree.map(jnp.asarray, quantised(make_case(1))[0])
+    without = {name: value for name, value in case.items() if name != "scales"}
+    with pytest.raises(ValueError, match="entries are int8, expected int8 with scales, or neither"):
+        pool_attention(**without, kv_heads=2)

@@ -77,12 +77,12 @@ def test_accumulated_scores_match(shape, window):
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
-def test_bfloat16_is_scored_in_float32():
-    q, k = arrays(4, (1, 4, 4, 64), (1, 256, 2, 64), dtype="bfloat16")
+@pytest.mark.parametrize("head_dim", [64, 128])  # 128 ** -0.5 is no power of two
+def test_bfloat16_is_scored_in_float32(head_dim):
+    q, k = arrays(4, (1, 4, 4, head_dim), (1, 256, 2, head_dim), dtype="bfloat16")
     positions, lengths = jnp.array([[252, 253, 254, 255]]), jnp.array([256])
     exact = reference.window_scores(q.astype("float32"), positions, k.astype("float32"), lengths)
     out = tpu.window_scores(q, positions, k, lengths, interpret=True)
-    # H ** -0.5 is a power of two, so that the scaled queries are exact.
     np.testing.assert_allclose(out, exact, atol=2e-6)
 
 

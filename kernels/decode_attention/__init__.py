@@ -6,6 +6,7 @@ B batch, T new tokens, M slots of a pool, N query heads, K KV heads, H head dim,
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention import gpu, packed, tpu
@@ -22,7 +23,7 @@ _KERNELS: dict[str, Any] = {"pallas": tpu, "triton": gpu}
 def pool_attention(
     q: Float[Array, "B T N H"],
     query_positions: Int[Array, "B T"],
-    entries: Float[Array, "B M E"],
+    entries: Float[Array, "B M E"] | Int8[Array, "B M E"],
     owners: Int8[Array, "B M"],
     positions: Int[Array, "B M"],
     start: Int[Array, " B"],
@@ -31,6 +32,7 @@ def pool_attention(
     kv_heads: int,
     window: int | None = None,
     dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    scales: Float[Array, "B 2 M"] | None = None,
     region: tuple[int, int] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
@@ -49,6 +51,7 @@ def pool_attention(
       kv_heads: K.
       window: a query at p sees positions p - window + 1 .. p; None for all up to p.
       dead: first and, for each query, one past the last slot of each head that is evicted.
+      scales: of int8 entries: what each slot's key and value are multiplied with.
       region: static bounds that hold start and end of every row, where there are any.
       implementation: "xla", "pallas" (TPU) or "triton" (GPU); by default the platform's own, and
         "xla" where that one cannot take the call.
@@ -64,18 +67,17 @@ def pool_attention(
         raise ValueError(
             f"entries are {entries.shape[-1]} wide, expected {2 * head_dim} (keys beside values)"
         )
+    if (scales is not None) != (entries.dtype == jnp.int8):
+        raise ValueError(f"entries are {entries.dtype}, expected int8 with scales, or neither")
     if implementation is None:
         implementation = _BY_PLATFORM.get(jax.default_backend(), "xla")
         kernel = _KERNELS.get(implementation)
-        if dead is not None or (kernel and not kernel.supports(q.shape, entries.dtype)):
+        if kernel and not kernel.supports(q.shape, entries.dtype):
             implementation = "xla"
     arrays = q, query_positions, entries, owners, positions, start, end
+    settings = {"kv_heads": kv_heads, "window": window, "dead": dead, "scales": scales}
     if implementation == "xla":
-        return packed.pool_attention(
-            *arrays, kv_heads=kv_heads, window=window, dead=dead, region=region
-        )
+        return packed.pool_attention(*arrays, **settings, region=region)
     if implementation not in _KERNELS:
         raise ValueError(f"implementation={implementation!r}, expected xla, pallas or triton")
-    if dead is not None:
-        raise NotImplementedError(f"{implementation} takes no dead ranges, expected 'xla'")
-    return _KERNELS[implementation].pool_attention(*arrays, kv_heads=kv_heads, window=window)
+    return _KERNELS[implementation].pool_attention(*arrays, **settings)

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int8
 
-from kvjax.kernels.decode_attention.reference import merge_weights
+from kvjax.kernels.decode_attention.reference import merge_weights, query_rows
 
 # Slots that a program reads at once, and programs that the chip should have at least.
 TILE = 64
@@ -20,10 +21,10 @@ LEAST_TILES = 8  # of a split: what it leaves to be merged is small beside what 
 
 
 def supports(q_shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    """Whether the kernel takes queries of this shape, and jax-triton is installed."""
+    """Whether the kernel takes queries of this shape and such entries; jax-triton is installed."""
     _, tokens, heads, head_dim = q_shape
     fits = tokens * heads <= 128 and 16 <= head_dim <= 256
-    return fits and jnp.dtype(dtype).itemsize in (2, 4) and find_spec("jax_triton") is not None
+    return fits and jnp.dtype(dtype).itemsize in (1, 2, 4) and find_spec("jax_triton") is not None
 
 
 def splits(batch: int, slots: int) -> int:
@@ -35,7 +36,7 @@ def splits(batch: int, slots: int) -> int:
 def pool_attention(
     q: Float[Array, "B T N H"],
     query_positions: Int[Array, "B T"],
-    entries: Float[Array, "B M E"],
+    entries: Float[Array, "B M E"] | Int8[Array, "B M E"],
     owners: Int8[Array, "B M"],
     positions: Int[Array, "B M"],
     start: Int[Array, " B"],
@@ -43,9 +44,11 @@ def pool_attention(
     *,
     kv_heads: int,
     window: int | None = None,
+    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    scales: Float[Array, "B 2 M"] | None = None,
     compile_options: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """See `kvjax.kernels.decode_attention`; no dead ranges.
+    """See `kvjax.kernels.decode_attention`.
 
     `compile_options` go to jax-triton, such as a compute capability to compile for.
     """
@@ -56,13 +59,12 @@ def pool_attention(
     batch, tokens, heads, head_dim = q.shape
     slots, rows = entries.shape[1], tokens * heads
     parts = splits(batch, slots)
-    scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(entries.dtype)
-    head_N = jnp.arange(heads, dtype=jnp.int32) // (heads // kv_heads)
+    q = q.astype(entries.dtype if scales is None else q.dtype)
     o_BPRH, lse_BPR = jax_triton.triton_call(
-        scaled.reshape(batch, rows, head_dim),
-        jnp.repeat(query_positions.astype(jnp.int32), heads, axis=1),
-        jnp.tile(head_N, tokens),
+        q.reshape(batch, rows, head_dim),
+        query_rows(query_positions, heads, kv_heads, dead),
         entries,
+        positions if scales is None else scales,
         owners,
         positions,
         start.astype(jnp.int32),
@@ -77,17 +79,16 @@ def pool_attention(
         R=rows,
         M=slots,
         H=head_dim,
-        ROWS=max(16, _power_of_two(rows)),
-        WIDTH=_power_of_two(head_dim),
+        SCALE=head_dim**-0.5,
+        ROWS=max(16, pl.next_power_of_2(rows)),
+        WIDTH=pl.next_power_of_2(head_dim),
         TILE=TILE,
         SPLITS=parts,
         WINDOW=window or 0,
+        EVICTS=dead is not None,
+        QUANTISED=scales is not None,
         **(compile_options or {}),
     )
     weight_PBR, lse_BR = merge_weights(lse_BPR.swapaxes(0, 1))
     o_BRH = jnp.einsum("PBR,BPRH->BRH", weight_PBR, o_BPRH)
     return o_BRH.reshape(q.shape), lse_BR.reshape(batch, tokens, heads)
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

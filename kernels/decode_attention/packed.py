@@ -15,7 +15,7 @@ BLOCK = 512
 def pool_attention(
     q: Float[Array, "B T N H"],
     query_positions: Int[Array, "B T"],
-    entries: Float[Array, "B M E"],
+    entries: Float[Array, "B M E"] | Int8[Array, "B M E"],
     owners: Int8[Array, "B M"],
     positions: Int[Array, "B M"],
     start: Int[Array, " B"],
@@ -24,27 +24,31 @@ def pool_attention(
     kv_heads: int,
     window: int | None = None,
     dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    scales: Float[Array, "B 2 M"] | None = None,
     region: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `kvjax.kernels.decode_attention`."""
     rules = (query_positions, start, end, kv_heads, window, dead)
     # Zeros beside the query: keys and values are read as they lie, side by side.
     q_BTNE = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)
+    pool = entries, owners, positions
+    if scales is not None:
+        pool = *pool, scales[:, 0], scales[:, 1]
     if region is not None:
         first, last = region
-        entries, owners, positions = (x[:, first:last] for x in (entries, owners, positions))
-        slots_BM = jnp.broadcast_to(jnp.arange(first, last), owners.shape)
-        peak, total, o_BTNE = _partial(q_BTNE, entries, owners, positions, slots_BM, rules)
+        pool = tuple(x[:, first:last] for x in pool)
+        slots_BM = jnp.broadcast_to(jnp.arange(first, last), pool[1].shape)
+        peak, total, o_BTNE = _partial(q_BTNE, pool, slots_BM, rules)
     else:
-        peak, total, o_BTNE = _blocks(q_BTNE, entries, owners, positions, rules)
+        peak, total, o_BTNE = _blocks(q_BTNE, pool, rules)
     o_BTNH = o_BTNE[..., q.shape[-1] :] / jnp.where(total > 0, total, 1.0)[..., None]
     return o_BTNH, jnp.where(total > 0, peak, 0.0) + jnp.log(total)
 
 
-def _blocks(q_BTNE, entries, owners, positions, rules):
+def _blocks(q_BTNE, pool, rules):
     """Online softmax over as many blocks as the longest row needs."""
     _, start, end, *_ = rules
-    slots = entries.shape[1]
+    slots = pool[0].shape[1]
     block = min(BLOCK, slots)
 
     def step(index, carry):
@@ -55,9 +59,7 @@ def _blocks(q_BTNE, entries, owners, positions, rules):
         slots_BM = offset_B[:, None] + jnp.arange(block)
         # A block that the pool's end pushed back does not count its first slots again.
         slots_BM = jnp.where(slots_BM >= wanted_B[:, None], slots_BM, slots)
-        part = _partial(
-            q_BTNE, *(cut(x, offset_B) for x in (entries, owners, positions)), slots_BM, rules
-        )
+        part = _partial(q_BTNE, tuple(cut(x, offset_B) for x in pool), slots_BM, rules)
         top = jnp.maximum(peak, part[0])
         safe = jnp.where(top == -jnp.inf, 0.0, top)
         old, new = jnp.exp(peak - safe), jnp.exp(part[0] - safe)
@@ -76,12 +78,17 @@ def _blocks(q_BTNE, entries, owners, positions, rules):
     return lax.fori_loop(0, (end - start + block - 1).max() // block, step, nothing)
 
 
-def _partial(q_BTNE, entries_BME, owners_BM, positions_BM, slots_BM, rules):
+def _partial(q_BTNE, pool, slots_BM, rules):
     """(peak, sum of exponentials, weighted sum) over some slots; -inf, 0, 0 where none is seen."""
+    entries_BME, owners_BM, positions_BM, *scales_BM = pool
     query_positions, start, end, kv_heads, window, dead = rules
     heads, head_dim = q_BTNE.shape[2], q_BTNE.shape[3] // 2
+    if scales_BM:  # int8 entries: whole numbers in the query's dtype, exactly
+        entries_BME = entries_BME.astype(q_BTNE.dtype)
     s_BTNM = jnp.einsum("BTNE,BME->BTNM", q_BTNE, entries_BME, preferred_element_type=jnp.float32)
     s_BTNM = s_BTNM * head_dim**-0.5
+    if scales_BM:
+        s_BTNM = s_BTNM * scales_BM[0][:, None, None]
     mine_BM = (owners_BM >= 0) & (slots_BM >= start[:, None]) & (slots_BM < end[:, None])
     distance_BTM = query_positions[..., None] - positions_BM[:, None]
     seen_BTM = mine_BM[:, None] & (distance_BTM >= 0)
@@ -97,6 +104,9 @@ def _partial(q_BTNE, entries_BME, owners_BM, positions_BM, slots_BM, rules):
     s_BTNM = jnp.where(seen_BTNM, s_BTNM, -jnp.inf)
     peak_BTN = s_BTNM.max(-1)
     p_BTNM = jnp.exp(s_BTNM - jnp.where(peak_BTN == -jnp.inf, 0.0, peak_BTN)[..., None])
+    total_BTN = p_BTNM.sum(-1)
+    if scales_BM:
+        p_BTNM = jnp.where(seen_BTNM, p_BTNM * scales_BM[1][:, None, None], 0.0)
     clean_BME = jnp.where(mine_BM[..., None], entries_BME, 0)  # 0 * NaN would be NaN
     o_BTNE = jnp.einsum(
         "BTNM,BME->BTNE",
@@ -104,4 +114,4 @@ def _partial(q_BTNE, entries_BME, owners_BM, positions_BM, slots_BM, rules):
         clean_BME,
         preferred_element_type=jnp.float32,
     )
-    return peak_BTN, p_BTNM.sum(-1), o_BTNE
+    return peak_BTN, total_BTN, o_BTNE

@@ -4,7 +4,7 @@ B batch, T new tokens, S slots, N query heads, K KV heads, G = N // K, H head di
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def decode_attention(
@@ -74,3 +74,25 @@ def merge_weights(
     weights = jnp.exp(lse - safe)
     total = weights.sum(0)
     return weights / jnp.where(total > 0, total, 1.0), safe + jnp.log(total)
+
+
+def query_rows(
+    query_positions: Int[Array, "B T"],
+    heads: int,
+    kv_heads: int,
+    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None,
+) -> Int[Array, "B R 4"]:
+    """What a kernel knows of each of its R = T N rows, one for every token and query head.
+
+    KV head, position, and the first and one past the last slot that are evicted (0, 0 for none).
+    """
+    batch, tokens = query_positions.shape
+    head_N = jnp.arange(heads, dtype=jnp.int32) // (heads // kv_heads)
+    first_BTN = last_BTN = jnp.zeros((batch, tokens, heads), jnp.int32)
+    if dead is not None:
+        first_BTN = jnp.broadcast_to(dead[0][:, None, head_N], first_BTN.shape)
+        last_BTN = dead[1][:, :, head_N]
+    owner_BTN = jnp.broadcast_to(head_N, first_BTN.shape)
+    position_BTN = jnp.broadcast_to(query_positions[..., None], first_BTN.shape)
+    columns = owner_BTN, position_BTN, first_BTN, last_BTN
+    return jnp.stack(columns, axis=-1).astype(jnp.int32).reshape(batch, tokens * heads, 4)

@@ -17,10 +17,10 @@ def jit(function):
 
 @jit
 def pool_attention_kernel(
-    q_ptr,  # [B, R, H], scaled
-    row_position_ptr,  # [B, R]
-    row_owner_ptr,  # [R]
+    q_ptr,  # [B, R, H]
+    rows_ptr,  # [B, R, 4]: KV head, position, first and one past the last evicted slot
     entries_ptr,  # [B, M, 2H]
+    scales_ptr,  # [B, 2, M] if QUANTISED
     owners_ptr,  # [B, M]
     positions_ptr,  # [B, M]
     start_ptr,  # [B]
@@ -30,11 +30,14 @@ def pool_attention_kernel(
     R: tl.constexpr,
     M: tl.constexpr,
     H: tl.constexpr,
+    SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,  # H up to a power of two
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 for none
+    EVICTS: tl.constexpr,
+    QUANTISED: tl.constexpr,  # entries are int8
 ):
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -50,8 +53,12 @@ def pool_attention_kernel(
     inside = column < H
     q_mask = real[:, None] & inside[None, :]
     q = tl.load(q_ptr + (batch * R + row[:, None]) * H + column[None, :], mask=q_mask, other=0.0)
-    owner = tl.load(row_owner_ptr + row, mask=real, other=-2)
-    position = tl.load(row_position_ptr + batch * R + row, mask=real, other=-1)
+    about = rows_ptr + (batch * R + row) * 4
+    owner = tl.load(about, mask=real, other=-2)
+    position = tl.load(about + 1, mask=real, other=-1)
+    if EVICTS:
+        dead_first = tl.load(about + 2, mask=real, other=0)
+        dead_last = tl.load(about + 3, mask=real, other=0)
 
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -65,19 +72,27 @@ def pool_attention_kernel(
         held = mine & (slot_owner >= 0)
         base = entries_ptr + (batch * M + slot[:, None]) * (2 * H) + column[None, :]
         mask = held[:, None] & inside[None, :]
-        k = tl.load(base, mask=mask, other=0.0)
-        v = tl.load(base + H, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k = tl.load(base, mask=mask, other=0).to(q.dtype)
+        v = tl.load(base + H, mask=mask, other=0).to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         distance = position[:, None] - slot_position[None, :]
         seen = held[None, :] & (owner[:, None] == slot_owner[None, :]) & (distance >= 0)
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
+        if EVICTS:
+            outside = (slot[None, :] < dead_first[:, None]) | (slot[None, :] >= dead_last[:, None])
+            seen = seen & outside
+        if QUANTISED:
+            of_keys = scales_ptr + 2 * batch * M + slot
+            s = s * tl.load(of_keys, mask=held, other=0.0)[None, :]
         s = tl.where(seen, s, -1e30)
         top = tl.maximum(peak, tl.max(s, 1))
         p = tl.where(seen, tl.exp(s - top[:, None]), 0.0)
         decay = tl.exp(peak - top)
-        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * decay + tl.sum(p, 1)
+        if QUANTISED:
+            p = p * tl.load(of_keys + M, mask=held, other=0.0)[None, :]
+        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         peak = top
     safe = tl.where(total > 0, total, 1.0)
     lse = tl.where(total > 0, peak + tl.log(safe), float("-inf"))

@@ -78,9 +78,8 @@ def _module(
     if implementation is None:
         implementation = _BY_PLATFORM.get(jax.default_backend(), "xla")
         tokens, kv_heads = k.shape[1:3]
-        if implementation == "pallas" and not tpu.supports(q.shape, kv_heads, tokens):
-            implementation = "xla"
-        if implementation == "triton" and not gpu.supports(q.shape, kv_heads):
+        kernel = _MODULES[implementation]
+        if implementation != "xla" and not kernel.supports(q.shape, kv_heads, tokens):
             implementation = "xla"
     if implementation not in _MODULES:
         raise ValueError(

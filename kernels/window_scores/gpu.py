@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 # Keys that a program reads at once, queries of a block, and programs that the chip should have.
@@ -16,9 +17,9 @@ ROWS = 64
 PROGRAMS = 264
 
 
-def supports(q_shape: tuple[int, ...], kv_heads: int) -> bool:
+def supports(q_shape: tuple[int, ...], kv_heads: int, tokens: int) -> bool:
     """Whether the kernels take these queries, and jax-triton is installed."""
-    del kv_heads
+    del kv_heads, tokens  # any will do
     return 16 <= q_shape[-1] <= 256 and find_spec("jax_triton") is not None
 
 
@@ -39,12 +40,12 @@ def window_scores(
 
     batch, queries, heads, _ = q.shape
     tokens, kv_heads = k.shape[1:3]
-    rows = max(16, _power_of_two(queries * heads // kv_heads))
+    rows = max(16, pl.next_power_of_2(queries * heads // kv_heads))
     splits = max(1, min(64, -(-PROGRAMS // (batch * kv_heads)), -(-tokens // TILE)))
-    scaled = _scaled(q, k)
+    q = q.astype(k.dtype)
     positions = query_positions.astype(jnp.int32)
     lse_BNPW = jax_triton.triton_call(
-        scaled,
+        q,
         positions,
         k,
         lengths.astype(jnp.int32),
@@ -60,7 +61,7 @@ def window_scores(
     lse_BNW = jax.nn.logsumexp(lse_BNPW, axis=2)
     # A query that sees nothing: its scores are masked.
     lse_BNW = jnp.where(lse_BNW == -jnp.inf, 0.0, lse_BNW)
-    return _columns(scaled, positions, k, lengths, lse_BNW, window, power, False, compile_options)
+    return _columns(q, positions, k, lengths, lse_BNW, window, power, False, compile_options)
 
 
 def accumulated_scores(
@@ -78,8 +79,8 @@ def accumulated_scores(
     positions_BT = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
     positions_BT = jnp.where(positions_BT < lengths[:, None], positions_BT, -1)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
-    scaled = _scaled(q, k)
-    return _columns(scaled, positions_BT, k, lengths, lse, window, power, True, compile_options)
+    q = q.astype(k.dtype)
+    return _columns(q, positions_BT, k, lengths, lse, window, power, True, compile_options)
 
 
 def _columns(q, positions, k, lengths, lse_BNW, window, power, causal, compile_options):
@@ -100,18 +101,14 @@ def _columns(q, positions, k, lengths, lse_BNW, window, power, causal, compile_o
         grid=(batch * heads, -(-tokens // TILE)),
         name="window_columns",
         **_sizes(q, k, window),
-        ROWS=min(ROWS, max(16, _power_of_two(queries))),
+        ROWS=min(ROWS, max(16, pl.next_power_of_2(queries))),
         POWER=power,
         CAUSAL=causal,
         **(compile_options or {}),
     )
 
 
-def _scaled(q: Float[Array, "B W N H"], k: Float[Array, "B T K H"]) -> Float[Array, "B W N H"]:
-    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(k.dtype)
-
-
-def _sizes(q: Array, k: Array, window: int | None) -> dict[str, int]:
+def _sizes(q: Array, k: Array, window: int | None) -> dict[str, Any]:
     _, queries, heads, head_dim = q.shape
     return {
         "W": queries,
@@ -119,11 +116,8 @@ def _sizes(q: Array, k: Array, window: int | None) -> dict[str, int]:
         "K": k.shape[2],
         "T": k.shape[1],
         "H": head_dim,
-        "WIDTH": _power_of_two(head_dim),
+        "SCALE": head_dim**-0.5,
+        "WIDTH": pl.next_power_of_2(head_dim),
         "TILE": TILE,
         "WINDOW": window or 0,
     }
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

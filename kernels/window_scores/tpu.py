@@ -74,22 +74,19 @@ def accumulated_scores(
 
 
 def _rows(q_BWNH, positions_BW, kv_heads: int, block: int):
-    """Queries as `[B, K, X, R, E]`, scaled, and their positions as `[B, X, 1, R]`."""
+    """Queries as `[B, K, X, R, E]` and their positions as `[B, X, 1, R]`."""
     batch, queries, heads, head_dim = q_BWNH.shape
     group, count = heads // kv_heads, queries // block
-    scaled = q_BWNH.astype(jnp.float32) * head_dim**-0.5
-    q_BKXGWH = scaled.reshape(batch, count, block, kv_heads, group, head_dim).transpose(
-        0, 3, 1, 4, 2, 5
-    )
+    q_BXWKGH = q_BWNH.reshape(batch, count, block, kv_heads, group, head_dim)
+    q_BKXGWH = q_BXWKGH.transpose(0, 3, 1, 4, 2, 5)
     q_BKXRH = q_BKXGWH.reshape(batch, kv_heads, count, group * block, head_dim)
     beside = max(1, _LANES // head_dim)  # heads that share the lanes of a tile
     if beside > 1:
         place_KP = (jnp.arange(kv_heads) % beside)[:, None] == jnp.arange(beside)
-        q_BKXRH = jnp.einsum("BKXRH,KP->BKXRPH", q_BKXRH, place_KP.astype(q_BKXRH.dtype)).reshape(
-            *q_BKXRH.shape[:-1], beside * head_dim
-        )
+        q_BKXRPH = jnp.where(place_KP[:, None, None, :, None], q_BKXRH[..., None, :], 0)
+        q_BKXRH = q_BKXRPH.reshape(*q_BKXRH.shape[:-1], beside * head_dim)
     positions_BX1R = jnp.tile(positions_BW.reshape(batch, count, 1, block), (1, 1, 1, group))
-    return q_BKXRH.astype(q_BWNH.dtype), positions_BX1R.astype(jnp.int32)
+    return q_BKXRH, positions_BX1R.astype(jnp.int32)
 
 
 def _specs(q_BKXRE, kv_heads: int, head_dim: int, tile: int, order):
@@ -115,8 +112,8 @@ def _specs(q_BKXRE, kv_heads: int, head_dim: int, tile: int, order):
     ]
 
 
-def _transposed_scores(q_ref, positions_ref, k_ref, length, first, window):
-    """`[C, R]` scores of a tile whose first key is at `first`, and which of them count."""
+def _transposed_scores(q_ref, positions_ref, k_ref, length, first, scale, window):
+    """`[C, R]` scaled scores of a tile whose first key is at `first`, and which of them count."""
     k_CE, q_RE = k_ref[0], q_ref[0, 0, 0]
     s_CR = lax.dot_general(k_CE, q_RE, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     key_C1 = first + lax.broadcasted_iota(jnp.int32, (k_CE.shape[0], 1), 0)
@@ -124,7 +121,7 @@ def _transposed_scores(q_ref, positions_ref, k_ref, length, first, window):
     seen_CR = (distance_CR >= 0) & (key_C1 < length)
     if window is not None:
         seen_CR &= distance_CR < window
-    return s_CR, seen_CR
+    return s_CR * scale, seen_CR
 
 
 def _log_sums(q_BKXRE, positions_BX1R, k, lengths, window, interpret):
@@ -146,7 +143,7 @@ def _log_sums(q_BKXRE, positions_BX1R, k, lengths, window, interpret):
         @pl.when((first < lengths_ref[row]) & (positions_ref[0, 0].max() >= first))
         def _():
             s_CR, seen_CR = _transposed_scores(
-                q_ref, positions_ref, k_ref, lengths_ref[row], first, window
+                q_ref, positions_ref, k_ref, lengths_ref[row], first, head_dim**-0.5, window
             )
             s_CR = jnp.where(seen_CR, s_CR, _NOTHING)
             peak_1R = jnp.maximum(peak_ref[...], s_CR.max(axis=0, keepdims=True))
@@ -200,7 +197,7 @@ def _columns(
         @pl.when((first < lengths_ref[row]) & (positions_ref[0, 0].max() >= first))
         def _():
             s_CR, seen_CR = _transposed_scores(
-                q_ref, positions_ref, k_ref, lengths_ref[row], first, window
+                q_ref, positions_ref, k_ref, lengths_ref[row], first, head_dim**-0.5, window
             )
             p_CR = jnp.where(seen_CR, jnp.exp(s_CR - lse_ref[0, 0, 0]), 0.0)
             p_CR = p_CR * p_CR if power == 2 else p_CR

@@ -12,9 +12,9 @@ def jit(function):
 
 
 @jit
-def _scores(q, k, row_position, key, length, WINDOW: tl.constexpr):
+def _scores(q, k, row_position, key, length, SCALE: tl.constexpr, WINDOW: tl.constexpr):
     """Scores of rows against keys, and which of them count."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
     distance = row_position[:, None] - key[None, :]
     seen = (distance >= 0) & (key < length)[None, :]
     if WINDOW > 0:
@@ -24,7 +24,7 @@ def _scores(q, k, row_position, key, length, WINDOW: tl.constexpr):
 
 @jit
 def log_sums_kernel(
-    q_ptr,  # [B, W, N, H], scaled
+    q_ptr,  # [B, W, N, H]
     position_ptr,  # [B, W]
     k_ptr,  # [B, T, K, H]
     length_ptr,  # [B]
@@ -34,6 +34,7 @@ def log_sums_kernel(
     K: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
+    SCALE: tl.constexpr,
     ROWS: tl.constexpr,  # G * W up to a power of two
     WIDTH: tl.constexpr,  # H up to a power of two
     TILE: tl.constexpr,
@@ -66,7 +67,7 @@ def log_sums_kernel(
         key = first + tl.arange(0, TILE)
         k_place = ((batch * T + key[:, None]) * K + head) * H + column[None, :]
         k = tl.load(k_ptr + k_place, mask=(key < high)[:, None] & inside[None, :], other=0.0)
-        s, seen = _scores(q, k, position, key, high, WINDOW)
+        s, seen = _scores(q, k, position, key, high, SCALE, WINDOW)
         s = tl.where(seen, s, -1e30)
         top = tl.maximum(peak, tl.max(s, 1))
         total = total * tl.exp(peak - top) + tl.sum(
@@ -79,7 +80,7 @@ def log_sums_kernel(
 
 @jit
 def columns_kernel(
-    q_ptr,  # [B, W, N, H], scaled
+    q_ptr,  # [B, W, N, H]
     position_ptr,  # [B, W]
     k_ptr,  # [B, T, K, H]
     length_ptr,  # [B]
@@ -90,6 +91,7 @@ def columns_kernel(
     K: tl.constexpr,
     T: tl.constexpr,
     H: tl.constexpr,
+    SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -120,7 +122,7 @@ def columns_kernel(
         q = tl.load(q_ptr + place, mask=real[:, None] & inside[None, :], other=0.0)
         position = tl.load(position_ptr + batch * W + query, mask=real, other=-1)
         lse = tl.load(lse_ptr + (batch * N + q_head) * W + query, mask=real, other=0.0)
-        s, seen = _scores(q, k, position, key, length, WINDOW)
+        s, seen = _scores(q, k, position, key, length, SCALE, WINDOW)
         p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
         if POWER == 2:
             p = p * p

@@ -49,8 +49,7 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
     tokens = min(shape.tokens, LONGEST) if kernel == "accumulated_scores" else shape.tokens
     queries = tokens if kernel == "accumulated_scores" else WINDOW
     module = window_scores.tpu if on_tpu else window_scores.gpu
-    size = (tokens,) if on_tpu else ()
-    if not module.supports((b, queries, n, h), k, *size):
+    if not module.supports((b, queries, n, h), k, tokens):
         return None
     arrays = [array((b, queries, n, h), dtype), array((b, tokens, k, h), dtype)]
     if kernel == "accumulated_scores":
