@@ -148,7 +148,7 @@ def empty_tail(entries: tuple[PaddedLayer, ...] | Pool, slots: int) -> Tail:
     """A tail of `slots` empty slots that fits these entries."""
     if isinstance(entries, Pool):
         batch, layers, kv_heads = entries.counts.shape
-        head_dim, dtype = entries.entries.shape[-1] // 2, entries.entries.dtype
+        head_dim, dtype = entries.entries.shape[-1] // 2, entries.dtype or entries.entries.dtype
     else:
         batch, kv_heads, _, head_dim = entries[0].keys.shape
         layers, dtype = len(entries), entries[0].keys.dtype
@@ -317,6 +317,7 @@ def _attend_pool(q, positions, cache: Cache, pool: Pool, layer: int, window: int
         kv_heads=kept_BK.shape[1],
         window=window,
         dead=dead,
+        scales=pool.scales,
         region=pool.regions[layer] if pool.regions is not None else None,
     )
     return part, dead_BKTU

@@ -230,7 +230,8 @@ def _pack(kept: Packing, index: int, layer: Scored, size: Int[Array, " B"], plan
     pool = kept.pool
     if pool is None:
         slots, regions = pool_shape(config, tokens, windows, kv_heads)
-        pool = empty_pool(layer.keys, len(windows), slots, regions)
+        quantise = config.quantise is not None
+        pool = empty_pool(layer.keys, len(windows), slots, regions, quantise)
     room = kv_heads * layer_capacity(config, tokens, index, windows)
     room = min(room, pool.entries.shape[1])
     return kept.replace(pool=put_layer(pool, index, layer.keys, layer.values, keep_BKT, room))
@@ -268,6 +269,8 @@ def packs(config: CompressionConfig) -> bool:
     """
     if config.layout is not None:
         return config.layout == "packed"
+    if config.quantise is not None:
+        return True
     uneven = config.heads == "ada" or config.layers != "uniform"
     return uneven or jax.default_backend() != "cpu"
 
@@ -371,3 +374,10 @@ def held_slots(
     return kv_heads * sum(
         capacity(config, tokens, index, windows, kv_heads) for index in range(len(windows))
     )
+
+
+def slot_bytes(config: CompressionConfig, tokens: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of a slot's key and value for a bucket of `tokens`, with their scales in int8."""
+    if config.quantise is None or config.skips(tokens):
+        return 2 * head_dim * itemsize
+    return 2 * (head_dim + 4)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from kvjax import stages
 from kvjax.cache import Cache, with_room
-from kvjax.compress import compress, held_slots, probe_request
+from kvjax.compress import compress, held_slots, probe_request, slot_bytes
 from kvjax.config import CompressionConfig
 from kvjax.programs import (
     answer_program,
@@ -340,10 +340,12 @@ def _bytes(model: Any, request: Request) -> dict[str, int]:
     """Bytes of the prompts' keys and values: as held, and with nothing evicted."""
     config, (batch, tokens) = model.config, request.tokens.shape
     windows, heads = config.sliding_windows, config.num_kv_heads
-    slot = batch * 2 * config.head_dim * model.embed.table_VD[...].dtype.itemsize
+    itemsize = model.embed.table_VD[...].dtype.itemsize
     if request.cache is not None:
         tokens = bucket(int(request.cache.prompt_lengths.max()))
         held = request.cache.nbytes
     else:
-        held = slot * held_slots(request.config, tokens, windows, heads)
-    return {"cache_bytes": held, "full_cache_bytes": slot * heads * len(windows) * tokens}
+        slot = slot_bytes(request.config, tokens, config.head_dim, itemsize)
+        held = batch * slot * held_slots(request.config, tokens, windows, heads)
+    full = batch * 2 * config.head_dim * itemsize * heads * len(windows) * tokens
+    return {"cache_bytes": held, "full_cache_bytes": full}

@@ -1,7 +1,7 @@
 """The packed layout: one pool for all layers, whose slots carry their owner and true position.
 
 B batch, M slots, L layers, K KV heads, T prompt tokens, H head dim, E = 2 H (a slot's key and value
-side by side).
+side by side), R slots that a layer may take.
 
     slot      0   1   2   3   4   5   6   7        layer 0: slots 0..4, head 0 kept 3 entries and
     owner     0   0   0   1   1   0   1   1        head 1 two; layer 1: slots 5..7. Which head a
@@ -9,7 +9,7 @@ side by side).
                                                    budget's, whatever Ada-KV or PrefixKV decide.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,24 @@ class Pool(struct.PyTreeNode):
     """Kept entries of all layers. A layer's slots are contiguous, in the order of its heads.
 
     Attributes:
-      entries: `[B, M, 2H]`; keys after RoPE, then values; zeros in empty slots.
+      entries: `[B, M, 2H]`; keys after RoPE, then values; zeros in empty slots. int8 where they
+        are quantised: whole numbers to be multiplied with `scales`.
       owners: `[B, M]` int8, the KV head that an entry belongs to; -1 in an empty slot.
       positions: `[B, M]` int32, the entry's position in the prompt; -1 in an empty slot.
       counts: `[B, L, K]` int32, entries of each layer and head.
       regions: [first, end) of each layer where that is the same for every prompt, or None where
         layers lie back to back from run-time starts.
+      scales: `[B, 2, M]` fp32 of quantised entries, keys' and values'; else None.
+      dtype: of keys and values before they were quantised.
     """
 
-    entries: Float[Array, "B M E"]
+    entries: Float[Array, "B M E"] | Int8[Array, "B M E"]
     owners: Int8[Array, "B M"]
     positions: Int[Array, "B M"]
     counts: Int[Array, "B L K"]
     regions: tuple[tuple[int, int], ...] | None = struct.field(pytree_node=False, default=None)
+    scales: Float[Array, "B 2 M"] | None = None
+    dtype: Any = struct.field(pytree_node=False, default=None)
 
     def bounds(self, layer: int) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
         """First slot of a layer, and the first one after it."""
@@ -48,8 +53,8 @@ class Pool(struct.PyTreeNode):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, empty slots included."""
-        return self.entries.nbytes
+        """Bytes of keys and values with their scales, empty slots included."""
+        return self.entries.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 def empty_pool(
@@ -57,18 +62,33 @@ def empty_pool(
     layers: int,
     slots: int,
     regions: tuple[tuple[int, int], ...] | None,
+    quantise: bool = False,
 ) -> Pool:
-    """A pool without entries, for keys of this shape and dtype."""
+    """A pool without entries, for keys of this shape and dtype, which may be quantised to int8."""
     batch, _, kv_heads, head_dim = like.shape
     if kv_heads > jnp.iinfo(jnp.int8).max:
         raise ValueError(f"keys have {kv_heads} heads, expected at most 127 (owners are int8)")
     return Pool(
-        entries=jnp.zeros((batch, slots, 2 * head_dim), like.dtype),
+        entries=jnp.zeros((batch, slots, 2 * head_dim), jnp.int8 if quantise else like.dtype),
         owners=jnp.full((batch, slots), -1, jnp.int8),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         counts=jnp.zeros((batch, layers, kv_heads), jnp.int32),
         regions=regions,
+        scales=jnp.zeros((batch, 2, slots), jnp.float32) if quantise else None,
+        dtype=jnp.dtype(like.dtype),
     )
+
+
+def quantised(
+    x: Float[Array, "B R H"],
+) -> tuple[Int8[Array, "B R H"], Float[Array, "B R"]]:
+    """Whole numbers from -127 to 127 and what they are to be multiplied with, one a vector.
+
+    An entry is off by at most half its scale, that is max |x| / 254.
+    """
+    scale_BR = jnp.abs(x).max(-1).astype(jnp.float32) / 127
+    whole = jnp.round(x.astype(jnp.float32) / jnp.where(scale_BR > 0, scale_BR, 1.0)[..., None])
+    return whole.astype(jnp.int8), scale_BR
 
 
 def put_layer(
@@ -96,30 +116,46 @@ def put_layer(
     halves = [
         jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BR1, axis=1) for x in (keys, values)
     ]
-    new = (
-        jnp.where(filled_BR[..., None], jnp.concatenate(halves, axis=-1), 0),
+    new = [
         jnp.where(filled_BR, owner_BR, -1).astype(jnp.int8),
         jnp.where(filled_BR, position_BR, -1),
+    ]
+    old = [pool.owners, pool.positions]
+    if pool.scales is not None:
+        whole, scales = zip(*map(quantised, halves), strict=True)
+        halves = list(whole)
+        new += [jnp.where(filled_BR, scale, 0.0) for scale in scales]
+        old += [pool.scales[:, 0], pool.scales[:, 1]]
+    new.append(jnp.where(filled_BR[..., None], jnp.concatenate(halves, axis=-1), 0))
+    old.append(pool.entries)
+    owners, positions, *scales, entries = _written(pool, layer, old, new, filled_BR)
+    counts = pool.counts.at[:, layer].set(keep.sum(-1, dtype=jnp.int32))
+    return pool.replace(
+        entries=entries,
+        owners=owners,
+        positions=positions,
+        counts=counts,
+        scales=jnp.stack(scales, axis=1) if scales else None,
     )
-    old = pool.entries, pool.owners, pool.positions
+
+
+def _written(pool: Pool, layer: int, old: list[Array], new: list[Array], filled_BR: Array):
+    """Arrays of slots with a layer's rows in their place."""
     if pool.regions is not None:
         first, end = pool.regions[layer]
-        written = [
+        return [
             lax.dynamic_update_slice_in_dim(a, b[:, : end - first], first, axis=1)
             for a, b in zip(old, new, strict=True)
         ]
-    else:
-        start_B, _ = pool.bounds(layer)
-        # What is not filled goes out of bounds, where it is dropped.
-        slot_BR = jnp.where(filled_BR, start_B[:, None] + wanted_R - 1, pool.entries.shape[1])
-        rows_B1 = jnp.arange(batch)[:, None]
-        written = [
-            a.at[rows_B1, slot_BR].set(b, mode="drop", unique_indices=False)
-            for a, b in zip(old, new, strict=True)
-        ]
-    entries, owners, positions = written
-    counts = pool.counts.at[:, layer].set(keep.sum(-1, dtype=jnp.int32))
-    return pool.replace(entries=entries, owners=owners, positions=positions, counts=counts)
+    start_B, _ = pool.bounds(layer)
+    # What is not filled goes out of bounds, where it is dropped.
+    slot_BR = start_B[:, None] + jnp.arange(filled_BR.shape[1], dtype=jnp.int32)
+    slot_BR = jnp.where(filled_BR, slot_BR, pool.entries.shape[1])
+    rows_B1 = jnp.arange(filled_BR.shape[0])[:, None]
+    return [
+        a.at[rows_B1, slot_BR].set(b, mode="drop", unique_indices=False)
+        for a, b in zip(old, new, strict=True)
+    ]
 
 
 def kept_mask(pool: Pool, layer: int, tokens: int) -> Bool[Array, "B K T"]:

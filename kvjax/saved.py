@@ -22,6 +22,7 @@ from kvjax.config import CompressionConfig
 from kvjax.pool import Pool
 
 _FORMAT = "kvjax-cache-1"
+_POOL = ("entries", "owners", "positions", "counts", "scales")
 _SAMPLE = 256  # values of each weight that the fingerprint reads
 
 
@@ -103,17 +104,18 @@ def _arrays(cache: Cache) -> dict[str, Any]:
         for name in ("keys", "values", "positions"):
             found[f"layer.{index}.{name}"] = getattr(layer, name)
     if cache.pool is not None:
-        for name in ("entries", "owners", "positions", "counts"):
-            found[f"pool.{name}"] = getattr(cache.pool, name)
+        for name in _POOL:
+            if (array := getattr(cache.pool, name)) is not None:
+                found[f"pool.{name}"] = array
     return found
 
 
 def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
     layers, pool = range(facts["layers"]), None
     if "pool.entries" in arrays:
-        names = ("entries", "owners", "positions", "counts")
         regions = facts["regions"] and tuple(tuple(region) for region in facts["regions"])
-        pool = Pool(**{name: arrays[f"pool.{name}"] for name in names}, regions=regions)
+        found: dict[str, Any] = {name: arrays.get(f"pool.{name}") for name in _POOL}
+        pool = Pool(**found, regions=regions, dtype=arrays["tail.0.keys"].dtype)
     padded = tuple(
         PaddedLayer(**{n: arrays[f"layer.{i}.{n}"] for n in ("keys", "values", "positions")})
         for i in (layers if pool is None else ())

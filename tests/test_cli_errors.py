@@ -93,6 +93,10 @@ def test_wrong_calls(run, flags, named):
         (["--method", "snapkv", "--budget", "8", "--head-cap", "9"], "head_cap=9"),
         (["--method", "ada-snapkv", "--budget", "8", "--head-cap", "7"], "head_cap=7"),
         (["--method", "ada-snapkv", "--budget", "8", "--floor", "nan"], "floor=nan"),
+        (
+            ["--method", "snapkv", "--budget", "8", "--layout", "padded", "--quantise", "int8"],
+            "quantise='int8', expected None with layout='padded'",
+        ),
         (["--dtype", "int8"], "int8"),
         (["--seed", "-1"], "--seed: '-1'"),
         (["--max-new-tokens", "0"], "--max-new-tokens: '0'"),

@@ -93,10 +93,11 @@ def test_claims_need_room(model, prompts):
 
 # ---------------------------------------------------------------------------- on disk
 @pytest.mark.parametrize(
-    ("name", "layout"), [("full", None), ("ada-snapkv", "packed"), ("prefixkv", "padded")]
+    ("name", "settings"),
+    [("full", {}), ("ada-snapkv", {"quantise": "int8"}), ("prefixkv", {"layout": "padded"})],
 )
-def test_a_saved_cache_answers_alike(model, prompts, tmp_path, name, layout):
-    config = CompressionConfig.named(name, 16, layout=layout)
+def test_a_saved_cache_answers_alike(model, prompts, tmp_path, name, settings):
+    config = CompressionConfig.named(name, 16, **settings)
     cache = kvjax.compress_prompt(model, prompts, config)
     path = kvjax.save_cache(tmp_path / "document.cache", cache, model, config)
     again = kvjax.load_cache(path, model)

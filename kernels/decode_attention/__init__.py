@@ -75,7 +75,12 @@ def pool_attention(
         if kernel and not kernel.supports(q.shape, entries.dtype):
             implementation = "xla"
     arrays = q, query_positions, entries, owners, positions, start, end
-    settings = {"kv_heads": kv_heads, "window": window, "dead": dead, "scales": scales}
+    settings: dict[str, Any] = {
+        "kv_heads": kv_heads,
+        "window": window,
+        "dead": dead,
+        "scales": scales,
+    }
     if implementation == "xla":
         return packed.pool_attention(*arrays, **settings, region=region)
     if implementation not in _KERNELS:

@@ -31,7 +31,7 @@ def pool_attention(
     rules = (query_positions, start, end, kv_heads, window, dead)
     # Zeros beside the query: keys and values are read as they lie, side by side.
     q_BTNE = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)
-    pool = entries, owners, positions
+    pool: tuple[Array, ...] = (entries, owners, positions)
     if scales is not None:
         pool = *pool, scales[:, 0], scales[:, 1]
     if region is not None:

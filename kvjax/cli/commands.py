@@ -14,9 +14,10 @@ from typing import Any
 import kvjax
 from kvjax.cli.files import check_vocabulary, read_documents, read_prompts, read_text
 from kvjax.cli.settings import announce, compression, resolved, sampling
+from kvjax.compress import slot_bytes
 from kvjax.config import CompressionConfig
 from kvjax.methods import METHODS, Method
-from kvjax.prompts import as_rows
+from kvjax.prompts import as_rows, bucket
 from kvjax.request import check_rows
 
 Document = tuple[list[int], int]  # tokens, prefix
@@ -175,7 +176,8 @@ def _measured(
     else:
         out, timings = kvjax.timed_generate(model, rows, config, **call)
         compiled = timings.compilations
-    entry = 2 * model.config.head_dim * model.embed.table_VD[...].dtype.itemsize
+    itemsize, tokens = model.embed.table_VD[...].dtype.itemsize, bucket(max(map(len, rows)))
+    entry = slot_bytes(config, tokens, model.config.head_dim, itemsize)
     drawn = sum(map(len, out.tokens))
     return {
         "text": out.text,

@@ -11,7 +11,9 @@ from kvjax.config import CompressionConfig, parse_budget
 from kvjax.rows import largest
 from kvjax.sampling import Sampling
 
-_OPTIONAL = ("window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce")
+_OPTIONAL = (
+    "window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout", "quantise"
+)  # fmt: skip
 
 
 def compression(arguments: argparse.Namespace) -> CompressionConfig:
@@ -64,6 +66,8 @@ def announce(config: CompressionConfig, lengths: Sequence[int]) -> None:
         "head_cap": config.head_cap is not None,
         "beta": config.compresses and config.layers == "pyramid",
         "profile": config.profile is not None,
+        "layout": config.layout is not None,
+        "quantise": config.quantise is not None,
     }
     line = " ".join(f"{name}={shown[name]}" for name, shows in effective.items() if shows)
     print(line, file=sys.stderr, flush=True)
