@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 setup: $(VENV)/.installed  ## virtual environment with everything that tests and demo need
 
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup  ## text from every method, and what each keeps and costs
+demo: setup  ## questions about long prompts, answered from every method's cache
 	$(RUN) -m kvjax.demo
 
 test: setup  ## the whole test suite
@@ -33,14 +33,21 @@ types: setup  ## mypy
 fidelity: setup  ## agreement with kvpress on 200 documents (needs ../shared/data), about 10 minutes
 	$(RUN) -m kvjax.eval.fidelity --data ../shared/data -o docs/fidelity_table.md
 
+stories: setup  ## stories continued from every method's cache (needs ../shared/data)
+	$(RUN) -m kvjax.eval.stories
+
+study: setup  ## the bundled model, measured, about 15 minutes
+	$(RUN) -m kvjax.eval.tiny_study
+
 compile-matrix: setup  ## every kernel at every named shape, compiled for TPUs and an H200 without one
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[ahead]'
 	$(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
-bench: setup  ## speed on this machine, about 5 minutes
-	$(RUN) -m kvjax.bench -o docs/bench_cpu.json
+bench: setup  ## speed on this machine, about 10 minutes
+	$(RUN:python=kvjax) bench generate --out docs/benchmarks
+	$(RUN:python=kvjax) bench scores --out docs/benchmarks
 
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test lint types fidelity compile-matrix bench clean
+.PHONY: help setup demo test lint types fidelity stories study compile-matrix bench clean

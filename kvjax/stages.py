@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax.cache import Cache, Probe, ProbeRequest, Tail
 from kvjax.compress import Packing, add_layer, finish, make_plan, probe_request
 from kvjax.config import CompressionConfig
-from kvjax.sampling import Switches, Values, sample
+from kvjax.sampling import Sampling, Switches, Values, sample
 
 # A question or a scored text longer than this runs against the cache in several blocks, so that
 # its scores never span the whole of it.
@@ -57,6 +57,12 @@ class Rules(struct.PyTreeNode):
     values: Values
     eos: Int[Array, " E"]
     switches: Switches = struct.field(pytree_node=False)
+
+
+def greedy_rules() -> Rules:
+    """The likeliest token, always, and no token that ends a row: what evaluations want."""
+    rules = Sampling()
+    return Rules(values=rules.values, eos=jnp.array([-1]), switches=rules.switches)
 
 
 # ---------------------------------------------------------------------------- prompt

@@ -16,7 +16,6 @@ from kvjax.kernels.shapes import SHAPES, TESTED
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.pool import Pool
-from kvjax.sampling import Sampling
 
 
 @pytest.fixture(params=TARGETS)
@@ -85,9 +84,7 @@ def decode_problem(head_dim: int):
         prompt_lengths=array((batch,), jnp.int32),
         next_positions=array((batch,), jnp.int32),
     )
-    rules = stages.Rules(
-        values=Sampling().values, eos=jnp.array([-1]), switches=Sampling().switches
-    )
+    rules = stages.greedy_rules()
     prompt = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
     logits = jnp.zeros((batch, 512), jnp.float32)
     answer = jax.eval_shape(

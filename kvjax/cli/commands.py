@@ -59,6 +59,27 @@ def convert(arguments: argparse.Namespace) -> None:
     print(convert_llama2c(arguments.checkpoint, arguments.vocabulary, arguments.out))
 
 
+# ---------------------------------------------------------------------------- bench
+def bench(arguments: argparse.Namespace) -> None:
+    """`kvjax bench`."""
+    from kvjax.bench.report import Settings, run
+
+    batches = arguments.batch.split(",")
+    if not all(batch.isdecimal() and int(batch) for batch in batches):
+        raise ValueError(f"--batch {arguments.batch}, expected integers of at least 1, as in 1,4")
+    settings = Settings(
+        model=arguments.model,
+        batches=tuple(map(int, batches)),
+        prompt=arguments.prompt,
+        new=arguments.new,
+        budget=arguments.budget,
+        methods=tuple(filter(None, arguments.methods.split(","))),
+        owners=arguments.owners,
+        repeats=arguments.repeats,
+    )
+    run(arguments.kind, settings, Path(arguments.out) if arguments.out else None)
+
+
 # ---------------------------------------------------------------------------- train-tiny
 def train_tiny(arguments: argparse.Namespace) -> None:
     """`kvjax train-tiny`."""

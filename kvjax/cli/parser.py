@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import kvjax
+from kvjax.bench.decode import OWNERS
+from kvjax.bench.presets import PRESETS
+from kvjax.bench.report import KINDS
 from kvjax.cli import commands
 from kvjax.methods import METHODS
 
@@ -83,6 +86,9 @@ def build_parser() -> Parser:
     sub.add_argument("vocabulary", metavar="VOCABULARY", help="such as tokenizer.bin")
     sub.add_argument("out", metavar="OUT", help="a directory that is new or empty")
 
+    sub = command(commands.bench, "bench", "Measure speed on this machine")
+    _bench_flags(sub)
+
     sub = command(commands.train_tiny, "train-tiny", "Train the bundled model")
     sub.add_argument(
         "--config", required=True, metavar="FILE", help="TOML, such as configs/tiny.toml"
@@ -95,6 +101,25 @@ def build_parser() -> Parser:
         " on from its last checkpoint (build/tiny)",
     )
     return parser
+
+
+def _bench_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("kind", choices=KINDS, help="decode steps, what scoring adds to a layer, or the whole path")
+    add("--model", default="100m", metavar="M", help=f"{', '.join(PRESETS)} (100m), random weights")
+    add("--batch", default="1,4", metavar="N,N", help="rows (1,4)")
+    add("--prompt", type=whole(64), default=2048, metavar="N", help="tokens (2048)")
+    add("--new", type=whole(2), default=64, metavar="N", help="tokens to decode (64)")
+    add("--budget", type=whole(2), default=256, metavar="N", help="entries a KV head (256)")
+    add(
+        "--methods",
+        default="snapkv/padded,snapkv/packed,ada-snapkv/padded,ada-snapkv/packed,h2o,prefixkv",
+        metavar="M,M",
+        help="method, method/layout or method/packed/int8, beside full (%(default)s)",
+    )
+    add("--owners", choices=OWNERS, default="even", help="of synthetic pools (even)")
+    add("--repeats", type=whole(1), default=5, metavar="N", help="timed runs (5)")
+    add("--out", metavar="DIR", help="also write the JSON and a picture there")
 
 
 def _model_flags(parser: Parser) -> None:

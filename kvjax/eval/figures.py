@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -135,4 +136,31 @@ def accuracy(
         axis.set(title=protocol, xlabel="entries kept")
     axes[0, 0].set(ylabel="answers right", ylim=(-0.02, 1.02))
     axes[0, -1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(figure, path)
+
+
+def bench(path: str | Path, report: Mapping[str, Any]) -> Path:
+    """A benchmark's milliseconds as bars, a panel a batch size; ticks where the bytes allow."""
+    rows = report["rows"]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    each = max(sum(row["batch"] == batch for row in rows) for batch in batches)
+    size = 4.2 * len(batches) + 1.2, 0.32 * each + 1.1
+    figure, axes = _figure(*size, ncols=len(batches), sharey=True, squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        mine = [row for row in rows if row["batch"] == batch]
+        names = [row.get("method") or row["what"] for row in mine]
+        seconds = np.array([row.get("step") or row["seconds"] for row in mine])
+        axis.barh(range(len(mine)), seconds * 1e3, color=_KEPT)
+        for place, row in enumerate(mine):
+            axis.text(seconds[place] * 1e3, place, f" {seconds[place] * 1e3:.3g}", va="center")
+            if "limit" in row:
+                at = [row["limit"] * 1e3] * 2
+                axis.plot(at, [place - 0.4, place + 0.4], color=_NEEDLE, lw=2)
+        axis.set_yticks(range(len(mine)), names)
+        axis.set_title(f"batch {batch}")
+        axis.set_xlim(0, seconds.max() * 1e3 * 1.15)
+    axes[0, 0].invert_yaxis()
+    limits = any("limit" in row for row in rows)
+    ending = "ms a decode step (orange: what the bytes allow)" if limits else "ms a layer"
+    figure.supxlabel(f"{ending}; {report['settings']['model']}, {report['machine']['device']}")
     return _save(figure, path)

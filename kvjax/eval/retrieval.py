@@ -27,7 +27,6 @@ from kvjax.compress import compress
 from kvjax.config import CompressionConfig
 from kvjax.prompts import pad
 from kvjax.rows import DEFAULT_WINDOW
-from kvjax.sampling import Sampling
 
 PROTOCOLS = {"inside": "question inside the prompt", "after": "question after compression"}
 ROWS = 50  # prompts at once
@@ -142,9 +141,7 @@ def _widen(layer: PaddedLayer, slots: int) -> PaddedLayer:
 
 @partial(jax.jit, static_argnames="room")
 def _decode(model, cache, logits, *, room: int):
-    rules = stages.Rules(
-        values=Sampling().values, eos=jnp.array([-1]), switches=Sampling().switches
-    )
+    rules = stages.greedy_rules()
     batch = logits.shape[0]
     prompt = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
     answer = stages.start_answer(logits, *prompt, jax.random.key(0), rules, room)

@@ -1,6 +1,6 @@
 """The small model, measured: what it can do, how its heads differ, what each method costs it.
 
-    python -m kvjax.eval.tiny_study --model DIR [--count 200] [--out docs]
+    python -m kvjax.eval.tiny_study [--count 200] [--out docs] [--model DIR]
 
 Writes three tables to `tiny_study.md` and three pictures to `images/`: accuracy per task and
 length with the full cache; entries that each head needs for 90 % of its attention; every method at
@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import kvjax
+from kvjax import tiny
 from kvjax.eval import figures
 from kvjax.eval.dispersion import entries_needed
 from kvjax.eval.retrieval import PROTOCOLS, Outcome, ask, interval
@@ -96,7 +97,7 @@ def full_markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, type=Path, help="the run's model/")
+    parser.add_argument("--model", type=Path, default=tiny.WEIGHTS, help="a run's model/")
     parser.add_argument("--count", type=int, default=200, help="prompts a cell (200)")
     parser.add_argument("--length", type=int, default=512, help="tokens of the methods' prompts")
     parser.add_argument("--out", type=Path, default=Path("docs"))

@@ -1,0 +1,46 @@
+"""Models of known shapes with random weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Decoder
+
+_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+# name: L, D, F, N, K, V, tied
+PRESETS: dict[str, tuple[int, int, int, int, int, int, bool]] = {
+    "1m": (4, 128, 256, 8, 4, 384, True),
+    "100m": (12, 768, 2048, 12, 4, 32_000, True),
+    "llama-3-8b": (32, 4096, 14_336, 32, 8, 128_256, False),
+    "llava-1.5-7b": (32, 4096, 11_008, 32, 32, 32_064, False),
+}
+
+
+def preset(name: str, context: int) -> ModelConfig:
+    """A Llama of the preset's shape.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"--model {name}, expected one of {', '.join(PRESETS)}")
+    shape = dict(zip(_KEYS, PRESETS[name], strict=True))
+    extra = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": context}
+    return ModelConfig.from_hf(shape | extra)
+
+
+def random_model(config: ModelConfig) -> Decoder:
+    """Random weights: fp32 on a CPU, bf16 elsewhere, drawn on the device."""
+    dtype: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return nnx.jit(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))()

@@ -1,0 +1,191 @@
+"""One benchmark from its settings to a table, a picture and a JSON object."""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from kvjax.bench import decode, generate, scores
+from kvjax.bench.presets import preset, random_model
+from kvjax.bench.timing import bandwidth
+from kvjax.config import CompressionConfig
+
+KINDS = ("decode", "scores", "generate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+      model: a key of `presets.PRESETS`.
+      batches: rows, one run for each.
+      prompt, new: tokens.
+      budget: entries a KV head.
+      methods: such as "snapkv", "ada-snapkv/packed" or "ada-snapkv/packed/int8".
+      owners: of synthetic pools, one of `decode.OWNERS`.
+      repeats: timed runs of each program.
+    """
+
+    model: str
+    batches: tuple[int, ...]
+    prompt: int
+    new: int
+    budget: int
+    methods: tuple[str, ...]
+    owners: str = "even"
+    repeats: int = 5
+
+    def configs(self) -> list[CompressionConfig]:
+        """`full`, then the methods."""
+        found = []
+        for name in ("full", *self.methods):
+            method, layout, quantise, *more = [*name.split("/"), None, None]
+            if any(more):
+                raise ValueError(
+                    f"--methods {name}, expected METHOD, METHOD/LAYOUT or /LAYOUT/int8"
+                )
+            found.append(
+                CompressionConfig.named(method, self.budget, layout=layout, quantise=quantise)
+            )
+        return found
+
+
+def measure(kind: str, settings: Settings) -> dict[str, Any]:
+    """Run a benchmark: the machine, the settings, and a list of rows."""
+    configs = settings.configs()
+    config = preset(settings.model, settings.prompt + settings.new)
+    dtype: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    machine = {
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "bandwidth": bandwidth(settings.repeats),
+    }
+    rows: list[dict[str, Any]] = []
+    call: dict[str, Any] = {"prompt": settings.prompt, "repeats": settings.repeats}
+    if kind == "scores":
+        for batch in tqdm(settings.batches, desc=kind, disable=None):
+            found = scores.measure(config, configs[1:], batch=batch, dtype=dtype, **call)
+            rows += [{"batch": batch} | row for row in found]
+    else:
+        model = random_model(config)
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        machine["weights"] = weights
+        for batch in settings.batches:
+            for one in tqdm(configs, desc=f"{kind}, batch {batch}", disable=None):
+                if kind == "generate":
+                    rows += generate.measure(model, [one], batch=batch, new=settings.new, **call)
+                else:
+                    rows.append(_decode(model, one, batch, settings, dtype))
+        _add_limits(rows, weights, max(machine["bandwidth"].values()))
+    facts = dataclasses.asdict(settings)
+    return {"benchmark": kind, "machine": machine, "settings": facts, "rows": rows}
+
+
+def _decode(model, config, batch: int, settings: Settings, dtype: Any) -> dict[str, Any]:
+    cache = decode.synthetic_cache(
+        model.config,
+        config,
+        batch=batch,
+        prompt=settings.prompt,
+        new=settings.new,
+        dtype=dtype,
+        owners=settings.owners,
+    )
+    attention = decode.attention(model.config, cache, settings.repeats, dtype)
+    step = decode.decode_step(model, cache, settings.new, settings.repeats)
+    held = decode.held_bytes(cache)
+    return {
+        "method": scores.label(config),
+        "batch": batch,
+        "step": step.median,
+        "step_least": step.least,
+        "attention": attention.median,
+        "attention_rate": held / attention.median,
+        "cache_bytes": cache.nbytes,
+        "held_bytes": held,
+    }
+
+
+def _add_limits(rows: list[dict[str, Any]], weights: int, rate: float) -> None:
+    """What the bytes allow, and how much of it was reached."""
+    full: dict[int, float] = {}
+    for row in rows:
+        row["limit"] = (weights + row["held_bytes"]) / rate
+        row["of_limit"] = row["limit"] / row["step"]
+        full.setdefault(row["batch"], row["step"])
+        row["of_full"] = row["step"] / full[row["batch"]]
+
+
+# ---------------------------------------------------------------------------- table
+_Columns = Sequence[tuple[str, Callable[[dict[str, Any]], str]]]
+_STEP: _Columns = (
+    ("step, ms", lambda row: f"{row['step'] * 1e3:.2f}"),
+    ("/ full", lambda row: f"{row['of_full']:.2f}"),
+    ("limit, ms", lambda row: f"{row['limit'] * 1e3:.2f}"),
+    ("of limit", lambda row: f"{row['of_limit']:.0%}"),
+    ("cache, MB", lambda row: f"{row['cache_bytes'] / 1e6:.1f}"),
+)
+_COLUMNS: dict[str, _Columns] = {
+    "decode": (
+        ("batch", lambda row: str(row["batch"])),
+        ("method", lambda row: row["method"]),
+        *_STEP,
+        ("attention, ms", lambda row: f"{row['attention'] * 1e3:.2f}"),
+        ("attention, GB/s", lambda row: f"{row['attention_rate'] / 1e9:.1f}"),
+    ),
+    "generate": (
+        ("batch", lambda row: str(row["batch"])),
+        ("method", lambda row: row["method"]),
+        ("prefill, s", lambda row: f"{row['prefill']:.3f}"),
+        (
+            "with compression",
+            lambda row: f"{row['prefill_and_compress'] / row['prefill']:.3f}",
+        ),
+        *_STEP,
+        ("tokens/s", lambda row: f"{row['tokens_per_second']:.1f}"),
+    ),
+    "scores": (
+        ("batch", lambda row: str(row["batch"])),
+        ("one layer", lambda row: row["what"]),
+        ("ms", lambda row: f"{row['seconds'] * 1e3:.2f}"),
+        ("of attention", lambda row: f"{row['of_attention']:.1%}"),
+        ("GB/s", lambda row: f"{row['rate'] / 1e9:.1f}"),
+    ),
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    columns = _COLUMNS[report["benchmark"]]
+    lines = [[title for title, _ in columns], ["---"] * len(columns)]
+    lines += [[cell(row) for _, cell in columns] for row in report["rows"]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def run(kind: str, settings: Settings, out: Path | None) -> None:
+    """Measure, print the table and the JSON object, and write both and a picture to `out`."""
+    from kvjax.eval import figures
+
+    report = measure(kind, settings)
+    rates = {name: f"{rate / 1e9:.1f}" for name, rate in report["machine"]["bandwidth"].items()}
+    print(f"{report['machine']['device']}: copy {rates['copy']} GB/s, read {rates['read']} GB/s\n")
+    print(table(report))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        stem = f"bench_{kind}_{report['machine']['backend']}_{settings.model}"
+        (out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+        if figures.available():
+            print(figures.bench(out / f"{stem}.png", report), file=sys.stderr)
+    print(json.dumps(report))
