@@ -17,11 +17,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Compilers for TPU and GPU, apart from the environment: where libtpu can be imported, JAX looks for
+# TPUs. Tests that need them are skipped where they cannot be had.
+AHEAD := $(VENV)/ahead
+$(AHEAD)/.installed: constraints.txt $(VENV)/.installed
+	-$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(AHEAD) \
+		-c constraints.txt jax-cuda13-pjrt jax-cuda13-plugin jax-triton libtpu triton && touch $@
+
 demo: setup  ## questions about long prompts, answered from every method's cache
 	$(RUN) -m kvjax.demo
 
-test: setup  ## the whole test suite
-	$(RUN) -m pytest -n auto --dist loadfile
+test: setup $(AHEAD)/.installed  ## the whole test suite
+	PYTHONPATH=$(AHEAD) $(RUN) -m pytest -n auto --dist loadfile
 
 lint: setup  ## ruff: rules and format
 	$(VENV)/bin/ruff check
@@ -39,9 +46,8 @@ stories: setup  ## stories continued from every method's cache (needs ../shared/
 study: setup  ## the bundled model, measured, about 15 minutes
 	$(RUN) -m kvjax.eval.tiny_study
 
-compile-matrix: setup  ## every kernel at every named shape, compiled for TPUs and an H200 without one
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[ahead]'
-	$(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
+compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200
+	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
 bench: setup  ## speed on this machine, about 10 minutes
 	$(RUN:python=kvjax) bench generate --out docs/benchmarks

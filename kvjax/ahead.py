@@ -1,13 +1,13 @@
 """Compiling for a TPU or a GPU on a machine that has neither.
 
 Real compile errors, memory figures and HLO, from libtpu and from the CUDA plugin, on a plain CPU
-(`pip install kvjax[ahead]`; run with JAX_PLATFORMS=cpu). Kernels choose their platform where they
-run, so what is compiled here names its implementation.
+(`pip install kvjax[ahead]`; run with JAX_PLATFORMS=cpu).
 """
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kvjax.kernels.platform import assume
+
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 TARGETS = (*TPUS, "h200")
-# What jax-triton has to be told where there is no GPU to ask.
-TRITON_OPTIONS = {"compute_capability": 90, "backend_options": {"ptx_version": 90}}
 
+_CUDNN = 91000  # as in the description below
 _H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -50,8 +51,8 @@ def missing(target: str) -> str | None:
     return f"needs {', '.join(absent)} (kvjax[ahead])" if absent else None
 
 
-def devices(target: str) -> list[Any]:
-    """The target's devices, which nothing can run on."""
+def devices(target: str, topology: str | None = None) -> list[Any]:
+    """The target's devices, which nothing can run on; of a TPU slice such as "v6e:2x4"."""
     if (reason := missing(target)) is not None:
         raise NotImplementedError(f"target {target} {reason}")
     if target in TPUS:
@@ -59,7 +60,8 @@ def devices(target: str) -> list[Any]:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        found = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
+        name = topology or TPUS[target]
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     else:
         # Triton warns where this is not set; 1 is what it does by itself.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -69,33 +71,63 @@ def devices(target: str) -> list[Any]:
     return list(found.devices)
 
 
-def compile_for(target: str, function: Callable, *shapes: Any, **settings: Any) -> Any:
-    """`function` compiled for one chip of `target`.
+def compile_for(
+    target: str, function: Callable, *shapes: Any, topology: str | None = None, **settings: Any
+) -> Any:
+    """`function` compiled for one chip of `target`, or for all of a TPU slice.
 
     Args:
       target: one of TARGETS.
       function: from arrays to arrays.
       shapes: trees of `jax.ShapeDtypeStruct`.
+      topology: a slice, such as "v6e:2x4": the first tree (the weights) is on every chip, the
+        others and the result are split along their first axis.
       settings: of `jax.jit`, such as donate_argnums.
 
     Returns:
-      What `jax.stages.Lowered.compile` returns: `as_text()`, `memory_analysis()`.
+      What `jax.stages.Lowered.compile` returns: `as_text()`, `memory_analysis()` of one chip.
     """
-    chip = devices(target)[0]
-    place = NamedSharding(Mesh(np.array([chip]), ("x",)), PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    with _lowering_for(target, chip):
+    chips = devices(target, topology)
+    mesh = Mesh(np.array(chips if topology else chips[:1]), ("rows",))
+    specs = [PartitionSpec("rows" if topology and index else None) for index in range(len(shapes))]
+    placed = [
+        jax.tree.map(partial(_placed, NamedSharding(mesh, spec)), shape)
+        for spec, shape in zip(specs, shapes, strict=True)
+    ]
+    if topology:
+        function = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=tuple(specs),
+            out_specs=PartitionSpec("rows"),
+            check_vma=False,
+        )
+    with _lowering_for(target, chips[0], mesh), assume("tpu" if target in TPUS else "gpu"):
         lowered = jax.jit(function, **settings).lower(*placed)
     return lowered.compile()
 
 
+def _placed(sharding: NamedSharding, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 @contextlib.contextmanager
-def _lowering_for(target: str, chip: Any) -> Iterator[None]:
-    """Some kernels ask for the chip's generation while they are lowered."""
+def _lowering_for(target: str, chip: Any, mesh: Mesh) -> Iterator[None]:
+    """Some kernels ask for the chip's generation, or for cuDNN, while they are lowered."""
     if target not in TPUS:
-        yield
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+
+        check = fused.check_cudnn_version
+        fused.check_cudnn_version = lambda: _CUDNN
+        try:
+            yield
+        finally:
+            fused.check_cudnn_version = check
         return
     kind = AbstractDevice(device_kind=chip.device_kind, num_cores=1, platform="tpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
-    with jax.sharding.use_abstract_mesh(mesh):
+    types = (AxisType.Auto,)
+    abstract = AbstractMesh(
+        mesh.devices.shape, mesh.axis_names, axis_types=types, abstract_device=kind
+    )
+    with jax.sharding.use_abstract_mesh(abstract):
         yield

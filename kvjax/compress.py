@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import budgets
 from kvjax.cache import Cache, PaddedLayer, Probe, ProbeRequest, empty_tail, full_layer, pack
 from kvjax.config import CompressionConfig
+from kvjax.kernels.platform import platform
 from kvjax.pool import Pool, empty_pool, put_layer
 from kvjax.rows import Rows, eligible, largest, make_rows, protected
 from kvjax.scores import score
@@ -272,7 +273,7 @@ def packs(config: CompressionConfig) -> bool:
     if config.quantise is not None:
         return True
     uneven = config.heads == "ada" or config.layers != "uniform"
-    return uneven or jax.default_backend() != "cpu"
+    return uneven or platform() != "cpu"
 
 
 def pool_shape(

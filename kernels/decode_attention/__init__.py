@@ -5,18 +5,18 @@ B batch, T new tokens, M slots of a pool, N query heads, K KV heads, H head dim,
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention import gpu, packed, tpu
 from kvjax.kernels.decode_attention.reference import decode_attention, merge
+from kvjax.kernels.platform import Platform, platform
 
 __all__ = ["decode_attention", "merge", "pool_attention"]
 
 Implementation = Literal["xla", "pallas", "triton"]
 
-_BY_PLATFORM: dict[str, Implementation] = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}
+_BY_PLATFORM: dict[Platform, Implementation] = {"tpu": "pallas", "gpu": "triton"}
 _KERNELS: dict[str, Any] = {"pallas": tpu, "triton": gpu}
 
 
@@ -70,7 +70,7 @@ def pool_attention(
     if (scales is not None) != (entries.dtype == jnp.int8):
         raise ValueError(f"entries are {entries.dtype}, expected int8 with scales, or neither")
     if implementation is None:
-        implementation = _BY_PLATFORM.get(jax.default_backend(), "xla")
+        implementation = _BY_PLATFORM.get(platform(), "xla")
         kernel = _KERNELS.get(implementation)
         if kernel and not kernel.supports(q.shape, entries.dtype):
             implementation = "xla"

@@ -4,7 +4,6 @@ B batch, R rows (T new tokens x N query heads), M slots, P splits, H head dim, E
 """
 
 from importlib.util import find_spec
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention.reference import merge_weights, query_rows
+from kvjax.kernels.platform import triton_options
 
 # Slots that a program reads at once, and programs that the chip should have at least.
 TILE = 64
@@ -46,12 +46,8 @@ def pool_attention(
     window: int | None = None,
     dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
-    compile_options: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """See `kvjax.kernels.decode_attention`.
-
-    `compile_options` go to jax-triton, such as a compute capability to compile for.
-    """
+    """See `kvjax.kernels.decode_attention`."""
     import jax_triton
 
     from kvjax.kernels.decode_attention.triton_kernel import pool_attention_kernel
@@ -87,7 +83,7 @@ def pool_attention(
         WINDOW=window or 0,
         EVICTS=dead is not None,
         QUANTISED=scales is not None,
-        **(compile_options or {}),
+        **triton_options(),
     )
     weight_PBR, lse_BR = merge_weights(lse_BPR.swapaxes(0, 1))
     o_BRH = jnp.einsum("PBR,BPRH->BRH", weight_PBR, o_BPRH)

@@ -5,14 +5,14 @@ B batch, T prompt tokens, N query heads, K KV heads, G = N // K, H head dim.
 
 from typing import Literal
 
-import jax
 from jaxtyping import Array, Float, Int
 
+from kvjax.kernels.platform import Platform, platform
 from kvjax.kernels.prefill_attention import gpu, reference, tpu
 
 Implementation = Literal["xla", "cudnn", "splash"]
 
-_BY_PLATFORM: dict[str, Implementation] = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
+_BY_PLATFORM: dict[Platform, Implementation] = {"gpu": "cudnn", "tpu": "splash"}
 _IMPLEMENTATIONS = {
     "xla": reference.prefill_attention,
     "cudnn": gpu.prefill_attention,
@@ -46,7 +46,7 @@ def prefill_attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, expected a divisor of q's {q.shape[2]}")
     if implementation is None:
-        implementation = _BY_PLATFORM.get(jax.default_backend(), "xla")
+        implementation = _BY_PLATFORM.get(platform(), "xla")
         if not _supported(implementation, q):
             implementation = "xla"
     if implementation not in _IMPLEMENTATIONS:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kvjax.kernels.platform import platform
+
 QUERY_BLOCK = 128
 
 
@@ -28,7 +30,7 @@ def training_attention(
       q, k, v: queries, keys and values after RoPE; K divides N.
       window: a query at p sees keys p - window + 1 .. p; None for all of them.
     """
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return blockwise(q, k, v, window)
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)

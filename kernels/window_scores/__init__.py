@@ -7,16 +7,16 @@ B batch, T prompt tokens (= keys), W queries, N query heads, K KV heads, G = N /
 
 from typing import Any, Literal
 
-import jax
 from jaxtyping import Array, Float, Int
 
+from kvjax.kernels.platform import Platform, platform
 from kvjax.kernels.window_scores import gpu, reference, tpu
 
 __all__ = ["accumulated_scores", "window_scores"]
 
 Implementation = Literal["xla", "pallas", "triton"]
 
-_BY_PLATFORM: dict[str, Implementation] = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}
+_BY_PLATFORM: dict[Platform, Implementation] = {"tpu": "pallas", "gpu": "triton"}
 _MODULES: dict[str, Any] = {"xla": reference, "pallas": tpu, "triton": gpu}
 
 
@@ -76,7 +76,7 @@ def _module(
     if power not in (1, 2):
         raise ValueError(f"power={power!r}, expected 1 or 2")
     if implementation is None:
-        implementation = _BY_PLATFORM.get(jax.default_backend(), "xla")
+        implementation = _BY_PLATFORM.get(platform(), "xla")
         tokens, kv_heads = k.shape[1:3]
         kernel = _MODULES[implementation]
         if implementation != "xla" and not kernel.supports(q.shape, kv_heads, tokens):

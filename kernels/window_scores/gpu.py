@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from kvjax.kernels.platform import triton_options
+
 # Keys that a program reads at once, queries of a block, and programs that the chip should have.
 TILE = 64
 ROWS = 64
@@ -31,7 +33,6 @@ def window_scores(
     *,
     window: int | None = None,
     power: int = 1,
-    compile_options: dict[str, Any] | None = None,
 ) -> Float[Array, "B N T"]:
     """See `kvjax.kernels.window_scores`."""
     import jax_triton
@@ -56,12 +57,12 @@ def window_scores(
         **_sizes(q, k, window),
         ROWS=rows,
         SPLITS=splits,
-        **(compile_options or {}),
+        **triton_options(),
     )
     lse_BNW = jax.nn.logsumexp(lse_BNPW, axis=2)
     # A query that sees nothing: its scores are masked.
     lse_BNW = jnp.where(lse_BNW == -jnp.inf, 0.0, lse_BNW)
-    return _columns(q, positions, k, lengths, lse_BNW, window, power, False, compile_options)
+    return _columns(q, positions, k, lengths, lse_BNW, window, power, False)
 
 
 def accumulated_scores(
@@ -72,7 +73,6 @@ def accumulated_scores(
     *,
     window: int | None = None,
     power: int = 1,
-    compile_options: dict[str, Any] | None = None,
 ) -> Float[Array, "B N T"]:
     """See `kvjax.kernels.window_scores`: every token is a query."""
     batch, tokens = q.shape[:2]
@@ -80,10 +80,10 @@ def accumulated_scores(
     positions_BT = jnp.where(positions_BT < lengths[:, None], positions_BT, -1)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
     q = q.astype(k.dtype)
-    return _columns(q, positions_BT, k, lengths, lse, window, power, True, compile_options)
+    return _columns(q, positions_BT, k, lengths, lse, window, power, True)
 
 
-def _columns(q, positions, k, lengths, lse_BNW, window, power, causal, compile_options):
+def _columns(q, positions, k, lengths, lse_BNW, window, power, causal):
     import jax_triton
 
     from kvjax.kernels.window_scores.triton_kernel import columns_kernel
@@ -104,7 +104,7 @@ def _columns(q, positions, k, lengths, lse_BNW, window, power, causal, compile_o
         ROWS=min(ROWS, max(16, pl.next_power_of_2(queries))),
         POWER=power,
         CAUSAL=causal,
-        **(compile_options or {}),
+        **triton_options(),
     )
 
 

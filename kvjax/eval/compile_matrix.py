@@ -2,8 +2,8 @@
 
     python -m kvjax.eval.compile_matrix [-o docs/compile_matrix.md]
 
-The temporaries stand beside the pool or the keys, so that a hidden copy would show. A few minutes
-on two cores; the last line on stdout is one JSON object.
+The temporaries stand beside the pool or the keys, so that a hidden copy would show. Ten
+minutes on two cores; the last line on stdout is one JSON object.
 """
 
 import argparse
@@ -17,15 +17,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from tqdm import tqdm
 
-from kvjax.ahead import TARGETS, TPUS, TRITON_OPTIONS, compile_for, missing
+from kvjax import stages
+from kvjax.ahead import TARGETS, TPUS, compile_for, devices, missing
+from kvjax.bench.presets import preset
+from kvjax.cache import with_room
+from kvjax.config import CompressionConfig
 from kvjax.kernels import decode_attention, window_scores
 from kvjax.kernels.shapes import SHAPES, Shape
+from kvjax.models.decoder import Decoder
 
 KERNELS = ("pool_attention", "window_scores", "accumulated_scores")
 LAYERS = 4  # of the pool that attention reads one layer of
 WINDOW = 32
+WHOLE = Shape("llama-3-8b", 32, 8, 128, 1, 32_768, 1024)
+NEW = 128
+_WHOLE_TITLE = f"""
+# A whole Llama-3-8B `generate`
+
+One prompt of {WHOLE.tokens:,} tokens a chip, budget {WHOLE.budget}, {NEW} new tokens, bf16: prefill,
+compression and the decode loop in one program. Gigabytes of each chip.
+
+"""
 LONGEST = 32_768  # accumulated scores beyond this only repeat the same tiles
 
 
@@ -35,7 +50,6 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
     b, n, k, h = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     dtype, wide = jnp.dtype(shape.dtype), jnp.int32
     on_tpu = target in TPUS
-    options: dict[str, Any] = {} if on_tpu else {"compile_options": TRITON_OPTIONS}
     if kernel == "pool_attention":
         module = decode_attention.tpu if on_tpu else decode_attention.gpu
         if not module.supports((b, 1, n, h), dtype):
@@ -45,7 +59,7 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
         arrays += [array((b, slots), jnp.int8), array((b, slots), wide)]
         arrays += [array((b,), wide)] * 2
         read = b * slots * 2 * h * dtype.itemsize
-        return partial(module.pool_attention, kv_heads=k, **options), arrays, read
+        return partial(module.pool_attention, kv_heads=k), arrays, read
     tokens = min(shape.tokens, LONGEST) if kernel == "accumulated_scores" else shape.tokens
     queries = tokens if kernel == "accumulated_scores" else WINDOW
     module = window_scores.tpu if on_tpu else window_scores.gpu
@@ -57,7 +71,7 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
     else:
         arrays.insert(1, array((b, queries), wide))
     arrays.append(array((b,), wide))
-    return partial(getattr(module, kernel), **options), arrays, b * tokens * k * h * dtype.itemsize
+    return getattr(module, kernel), arrays, b * tokens * k * h * dtype.itemsize
 
 
 def compile_one(kernel: str, shape: Shape, target: str) -> dict[str, Any]:
@@ -77,6 +91,51 @@ def compile_one(kernel: str, shape: Shape, target: str) -> dict[str, Any]:
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "reads": read,
     }
+
+
+def whole_generate(target: str, topology: str | None, method: str) -> dict[str, Any]:
+    """The whole program of a Llama-3-8B: prefill, compress, decode; gigabytes a chip."""
+    config = preset("llama-3-8b", WHOLE.tokens + NEW)
+    compression = CompressionConfig.named(method, WHOLE.budget)
+    rules = stages.greedy_rules()
+
+    def run(model, tokens, lengths):
+        key = jax.random.key(0)
+        logits, cache = stages.prefill_compress(model, tokens, lengths, key, compression)
+        answer = stages.start_answer(logits, tokens, lengths, key, rules, NEW)
+        room = with_room(cache, NEW)
+        return stages.decode(model, room, answer, rules, NEW - 1)[1].tokens
+
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    rows = len(devices(target, topology)) if topology else 1
+    prompt = jax.ShapeDtypeStruct((rows, WHOLE.tokens), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    began = time.perf_counter()
+    compiled = compile_for(target, run, model, prompt, lengths, topology=topology)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    names = {"tpu_custom_call": "Pallas", "cudnn": "cuDNN", "triton": "Triton"}
+    return {
+        "target": topology or target,
+        "method": method,
+        "rows": rows,
+        "seconds": time.perf_counter() - began,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "kernels": sorted(name for call, name in names.items() if call in text),
+    }
+
+
+def whole_table(rows: list[dict[str, Any]]) -> str:
+    """Gigabytes of each chip."""
+    lines = [
+        "| target | rows | method | weights, GB | temporaries, GB | kernels |",
+        "|---" * 6 + "|",
+    ]
+    for row in rows:
+        sizes = f"{row['arguments'] / 1e9:.2f} | {row['temporaries'] / 1e9:.2f}"
+        kernels = ", ".join(row["kernels"])
+        lines.append(f"| {row['target']} | {row['rows']} | {row['method']} | {sizes} | {kernels} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(rows: list[dict[str, Any]], targets: list[str]) -> str:
@@ -107,7 +166,15 @@ def main() -> int:
             return 2
     cells = [(k, s, t) for t in arguments.targets for k in KERNELS for s in SHAPES]
     rows = [compile_one(*cell) for cell in tqdm(cells, desc="compile", disable=None)]
+    programs = [
+        whole_generate(target, topology, method)
+        for target, topology in (("v6e", "v6e:2x4"), ("h200", None))
+        for method in ("full", "ada-snapkv")
+        if target in arguments.targets
+    ]
     text = table(rows, arguments.targets)
+    if programs:
+        text += _WHOLE_TITLE + whole_table(programs)
     if arguments.output:
         header = (
             "# Kernels compiled ahead of time\n\nWritten by `make compile-matrix`. A cell: the"
@@ -116,7 +183,7 @@ def main() -> int:
         )
         arguments.output.write_text(header + text)
     print(text)
-    print(json.dumps(rows))
+    print(json.dumps(rows + programs))
     return int(any(row["result"] == "no kernel" for row in rows))
 
 
