@@ -89,7 +89,8 @@ def compile_for(
     """
     chips = devices(target, topology)
     mesh = Mesh(np.array(chips if topology else chips[:1]), ("rows",))
-    specs = [PartitionSpec("rows" if topology and index else None) for index in range(len(shapes))]
+    split = [PartitionSpec("rows")] if topology else [PartitionSpec()]
+    specs = [PartitionSpec(), *split * len(shapes)][: len(shapes)]
     placed = [
         jax.tree.map(partial(_placed, NamedSharding(mesh, spec)), shape)
         for spec, shape in zip(specs, shapes, strict=True)

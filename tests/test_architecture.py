@@ -78,7 +78,7 @@ def test_imports_follow_the_arrows(part, file):
 
 
 STANDARD = {"collections", "dataclasses", "functools", "math", "types", "typing"}
-STANDARD |= {"importlib", "inspect"}
+STANDARD |= {"contextlib", "importlib", "inspect"}
 
 
 def test_the_walk_sees_every_part():

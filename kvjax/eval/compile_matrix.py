@@ -37,8 +37,8 @@ NEW = 128
 _WHOLE_TITLE = f"""
 # A whole Llama-3-8B `generate`
 
-One prompt of {WHOLE.tokens:,} tokens a chip, budget {WHOLE.budget}, {NEW} new tokens, bf16: prefill,
-compression and the decode loop in one program. Gigabytes of each chip.
+A prompt of {WHOLE.tokens:,} tokens a chip, budget {WHOLE.budget}, {NEW} new tokens, bf16. Prefill,
+compression and the decode loop are one program; gigabytes of each chip.
 
 """
 LONGEST = 32_768  # accumulated scores beyond this only repeat the same tiles
