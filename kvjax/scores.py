@@ -65,14 +65,16 @@ def _window(queries, keys, rows, config, window) -> Float[Array, "B K T"]:
     The softmax runs over all keys; the window's own columns are dropped after it, so rows do not
     renormalise. The query heads of a group are reduced before pooling (Ada-KV).
     """
-    window_size, kv_heads = queries.shape[1], keys.shape[2]
+    window_size = queries.shape[1]
     back_W = jnp.arange(window_size, 0, -1)  # the last query is 1 from the end
     positions_BW = jnp.where(back_W <= rows.window[:, None], rows.lengths[:, None] - back_W, -1)
-    sums_BNT = window_scores(queries, positions_BW, keys, rows.lengths, window=window)
+    raw_BKT = window_scores(
+        queries, positions_BW, keys, rows.lengths, window=window, group=config.group
+    )
     if config.reduce == "mean":
-        sums_BNT = sums_BNT / jnp.maximum(rows.window, 1)[:, None, None]
+        raw_BKT = raw_BKT / jnp.maximum(rows.window, 1)[:, None, None]
     before_B1T = (jnp.arange(keys.shape[1]) < (rows.lengths - rows.window)[:, None])[:, None]
-    raw_BKT = jnp.where(before_B1T, over_group(sums_BNT, kv_heads, config.group), 0.0)
+    raw_BKT = jnp.where(before_B1T, raw_BKT, 0.0)
     return jnp.where(before_B1T, pool(raw_BKT, config.pool, config.kernel), 0.0)
 
 

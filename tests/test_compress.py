@@ -32,7 +32,7 @@ subject = import_module("kvjax.compress")  # kvjax.compress is the function
 # rest runs op by op; `test_jit_gives_the_same` compiles the whole, the users' way.
 PARTS = [(budgets, name, ()) for name in ("select_top", "spread", "uniform_layers")]
 PARTS += [(budgets, "prefix_layers", ()), (budgets, "pyramid_layers", ("beta",))]
-PARTS += [(budgets, "ada_heads", ("floor",)), (kvjax.scores, "window_scores", ("window",))]
+PARTS += [(budgets, "ada_heads", ("floor",)), (kvjax.scores, "window_scores", ("window", "group"))]
 PARTS += [(kvjax.scores, "over_group", ("kv_heads", "how"))]
 PARTS += [(kvjax.scores, "pool", ("how", "kernel")), (subject, "pack", ("slots",))]
 PARTS += [(subject, name, ("tokens", "window")) for name in ("eligible", "protected")]

@@ -65,6 +65,24 @@ def test_power_of_the_softmax(power):
     np.testing.assert_allclose(out[0], expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("group", ["mean", "max"])
+def test_query_heads_of_a_group_are_reduced(group):
+    q, k = arrays(6, (2, 5, 6, 64), (2, 256, 2, 64))
+    lengths = jnp.array([256, 131])
+    positions = lengths[:, None] - jnp.arange(5, 0, -1)
+    each = np.asarray(reference.window_scores(q, positions, k, lengths)).reshape(2, 2, 3, 256)
+    expected = each.mean(2) if group == "mean" else each.max(2)
+    out = reference.window_scores(q, positions, k, lengths, group=group)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    out = tpu.window_scores(q, positions, k, lengths, group=group, interpret=True)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    lse = prefill_attention(jnp.zeros((2, 256, 6, 64)), k, k, lengths)[1]
+    call = (jnp.zeros((2, 256, 6, 64)), k, lse, lengths)
+    each = np.asarray(reference.accumulated_scores(*call)).reshape(2, 2, 3, 256)
+    out = reference.accumulated_scores(*call, group=group)
+    np.testing.assert_allclose(out, each.mean(2), atol=1e-5)  # the three heads are alike here
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("shape", [(4, 2, 64), (8, 2, 128)])
 def test_accumulated_scores_match(shape, window):

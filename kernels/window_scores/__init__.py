@@ -28,8 +28,9 @@ def window_scores(
     *,
     window: int | None = None,
     power: Literal[1, 2] = 1,
+    group: Literal["mean", "max"] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "B N T"]:
+) -> Float[Array, "B X T"]:
     """Column sums over a few queries (SnapKV's observation window).
 
     Args:
@@ -39,14 +40,16 @@ def window_scores(
       lengths: real tokens of each row; keys past them get 0, whatever they hold.
       window: a sliding-window layer's width, or None.
       power: of the probabilities before they are summed (KV-Compress squares them).
+      group: the mean or the max over the query heads of each KV head; None for every query head.
       implementation: "xla", "pallas" (TPU) or "triton" (GPU); by default the platform's own, and
         "xla" where that one cannot take these shapes.
 
     Returns:
-      fp32 sums per query head; a column's entries lie in [0, number of queries].
+      fp32 sums, X = N without `group` and K with one; each lies in [0, number of queries].
     """
-    module = _module(implementation, q, k, power)
-    return module.window_scores(q, query_positions, k, lengths, window=window, power=power)
+    module = _module(implementation, q, k, power, group)
+    settings = {"window": window, "power": power, "group": group}
+    return module.window_scores(q, query_positions, k, lengths, **settings)
 
 
 def accumulated_scores(
@@ -57,24 +60,32 @@ def accumulated_scores(
     *,
     window: int | None = None,
     power: Literal[1, 2] = 1,
+    group: Literal["mean", "max"] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "B N T"]:
+) -> Float[Array, "B X T"]:
     """Column sums over ALL queries of the prompt (H2O, PrefixKV), from attention's `lse`.
 
     Costs one score product and one exponential over the causal half, and no value product.
     The other arguments and the result are as in `window_scores`.
     """
-    module = _module(implementation, q, k, power)
-    return module.accumulated_scores(q, k, lse, lengths, window=window, power=power)
+    module = _module(implementation, q, k, power, group)
+    settings = {"window": window, "power": power, "group": group}
+    return module.accumulated_scores(q, k, lse, lengths, **settings)
 
 
 def _module(
-    implementation: str | None, q: Float[Array, "B W N H"], k: Float[Array, "B T K H"], power: int
+    implementation: str | None,
+    q: Float[Array, "B W N H"],
+    k: Float[Array, "B T K H"],
+    power: int,
+    group: str | None,
 ) -> Any:
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, expected a divisor of q's {q.shape[2]}")
     if power not in (1, 2):
         raise ValueError(f"power={power!r}, expected 1 or 2")
+    if group not in ("mean", "max", None):
+        raise ValueError(f"group={group!r}, expected 'mean', 'max' or None")
     if implementation is None:
         implementation = _BY_PLATFORM.get(platform(), "xla")
         tokens, kv_heads = k.shape[1:3]

@@ -17,6 +17,7 @@ from kvjax.kernels.platform import triton_options
 TILE = 64
 ROWS = 64
 PROGRAMS = 264
+_GROUPS = {None: 0, "mean": 1, "max": 2}  # as the kernel numbers them
 
 
 def supports(q_shape: tuple[int, ...], kv_heads: int, tokens: int) -> bool:
@@ -33,7 +34,8 @@ def window_scores(
     *,
     window: int | None = None,
     power: int = 1,
-) -> Float[Array, "B N T"]:
+    group: str | None = None,
+) -> Float[Array, "B X T"]:
     """See `kvjax.kernels.window_scores`."""
     import jax_triton
 
@@ -62,7 +64,7 @@ def window_scores(
     lse_BNW = jax.nn.logsumexp(lse_BNPW, axis=2)
     # A query that sees nothing: its scores are masked.
     lse_BNW = jnp.where(lse_BNW == -jnp.inf, 0.0, lse_BNW)
-    return _columns(q, positions, k, lengths, lse_BNW, window, power, False)
+    return _columns(q, positions, k, lengths, lse_BNW, window, power, group, False)
 
 
 def accumulated_scores(
@@ -73,23 +75,25 @@ def accumulated_scores(
     *,
     window: int | None = None,
     power: int = 1,
-) -> Float[Array, "B N T"]:
+    group: str | None = None,
+) -> Float[Array, "B X T"]:
     """See `kvjax.kernels.window_scores`: every token is a query."""
     batch, tokens = q.shape[:2]
     positions_BT = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
     positions_BT = jnp.where(positions_BT < lengths[:, None], positions_BT, -1)
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)
     q = q.astype(k.dtype)
-    return _columns(q, positions_BT, k, lengths, lse, window, power, True)
+    return _columns(q, positions_BT, k, lengths, lse, window, power, group, True)
 
 
-def _columns(q, positions, k, lengths, lse_BNW, window, power, causal):
+def _columns(q, positions, k, lengths, lse_BNW, window, power, group, causal):
     import jax_triton
 
     from kvjax.kernels.window_scores.triton_kernel import columns_kernel
 
     batch, queries, heads, _ = q.shape
-    tokens = k.shape[1]
+    tokens, kv_heads = k.shape[1:3]
+    rows = heads if group is None else kv_heads
     return jax_triton.triton_call(
         q,
         positions,
@@ -97,12 +101,13 @@ def _columns(q, positions, k, lengths, lse_BNW, window, power, causal):
         lengths.astype(jnp.int32),
         lse_BNW,
         kernel=columns_kernel,
-        out_type=jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32),
-        grid=(batch * heads, -(-tokens // TILE)),
+        out_type=jax.ShapeDtypeStruct((batch, rows, tokens), jnp.float32),
+        grid=(batch * kv_heads, -(-tokens // TILE)),
         name="window_columns",
         **_sizes(q, k, window),
         ROWS=min(ROWS, max(16, pl.next_power_of_2(queries))),
         POWER=power,
+        GROUP=_GROUPS[group],
         CAUSAL=causal,
         **triton_options(),
     )

@@ -24,7 +24,8 @@ def window_scores(
     *,
     window: int | None = None,
     power: int = 1,
-) -> Float[Array, "B N T"]:
+    group: str | None = None,
+) -> Float[Array, "B X T"]:
     """See `kvjax.kernels.window_scores`."""
     q_BKRH, row_positions_BR = _grouped(q, query_positions, k.shape[2])
     k_XBKSH, starts_X = _key_blocks(k, KEY_BLOCK)
@@ -44,7 +45,7 @@ def window_scores(
         p_BKRS = jnp.exp(block_scores(*block) - lse_BKR[..., None]) ** power
         return p_BKRS.reshape(*p_BKRS.shape[:2], -1, q.shape[1], p_BKRS.shape[-1]).sum(-2)
 
-    return _join(lax.map(columns, (k_XBKSH, starts_X)), k.shape[1])
+    return _join(lax.map(columns, (k_XBKSH, starts_X)), k.shape[1], group)
 
 
 def accumulated_scores(
@@ -55,7 +56,8 @@ def accumulated_scores(
     *,
     window: int | None = None,
     power: int = 1,
-) -> Float[Array, "B N T"]:
+    group: str | None = None,
+) -> Float[Array, "B X T"]:
     """See `kvjax.kernels.window_scores`."""
     batch, tokens, heads, _ = q.shape
     kv_heads, block = k.shape[2], min(QUERY_BLOCK, tokens)
@@ -96,7 +98,7 @@ def accumulated_scores(
             jnp.zeros((batch, kv_heads, heads // kv_heads, key_block), jnp.float32),
         )
 
-    return _join(lax.map(columns, (k_XBKSH, starts_X)), tokens)
+    return _join(lax.map(columns, (k_XBKSH, starts_X)), tokens, group)
 
 
 def _grouped(q_BWNH, positions_BW, kv_heads):
@@ -124,7 +126,10 @@ def _scores(q_BKRH, positions_BR, k_BKSH, start, lengths, window):
     return jnp.where(seen_BRS[:, None], s_BKRS, -jnp.inf)
 
 
-def _join(sums_XBKGS, tokens):
-    blocks, batch, kv_heads, group, size = sums_XBKGS.shape
-    sums_BNT = sums_XBKGS.transpose(1, 2, 3, 0, 4).reshape(batch, kv_heads * group, blocks * size)
-    return sums_BNT[:, :, :tokens]
+def _join(sums_XBKGS, tokens, how):
+    blocks, batch, kv_heads, _, size = sums_XBKGS.shape
+    sums_BKGT = sums_XBKGS.transpose(1, 2, 3, 0, 4).reshape(batch, kv_heads, -1, blocks * size)
+    sums_BKGT = sums_BKGT[..., :tokens]
+    if how is None:
+        return sums_BKGT.reshape(batch, -1, tokens)
+    return sums_BKGT.max(2) if how == "max" else sums_BKGT.mean(2)

@@ -38,8 +38,9 @@ def window_scores(
     *,
     window: int | None = None,
     power: int = 1,
+    group: str | None = None,
     interpret: Any = False,
-) -> Float[Array, "B N T"]:
+) -> Float[Array, "B X T"]:
     """See `kvjax.kernels.window_scores`."""
     queries, block = q.shape[1], -(-q.shape[1] // _SUBLANES) * _SUBLANES
     pad = block - queries
@@ -47,7 +48,8 @@ def window_scores(
     q_BWNH = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
     rows, at = _rows(q_BWNH, positions_BW, k.shape[2], block)
     lse = _log_sums(rows, at, k, lengths, window, interpret)
-    return _columns(rows, at, lse, k, lengths, window, power, block, interpret)
+    settings = (window, power, group, block, interpret)
+    return _columns(rows, at, lse, k, lengths, *settings)
 
 
 def accumulated_scores(
@@ -58,8 +60,9 @@ def accumulated_scores(
     *,
     window: int | None = None,
     power: int = 1,
+    group: str | None = None,
     interpret: Any = False,
-) -> Float[Array, "B N T"]:
+) -> Float[Array, "B X T"]:
     """See `kvjax.kernels.window_scores`: every token is a query, in blocks."""
     batch, tokens, heads, _ = q.shape
     kv_heads, block = k.shape[2], QUERY_BLOCK
@@ -70,7 +73,8 @@ def accumulated_scores(
     lse_BKX1R = lse_BKGXW.transpose(0, 1, 3, 2, 4).reshape(batch, kv_heads, tokens // block, 1, -1)
     # A padding row's may be -inf, and its scores are masked by its position.
     lse_BKX1R = jnp.where(lse_BKX1R == -jnp.inf, 0.0, lse_BKX1R)
-    return _columns(rows, at, lse_BKX1R, k, lengths, window, power, block, interpret)
+    settings = (window, power, group, block, interpret)
+    return _columns(rows, at, lse_BKX1R, k, lengths, *settings)
 
 
 def _rows(q_BWNH, positions_BW, kv_heads: int, block: int):
@@ -177,14 +181,13 @@ def _log_sums(q_BKXRE, positions_BX1R, k, lengths, window, interpret):
     )(lengths.astype(jnp.int32), q_BKXRE, positions_BX1R, _flat(k))
 
 
-def _columns(
-    q_BKXRE, positions_BX1R, lse_BKX1R, k, lengths, window, power: int, block: int, interpret
-):
-    """Pass two: sums over queries of (softmax ** power), `[B, N, T]`."""
+def _columns(q_BKXRE, positions_BX1R, lse_BKX1R, k, lengths, window, power, how, block, interpret):
+    """Pass two: sums over queries of (softmax ** power), `[B, N or K, T]`."""
     batch, kv_heads, count, rows, _ = q_BKXRE.shape
     tokens, head_dim = k.shape[1], k.shape[3]
     tile, group = _tile(tokens), rows // block
     padded = -(-group // _SUBLANES) * _SUBLANES
+    members = group if how is None else 1
 
     def kernel(lengths_ref, q_ref, positions_ref, k_ref, lse_ref, out_ref, sums_ref):
         row, step = pl.program_id(0), pl.program_id(3)
@@ -211,7 +214,11 @@ def _columns(
 
         @pl.when(step == pl.num_programs(3) - 1)
         def _():
-            out_ref[0, 0] = sums_ref[:group]
+            sums_GC = sums_ref[:group]
+            if how is not None:
+                reduce = jnp.max if how == "max" else jnp.mean
+                sums_GC = reduce(sums_GC, axis=0, keepdims=True)
+            out_ref[0, 0] = sums_GC
 
     in_specs = _specs(q_BKXRE, kv_heads, head_dim, tile, lambda b, k, c, x: (b, k, x, c))
     in_specs.append(pl.BlockSpec((1, 1, 1, 1, rows), lambda b, k, c, x, _: (b, k, x, 0, 0)))
@@ -221,17 +228,17 @@ def _columns(
             num_scalar_prefetch=1,
             grid=(batch, kv_heads, tokens // tile, count),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((1, 1, group, tile), lambda b, k, c, x, _: (b, k, 0, c)),
+            out_specs=pl.BlockSpec((1, 1, members, tile), lambda b, k, c, x, _: (b, k, 0, c)),
             scratch_shapes=[pltpu.VMEM((padded, tile), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, group, tokens), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, members, tokens), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
         name="window_columns",
     )(lengths.astype(jnp.int32), q_BKXRE, positions_BX1R, _flat(k), lse_BKX1R)
-    return sums_BKGT.reshape(batch, kv_heads * group, tokens)
+    return sums_BKGT.reshape(batch, kv_heads * members, tokens)
 
 
 def _tile(tokens: int) -> int:

@@ -85,7 +85,7 @@ def columns_kernel(
     k_ptr,  # [B, T, K, H]
     length_ptr,  # [B]
     lse_ptr,  # [B, N, W]
-    sums_ptr,  # [B, N, T]
+    sums_ptr,  # [B, N, T], or [B, K, T] with a GROUP
     W: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -97,13 +97,13 @@ def columns_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     POWER: tl.constexpr,
+    GROUP: tl.constexpr,  # of the query heads of a KV head: 0 each, 1 their mean, 2 their max
     CAUSAL: tl.constexpr,  # queries are the tokens 0 .. W - 1: blocks before the keys are skipped
 ):
-    """Sums over all queries of (softmax ** POWER) for one head and one tile of keys."""
+    """Sums over all queries of (softmax ** POWER) for one KV head and one tile of its keys."""
     G: tl.constexpr = N // K
-    batch = (tl.program_id(0) // N).to(tl.int64)
-    q_head = tl.program_id(0) % N
-    head = q_head // G
+    batch = (tl.program_id(0) // K).to(tl.int64)
+    head = tl.program_id(0) % K
     length = tl.load(length_ptr + batch)
     key = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, WIDTH)
@@ -111,20 +111,30 @@ def columns_kernel(
     k_place = ((batch * T + key[:, None]) * K + head) * H + column[None, :]
     k = tl.load(k_ptr + k_place, mask=(key < length)[:, None] & inside[None, :], other=0.0)
 
-    sums = tl.zeros([TILE], tl.float32)
     begin = 0
     if CAUSAL:
         begin = tl.program_id(1) * TILE // ROWS * ROWS
-    for first in range(begin, W, ROWS):
-        query = first + tl.arange(0, ROWS)
-        real = query < W
-        place = ((batch * W + query) * N + q_head)[:, None] * H + column[None, :]
-        q = tl.load(q_ptr + place, mask=real[:, None] & inside[None, :], other=0.0)
-        position = tl.load(position_ptr + batch * W + query, mask=real, other=-1)
-        lse = tl.load(lse_ptr + (batch * N + q_head) * W + query, mask=real, other=0.0)
-        s, seen = _scores(q, k, position, key, length, SCALE, WINDOW)
-        p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
-        if POWER == 2:
-            p = p * p
-        sums += tl.sum(p, 0)
-    tl.store(sums_ptr + (batch * N + q_head) * T + key, sums, mask=key < T)
+    reduced = tl.zeros([TILE], tl.float32)
+    for member in range(0, G):
+        q_head = head * G + member
+        sums = tl.zeros([TILE], tl.float32)
+        for first in range(begin, W, ROWS):
+            query = first + tl.arange(0, ROWS)
+            real = query < W
+            place = ((batch * W + query) * N + q_head)[:, None] * H + column[None, :]
+            q = tl.load(q_ptr + place, mask=real[:, None] & inside[None, :], other=0.0)
+            position = tl.load(position_ptr + batch * W + query, mask=real, other=-1)
+            lse = tl.load(lse_ptr + (batch * N + q_head) * W + query, mask=real, other=0.0)
+            s, seen = _scores(q, k, position, key, length, SCALE, WINDOW)
+            p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
+            if POWER == 2:
+                p = p * p
+            sums += tl.sum(p, 0)
+        if GROUP == 0:
+            tl.store(sums_ptr + (batch * N + q_head) * T + key, sums, mask=key < T)
+        elif GROUP == 1:
+            reduced += sums / G
+        else:
+            reduced = tl.maximum(reduced, sums)
+    if GROUP > 0:
+        tl.store(sums_ptr + (batch * K + head) * T + key, reduced, mask=key < T)
