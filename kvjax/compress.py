@@ -112,13 +112,17 @@ def make_plan(
     tokens: int,
     windows: tuple[int | None, ...],
     key: Key[Array, "*row"] | None = None,
+    rows: Rows | None = None,
 ) -> Plan:
-    """Resolve budgets row by row, and layer sizes as far as they depend on lengths alone."""
+    """Resolve budgets row by row, and layer sizes as far as they depend on lengths alone.
+
+    `rows` replaces what `config.budget` comes to by smaller budgets, as run-time numbers.
+    """
     if config.profile is not None and len(config.profile) != len(windows):
         raise ValueError(
             f"profile has {len(config.profile)} layers, expected the model's {len(windows)}"
         )
-    rows = make_rows(config, lengths)
+    rows = make_rows(config, lengths) if rows is None else rows
     sizes = None
     if not config.skips(tokens) and not needs_all_layers(config):
         sizes = _sizes_from_lengths(config, rows, tokens, windows)

@@ -1,109 +1,134 @@
-"""Text from every method, and a table of what each keeps and costs.
+"""Needles in long prompts, answered from the full cache and from every method's.
 
-    python -m kvjax.demo [--model DIR] [--data ../shared/data] [--budget 25%]
+    python -m kvjax.demo [--length 512] [--prompts 16] [--out demo] [--model DIR]
 
-Runs the stories260K model on the stories of the data folder, or your own checkpoint on them. The
-table: difference in NLL to the full cache (nats a token) over what follows a 192-token prefix,
-how often the likeliest token stays the same, entries kept per head, bytes of those entries. About
-two minutes on two cores.
+The bundled model, or another that `kvjax train-tiny` made, reads documents with notes scattered
+through them, and is asked for one. Every method answers at 50, 25, 10 and 5 % of the entries, under
+two protocols: with the question at the end of the prompt, where an observation window sees it, and
+asked after compression. Printed are answers, and a table of how many are right to the last word,
+beside entries and bytes held; written is `kept.png`, which entries each head kept of the first
+prompt.
 """
 
 import argparse
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import kvjax
-from kvjax.convert import convert_llama2c
-from kvjax.eval.continuation import evaluate
+from kvjax import tiny
+from kvjax.eval import figures
+from kvjax.eval.retrieval import PROTOCOLS, Item, Outcome, ask
+from kvjax.tiny.questions import questions
+from kvjax.tiny.vocabulary import ID, text
 
-PREFIX, REST, DOCUMENTS = 192, 128, 24
-MISSING = """\
-kvjax: the demo has no model to run: {path} is missing.
-It runs on the stories260K model of that folder, which a plain clone does not have (a bundled
-model is planned). With a Llama, Mistral or Qwen checkpoint of your own and a text file:
-    .venv/bin/python -m kvjax.demo --model DIR --text FILE"""
-
-
-def documents_of(text: str, tokenizer: Any, length: int) -> list[dict]:
-    """The first documents of a text file that are long enough, cut to `length` tokens."""
-    found = []
-    pieces = text.split("<|endoftext|>") if "<|endoftext|>" in text else [text]
-    for piece in pieces:
-        ids = tokenizer(piece.strip(), verbose=False)["input_ids"]
-        # One long text serves as well as many short ones.
-        for start in range(0, len(ids) - length + 1, length):
-            found.append({"ids": ids[start : start + length], "prompt": PREFIX})
-            if len(found) == DOCUMENTS:
-                return found
-    return found
+BUDGETS = (0.5, 0.25, 0.1, 0.05)
+SHOWN = ("snapkv", "ada-snapkv", "prefixkv", "ada-prefixkv", "h2o", "streaming-llm", "random")
+Runs = dict[tuple[str, float], Outcome]  # by method and budget
 
 
-def show_texts(model, tokenizer, document: dict, budget: int | float):
-    """The same prompt continued under three caches."""
-    prompt = document["ids"][:PREFIX]
-    print("Prompt ends: ..." + tokenizer.decode(prompt[-40:]).replace("\n", " "), "\n")
+def answer_all(model, items: Sequence[Item], protocol: str) -> Runs:
+    """Every method at every budget; the full cache at 1."""
+    names = [(name, budget) for name in kvjax.METHODS if name != "full" for budget in BUDGETS]
+    names.insert(0, ("full", 1.0))
+    runs: Runs = {}
+    for method in tqdm(kvjax.METHODS, desc=protocol, leave=False, disable=None):
+        mine = [(name, budget) for name, budget in names if name == method]
+        configs = [
+            kvjax.CompressionConfig.named(name, None if name == "full" else budget)
+            for name, budget in mine
+        ]
+        runs |= zip(mine, ask(model, items, configs, protocol), strict=True)
+    return runs
+
+
+def show_answers(model, items: Sequence[Item], count: int = 3) -> None:
+    """The same questions through the public calls: full cache, a good and a bad method."""
+    shown = items[:count]
+    stop = [ID["."]]
     for name in ("full", "ada-snapkv", "streaming-llm"):
-        config = kvjax.CompressionConfig.named(name, budget)
-        out = kvjax.generate(
-            model, [prompt], config, max_new_tokens=60, tokenizer=tokenizer, eos_ids=()
-        )
-        text = (out.text or [""])[0].replace("\n", " ")
-        print(f"[{name}, {out.kept.mean():.0f} of {PREFIX} entries] {text}\n")
+        config = kvjax.CompressionConfig.named(name, None if name == "full" else 0.1)
+        prompts = [[*item.document, *item.question] for item in shown]
+        out = kvjax.generate(model, prompts, config, max_new_tokens=8, eos_ids=stop)
+        print(f"[{name}: {out.kept.mean():.0f} of {len(prompts[0])} entries a head]")
+        for item, answer in zip(shown, out.tokens, strict=True):
+            mark = "right" if answer == list(item.answer) else f"wrong: {text(item.answer)}"
+            print(f"  {text(item.question)} {text(answer)}   ({mark})")
+    print()
 
 
-def show_table(model, documents: list[dict], budget: int | float):
-    """Every method at one budget."""
-    shape = model.config
-    entry = 2 * shape.head_dim * model.embed.table_VD[...].dtype.itemsize
-    heads = shape.num_layers * shape.num_kv_heads
-    rows, full = [], None
-    for name in tqdm(kvjax.METHODS, desc="methods", leave=False, disable=None):
-        config = kvjax.CompressionConfig.named(name, budget)
-        scores, result = evaluate(model, documents, config, full)
-        full = full or scores
-        held = result.kept * heads * entry / 1024
-        rows.append((name, result.delta, result.agree, result.kept, held))
-    print(f"{'method':<14} {'delta NLL':>10} {'agreement':>10} {'entries/head':>13} {'KiB':>8}")
-    for name, delta, agree, kept, held in rows:
-        print(f"{name:<14} {delta:>+10.4f} {agree:>10.1%} {kept:>13.1f} {held:>8.1f}")
-    print("\nprefixkv goes on evicting while the text grows (the paper's rule); the others do not.")
+def show_table(runs: Runs, title: str, entry_bytes: int) -> None:
+    """Share right by method and budget, entries and bytes of the smallest and largest budget."""
+    full = runs["full", 1.0]
+    held = full.kept.sum(axis=(1, 2)).mean() * entry_bytes / 1024
+    print(f"{title}: answers right (full cache {full.right.mean():.0%}, {held:.0f} KiB a prompt)")
+    print(f"  {'kept':<14}" + "".join(f"{budget:>9.0%}" for budget in BUDGETS))
+    for name in kvjax.METHODS:
+        if name != "full":
+            shares = [runs[name, budget].right.mean() for budget in BUDGETS]
+            print(f"  {name:<14}" + "".join(f"{share:>9.0%}" for share in shares))
+    some = [runs["snapkv", budget].kept for budget in BUDGETS]
+    print(f"  {'entries/head':<14}" + "".join(f"{kept.mean():>9.1f}" for kept in some))
+    sizes = [kept.sum(axis=(1, 2)).mean() * entry_bytes / 1024 for kept in some]
+    print(f"  {'KiB/prompt':<14}" + "".join(f"{size:>9.1f}" for size in sizes) + "\n")
 
 
-def main() -> int:
+def needles(item: Item) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """[first, end) of every note, and of the one that is asked for."""
+    tokens = list(item.document)
+    starts = [place for place, token in enumerate(tokens) if token == ID["note"]]
+    spans = [(place, place + 5) for place in starts]
+    asked = next(span for span in spans if tokens[span[0] + 1] == item.question[1])
+    return spans, asked
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="a Hugging Face directory")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--text", type=Path, help="stories to read; the data folder's by default")
-    parser.add_argument("--budget", default="25%", help="entries, or P%% of the prompt")
-    arguments = parser.parse_args()
-    source = arguments.data / "stories260K"
-    text = arguments.text or arguments.data / "text" / "tinystories.txt"
-    for path in [text] if arguments.model else [source, text]:
-        if not path.exists():
-            print(MISSING.format(path=path), file=sys.stderr)
-            return 2
-    budget = kvjax.parse_budget(arguments.budget)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = arguments.model
-        if directory is None:
-            directory = Path(folder) / "model"
-            convert_llama2c(source / "stories260K.bin", source / "tok512.bin", directory)
-        model, tokenizer = kvjax.load(directory, progress=False)
-    if tokenizer is None:
-        print(f"kvjax: {directory} has no tokenizer, which the demo needs", file=sys.stderr)
+    parser.add_argument("--model", type=Path, default=tiny.WEIGHTS, help="a run's model/")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt (512)")
+    parser.add_argument("--prompts", type=int, default=16, help="how many (16)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of kept.png")
+    options = parser.parse_args(arguments)
+    if options.prompts < 1:
+        print(f"kvjax: --prompts {options.prompts}, expected at least 1", file=sys.stderr)
         return 2
-    documents = documents_of(text.read_text(), tokenizer, PREFIX + REST)
-    if not documents:
-        print(f"kvjax: {text} has no {PREFIX + REST} tokens in a row", file=sys.stderr)
+    try:
+        model, _ = kvjax.load(options.model, progress=False)
+    except ValueError as error:
+        print(f"kvjax: {error}", file=sys.stderr)
         return 2
-    show_texts(model, tokenizer, documents[0], budget)
-    print(f"{len(documents)} documents, {PREFIX}-token prefix kept at {arguments.budget}:\n")
-    show_table(model, documents, budget)
+    context = model.config.max_position_embeddings - 8
+    if not 64 <= options.length <= context:
+        print(f"kvjax: --length {options.length}, expected 64 to {context}", file=sys.stderr)
+        return 2
+    items = questions("multikey", options.length, options.prompts)
+    notes = len(needles(items[0])[0])
+    print(f"{options.prompts} prompts of {options.length} tokens, {notes} notes in each:")
+    print("  ..." + text(list(items[0].document)[100:140]) + "...\n")
+    show_answers(model, items)
+    shape = model.config
+    entry_bytes = 2 * shape.head_dim * np.dtype(np.float32).itemsize
+    for protocol, title in PROTOCOLS.items():
+        runs = answer_all(model, items, protocol)
+        show_table(runs, title, entry_bytes)
+        if protocol == "inside":
+            pictured = {name: runs[name, 0.1].positions for name in SHOWN}
+    if figures.available():
+        path = _picture(options.out / "kept.png", items[0], pictured)
+        print(f"{path}: which entries each head kept at 10 %")
+    else:
+        print("kept.png needs matplotlib: pip install 'kvjax[plot]'", file=sys.stderr)
     return 0
+
+
+def _picture(path: Path, item: Item, kept: dict[str, np.ndarray]) -> Path:
+    spans, asked = needles(item)
+    length = len(item.document) + len(item.question)
+    title = f"entries kept at 10 % of {length}, a row a KV head"
+    return figures.heat_map(path, kept, length, needles=spans, asked=asked, title=title)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_the_wheel_installs_and_imports(tmp_path):
     run(sys.executable, "-m", "pip", *build, "-w", str(wheels), str(source))
     (wheel,) = wheels.iterdir()
     names = zipfile.ZipFile(wheel).namelist()
-    assert "kvjax/models/decoder.py" in names
+    assert {"kvjax/models/decoder.py", "kvjax/tiny/weights/model.safetensors"} <= set(names)
     assert "kvjax/kernels/window_scores/reference.py" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"kvjax"}
 

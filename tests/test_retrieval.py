@@ -47,7 +47,7 @@ def answers(model, items, config, protocol):
 
 
 @pytest.mark.parametrize("protocol", ["inside", "after"])
-@pytest.mark.parametrize("name", ["full", "ada-prefixkv", "prefixkv"])
+@pytest.mark.parametrize("name", ["full", "ada-snapkv", "prefixkv", "pyramidkv"])
 def test_answers_are_those_of_generate(model, items, name, protocol, monkeypatch):
     monkeypatch.setattr(retrieval, "ROWS", 2)  # three items: two batches, the last filled up
     config = CompressionConfig.named(name, None if name == "full" else 0.4)

@@ -4,8 +4,9 @@ Two protocols. "inside": the question ends the prompt, so that an observation wi
 first token of the answer comes from the uncompressed prompt). "after": the document is compressed
 alone and then asked, as a cache that serves many questions must be.
 
-A prompt is prefilled once for all methods and budgets. Caches are widened to the prompt's bucket,
-so that one program decodes them all; what is kept does not change.
+A prompt is prefilled once for all methods and budgets. A method's budgets are run-time numbers and
+caches are widened to the prompt's bucket, so that one program compresses for all budgets, and one
+decodes all caches; what is kept does not change.
 
 B prompts, T tokens of a bucket, O tokens of an answer, L layers, K KV heads.
 """
@@ -23,13 +24,14 @@ from jaxtyping import Bool, Int
 
 from kvjax import stages
 from kvjax.cache import Cache, PaddedLayer, ProbeRequest, with_room
-from kvjax.compress import compress
+from kvjax.compress import Packing, add_layer, finish, make_plan
 from kvjax.config import CompressionConfig
 from kvjax.prompts import pad
-from kvjax.rows import DEFAULT_WINDOW
+from kvjax.rows import DEFAULT_WINDOW, make_rows
 
 PROTOCOLS = {"inside": "question inside the prompt", "after": "question after compression"}
 ROWS = 50  # prompts at once
+_MOST = 0.999  # of a prompt: every smaller budget shares its program
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,6 @@ def ask(
     right: list[list[bool]] = [[] for _ in configs]
     kept: list[list[np.ndarray]] = [[] for _ in configs]
     first: list[np.ndarray] = []
-    padded = [dataclasses.replace(config, layout="padded") for config in configs]
     for start in range(0, len(items), ROWS):
         chosen = range(start, min(start + ROWS, len(items)))
         # A last batch that is short is filled up: one shape, one compilation.
@@ -96,8 +97,9 @@ def ask(
         logits, *layers = _prefill(model, tokens, lengths)
         # Every prompt draws for itself.
         key = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(rows))
-        for index, config in enumerate(padded):
-            cache = _compress(*layers, jnp.asarray(lengths), key, config=config)
+        for index, config in enumerate(configs):
+            budgets = make_rows(config, jnp.asarray(lengths))
+            cache = _compress(*layers, budgets, key, config=_widest(config))
             if inside:
                 drawn = _decode(model, cache, logits, room=room)
             else:
@@ -122,10 +124,22 @@ def _prefill(model, tokens, lengths):
     return stages.prefill(model, tokens, lengths, request)
 
 
+def _widest(config: CompressionConfig) -> CompressionConfig:
+    """The config whose padded slots hold every budget of the method."""
+    budget = config.budget
+    if isinstance(budget, float) and budget < _MOST and config.profile is None:
+        budget = _MOST
+    return dataclasses.replace(config, layout="padded", budget=budget)
+
+
 @partial(jax.jit, static_argnames="config")
-def _compress(keys, values, probes, lengths, key, *, config) -> Cache:
-    cache = compress(keys, values, probes, config, lengths=lengths, key=key)
-    tokens = keys[0].shape[1]
+def _compress(keys, values, probes, rows, key, *, config) -> Cache:
+    tokens, windows = keys[0].shape[1], (None,) * len(keys)
+    plan = make_plan(config, rows.lengths, tokens, windows, key, rows)
+    kept = Packing()
+    for index, layer in enumerate(zip(keys, values, probes, strict=True)):
+        kept = add_layer(kept, index, *layer, plan)
+    cache = finish(kept, plan)
     return cache.replace(layers=tuple(_widen(layer, tokens) for layer in cache.layers))
 
 

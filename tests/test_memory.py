@@ -1,0 +1,119 @@
+"""What compression holds and what it needs on the way, from shapes and from compilers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from kvjax import METHODS, CompressionConfig, compress, stages
+from kvjax.ahead import compile_for, missing
+from kvjax.cache import Probe, ProbeRequest
+from kvjax.compress import probe_request
+from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Decoder
+
+COMPRESSING = [name for name in METHODS if name != "full"]
+array = jax.ShapeDtypeStruct
+
+
+def nbytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def prompt_arrays(config, *, batch, tokens, layers, heads, kv_heads, head_dim, dtype):
+    """Keys, values and probes of a prefilled prompt, as shapes."""
+    keys = [array((batch, tokens, kv_heads, head_dim), dtype)] * layers
+    wanted = probe_request(config, tokens)
+    queries = array((batch, wanted.queries, heads, head_dim), dtype)
+    sums = array((batch, heads, tokens), jnp.float32) if wanted.column_sums else None
+    return keys, keys, [Probe(queries=queries, column_sums=sums)] * layers
+
+
+def run(config, tail_slots=0):
+    def call(keys, values, probes):
+        return compress(keys, values, probes, config, tail_slots=tail_slots)
+
+    return call
+
+
+LLAMA = {"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": jnp.bfloat16}
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_llama_3_8b_holds_a_28th(name):
+    """Batch 16, prompt 32,768, budget 1024; a tail of 128 on both sides, owners and positions."""
+    config = CompressionConfig.named(name, 1024, layout="packed")
+    arrays = prompt_arrays(config, batch=16, tokens=32_768, **LLAMA)
+    held = jax.eval_shape(run(config, 128), *arrays)
+    full = CompressionConfig.named("full")
+    whole = jax.eval_shape(run(full, 128), *prompt_arrays(full, batch=16, tokens=32_768, **LLAMA))
+    assert nbytes(whole) / nbytes(held) >= 28
+
+
+def test_int8_holds_half_of_that():
+    sizes = []
+    for quantise in (None, "int8"):
+        config = CompressionConfig.named("ada-snapkv", 1024, quantise=quantise)
+        arrays = prompt_arrays(config, batch=1, tokens=8192, **LLAMA)
+        sizes.append(nbytes(jax.eval_shape(run(config), *arrays).pool))
+    assert sizes[0] / sizes[1] == pytest.approx((512 + 5) / (256 + 8 + 5), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "ada-snapkv", "ada-prefixkv", "h2o"])
+def test_compilers_count_the_same_bytes(name):
+    """A slot's key and value, 5 bytes of owner and position, and next to nothing else."""
+    config = CompressionConfig.named(name, 128, layout="packed")
+    shape = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": jnp.float32}
+    arrays = prompt_arrays(config, batch=2, tokens=512, **shape)
+    compiled = jax.jit(run(config)).lower(*arrays).compile()
+    slots = 2 * 2 * 2 * 128  # batch, layers, heads
+    expected = slots * (2 * 64 * 4 + 5)
+    assert compiled.memory_analysis().output_size_in_bytes == pytest.approx(expected, rel=0.02)
+
+
+# ---------------------------------------------------------------------------- on accelerators
+TOKENS, KV_HEADS, HEAD_DIM = 16_384, 8, 128
+LAYER = 2 * TOKENS * KV_HEADS * HEAD_DIM * 2  # bytes of one layer's keys and values in bf16
+
+
+def prefill_problem(layers: int):
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "num_hidden_layers": layers,
+            "num_attention_heads": KV_HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "max_position_embeddings": 2 * TOKENS,
+        }
+    )
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    return model, array((1, TOKENS), jnp.int32), array((1,), jnp.int32)
+
+
+@pytest.mark.parametrize("target", ["v5e", "h200"])
+def test_a_layer_is_packed_before_the_next_one_runs(target):
+    """Temporaries do not grow with layers, and the peak is one layer's cache and the pool."""
+    if (reason := missing(target)) is not None:
+        pytest.skip(reason)
+    config = CompressionConfig.named("ada-snapkv", 1024)
+
+    def packed(model, tokens, lengths):
+        return stages.prefill_compress(model, tokens, lengths, jax.random.key(0), config)
+
+    def alone(model, tokens, lengths):
+        return stages.prefill(model, tokens, lengths, ProbeRequest())[0]
+
+    few, many = (
+        compile_for(target, packed, *prefill_problem(layers)).memory_analysis()
+        for layers in (4, 12)
+    )
+    grown = many.temp_size_in_bytes - few.temp_size_in_bytes
+    pool = many.output_size_in_bytes
+    without = compile_for(target, alone, *prefill_problem(12)).memory_analysis()
+    allowed = 1.1 * (LAYER + pool + without.temp_size_in_bytes)
+    assert grown < 8 * 0.1 * LAYER
+    assert many.temp_size_in_bytes + pool <= allowed
