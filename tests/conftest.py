@@ -7,7 +7,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what the suite does, so LLVM's optimisations are off.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1",
 )
 
 import jax

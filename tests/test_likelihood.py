@@ -64,7 +64,7 @@ def test_full_cache_equals_one_forward_pass(model, texts, monkeypatch):
         assert mine.kept == prefix * 2 * 2
 
 
-@pytest.mark.parametrize("name", ["snapkv", "prefixkv", "ada-prefixkv"])
+@pytest.mark.parametrize("name", ["snapkv", "prefixkv"])
 def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name):
     monkeypatch.setattr(stages, "BLOCK", 16)
     likelihood._score_program.clear_cache()

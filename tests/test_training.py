@@ -20,8 +20,9 @@ FIXTURES = Path(__file__).parent / "fixtures" / "hf"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists())
 
 
-@pytest.mark.parametrize("window", [None, 1, 50, 128])
-@pytest.mark.parametrize("tokens", [5, 128, 300])
+@pytest.mark.parametrize(
+    ("tokens", "window"), [(5, None), (128, 1), (128, 128), (300, None), (300, 50)]
+)
 def test_blockwise_attention_and_its_gradient(tokens, window):
     """Against jax.nn.dot_product_attention, which materialises everything."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -48,7 +49,7 @@ def test_blockwise_attention_and_its_gradient(tokens, window):
         assert np.isfinite(a).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama-bias", "llama31", "mistral", "qwen2", "qwen3"])
 def test_forward_pass_is_prefill(name):
     """Sliding windows, biases and q/k norms included."""
     model = load_decoder(FIXTURES / name, progress=False)
