@@ -49,7 +49,7 @@ study: setup  ## the bundled model, measured, about 15 minutes
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
-bench: setup  ## speed on this machine, about 10 minutes
+bench: setup  ## speed on this machine, about 25 minutes on two cores
 	$(RUN:python=kvjax) bench generate --out docs/benchmarks
 	$(RUN:python=kvjax) bench scores --out docs/benchmarks
 
