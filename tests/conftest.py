@@ -29,6 +29,18 @@ def programs_are_dropped():
     jax.clear_caches()
 
 
+@pytest.fixture
+def run(capsys):
+    """Run a `kvjax` command in this process: (exit code, stdout, stderr)."""
+    from kvjax.cli import main
+
+    def call(*arguments) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of third-party data beside the repository, or a skip."""

@@ -13,16 +13,6 @@ from kvjax.bench import decode, report
 from kvjax.bench.presets import preset, random_model
 from kvjax.bench.report import Settings
 from kvjax.bench.timing import bandwidth, timed
-from kvjax.cli import main
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_timing_counts_runs_and_steps():

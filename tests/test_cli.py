@@ -26,17 +26,6 @@ NEW = 4
 HEAD = 2 * 8 * 4  # bytes of an entry: key and value of 8 floats
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def model():
     return load_decoder(MODEL, progress=False)

@@ -9,21 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvjax.cli import main
-
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(Path(__file__).parent / "fixtures" / "hf" / "llama2-gqa")
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

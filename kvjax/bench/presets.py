@@ -40,7 +40,11 @@ def preset(name: str, context: int) -> ModelConfig:
     return ModelConfig.from_hf(shape | extra)
 
 
+def default_dtype() -> Any:
+    """What benchmarks compute in: fp32 on a CPU, bf16 elsewhere."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
 def random_model(config: ModelConfig) -> Decoder:
-    """Random weights: fp32 on a CPU, bf16 elsewhere, drawn on the device."""
-    dtype: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return nnx.jit(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))()
+    """Random weights of the default dtype, drawn on the device."""
+    return nnx.jit(lambda: Decoder(config, dtype=default_dtype(), rngs=nnx.Rngs(0)))()

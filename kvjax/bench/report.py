@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from kvjax.bench import decode, generate, scores
-from kvjax.bench.presets import preset, random_model
+from kvjax.bench.presets import default_dtype, preset, random_model
 from kvjax.bench.timing import bandwidth
 from kvjax.config import CompressionConfig
 
@@ -64,7 +63,7 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
     """Run a benchmark: the machine, the settings, and a list of rows."""
     configs = settings.configs()
     config = preset(settings.model, settings.prompt + settings.new)
-    dtype: Any = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = default_dtype()
     machine = {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

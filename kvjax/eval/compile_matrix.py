@@ -2,8 +2,8 @@
 
     python -m kvjax.eval.compile_matrix [-o docs/compile_matrix.md]
 
-The temporaries stand beside the pool or the keys, so that a hidden copy would show. Ten
-minutes on two cores; the last line on stdout is one JSON object.
+The temporaries stand beside the pool or the keys, so that a hidden copy would show. Long on
+two cores; the last line on stdout is one JSON object.
 """
 
 import argparse
