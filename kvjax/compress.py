@@ -235,8 +235,8 @@ def _pack(kept: Packing, index: int, layer: Scored, size: Int[Array, " B"], plan
     pool = kept.pool
     if pool is None:
         slots, regions = pool_shape(config, tokens, windows, kv_heads)
-        quantise = config.quantise is not None
-        pool = empty_pool(layer.keys, len(windows), slots, regions, quantise)
+        quantize = config.quantize is not None
+        pool = empty_pool(layer.keys, len(windows), slots, regions, quantize)
     room = kv_heads * layer_capacity(config, tokens, index, windows)
     room = min(room, pool.entries.shape[1])
     return kept.replace(pool=put_layer(pool, index, layer.keys, layer.values, keep_BKT, room))
@@ -274,7 +274,7 @@ def packs(config: CompressionConfig) -> bool:
     """
     if config.layout is not None:
         return config.layout == "packed"
-    if config.quantise is not None:
+    if config.quantize is not None:
         return True
     uneven = config.heads == "ada" or config.layers != "uniform"
     return uneven or platform() != "cpu"
@@ -383,6 +383,6 @@ def held_slots(
 
 def slot_bytes(config: CompressionConfig, tokens: int, head_dim: int, itemsize: int) -> int:
     """Bytes of a slot's key and value for a bucket of `tokens`, with their scales in int8."""
-    if config.quantise is None or config.skips(tokens):
+    if config.quantize is None or config.skips(tokens):
         return 2 * head_dim * itemsize
     return 2 * (head_dim + 4)

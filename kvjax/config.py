@@ -35,9 +35,9 @@ class CompressionConfig:
         layers="prefix".
       layout: "padded" ([B, K, S, H] per layer, S for the longest head), "packed" (one pool of
         exactly the budget) or None for packed, except for uniform budgets on a CPU.
-      quantise: "int8" stores what is kept as 8-bit whole numbers with an fp32 scale for each key
+      quantize: "int8" stores what is kept as 8-bit whole numbers with an fp32 scale for each key
         and each value, or None for the model's dtype. Packed layout only; a prompt that the budget
-        holds whole is not compressed and not quantised.
+        holds whole is not compressed and not quantized.
 
     Raises:
       ConfigError: a value outside its range.
@@ -61,7 +61,7 @@ class CompressionConfig:
     beta: int = 20
     profile: tuple[float, ...] | None = None
     layout: Literal["padded", "packed"] | None = None
-    quantise: Literal["int8"] | None = None
+    quantize: Literal["int8"] | None = None
 
     @classmethod
     def named(cls, name: str, budget: int | float | None = None, **settings: Any):
@@ -85,7 +85,7 @@ class CompressionConfig:
             "pool": ("max", "average", "none"),
             "group": ("mean", "max"),
             "layout": ("padded", "packed", None),
-            "quantise": ("int8", None),
+            "quantize": ("int8", None),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -97,8 +97,8 @@ class CompressionConfig:
                 _fail(self, name, f"an integer of at least {least}")
         if self.kernel % 2 == 0:
             _fail(self, "kernel", "an odd integer")
-        if self.quantise is not None and self.layout == "padded":
-            _fail(self, "quantise", "None with layout='padded'")
+        if self.quantize is not None and self.layout == "padded":
+            _fail(self, "quantize", "None with layout='padded'")
         if not (isinstance(self.floor, int | float) and 0 <= self.floor <= 1):
             _fail(self, "floor", "a number from 0 to 1")
         self._check_budget()

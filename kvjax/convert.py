@@ -69,7 +69,7 @@ class _Header:
     vocab: int
     context: int
     shared: bool  # the classifier is the embedding
-    group_size: int  # values to a scale; 0 where nothing is quantised
+    group_size: int  # values to a scale; 0 where nothing is quantized
 
     @property
     def head_dim(self) -> int:
@@ -81,13 +81,13 @@ class _Header:
         sizes |= {"K": self.kv_heads * self.head_dim, "R": self.head_dim // 2}
         return tuple(sizes[axis] for axis in _SHAPES.get(name, "D"))
 
-    def quantised(self, name: str) -> bool:
+    def quantized(self, name: str) -> bool:
         return self.version == 2 and not name.endswith("_norm")
 
     def size(self, name: str) -> int:
         """The bytes that one layer's tensor `name` takes."""
         count = math.prod(self.shape(name))
-        return count + 4 * (count // self.group_size) if self.quantised(name) else 4 * count
+        return count + 4 * (count // self.group_size) if self.quantized(name) else 4 * count
 
 
 class _Checkpoint:
@@ -107,7 +107,7 @@ class _Checkpoint:
         for name in _ORDER[header.version]:
             if name == "head" and header.shared:
                 continue
-            if header.quantised(name) and math.prod(header.shape(name)) % header.group_size:
+            if header.quantized(name) and math.prod(header.shape(name)) % header.group_size:
                 raise ValueError(
                     f"checkpoint {path} is not a llama2.c checkpoint: its group size "
                     f"{header.group_size} does not divide tensor {name} of {header.shape(name)}"
@@ -125,7 +125,7 @@ class _Checkpoint:
         """Tensor `name` of `layer` as float32; ValueError if it holds what no model has."""
         shape, group_size = self.header.shape(name), self.header.group_size
         count, offset = math.prod(shape), self._offset[name] + layer * self.header.size(name)
-        if not self.header.quantised(name):
+        if not self.header.quantized(name):
             values = np.fromfile(self.path, "<f4", count, offset=offset)
             good = np.isfinite(values).all()
         else:
@@ -360,7 +360,7 @@ def convert_llama2c(checkpoint: str | Path, vocabulary: str | Path, out: str | P
     """Turns a llama2.c checkpoint and its vocabulary into a Hugging Face directory.
 
     The directory holds config.json (LlamaForCausalLM, eps 1e-5, RoPE base 10000, BOS 1, EOS 2),
-    model.safetensors (fp32; int8 is dequantised), tokenizer.json and tokenizer_config.json, from
+    model.safetensors (fp32; int8 is dequantized), tokenizer.json and tokenizer_config.json, from
     which `transformers.AutoTokenizer` encodes as llama2.c does. It appears when complete; a failure
     leaves nothing behind. Memory: a few copies of the largest tensor. Source: karpathy/llama2.c.
 

@@ -24,14 +24,14 @@ class Pool(struct.PyTreeNode):
 
     Attributes:
       entries: `[B, M, 2H]`; keys after RoPE, then values; zeros in empty slots. int8 where they
-        are quantised: whole numbers to be multiplied with `scales`.
+        are quantized: whole numbers to be multiplied with `scales`.
       owners: `[B, M]` int8, the KV head that an entry belongs to; -1 in an empty slot.
       positions: `[B, M]` int32, the entry's position in the prompt; -1 in an empty slot.
       counts: `[B, L, K]` int32, entries of each layer and head.
       regions: [first, end) of each layer where that is the same for every prompt, or None where
         layers lie back to back from run-time starts.
-      scales: `[B, 2, M]` fp32 of quantised entries, keys' and values'; else None.
-      dtype: of keys and values before they were quantised.
+      scales: `[B, 2, M]` fp32 of quantized entries, keys' and values'; else None.
+      dtype: of keys and values before they were quantized.
     """
 
     entries: Float[Array, "B M E"] | Int8[Array, "B M E"]
@@ -62,24 +62,24 @@ def empty_pool(
     layers: int,
     slots: int,
     regions: tuple[tuple[int, int], ...] | None,
-    quantise: bool = False,
+    quantize: bool = False,
 ) -> Pool:
-    """A pool without entries, for keys of this shape and dtype, which may be quantised to int8."""
+    """A pool without entries, for keys of this shape and dtype, which may be quantized to int8."""
     batch, _, kv_heads, head_dim = like.shape
     if kv_heads > jnp.iinfo(jnp.int8).max:
         raise ValueError(f"keys have {kv_heads} heads, expected at most 127 (owners are int8)")
     return Pool(
-        entries=jnp.zeros((batch, slots, 2 * head_dim), jnp.int8 if quantise else like.dtype),
+        entries=jnp.zeros((batch, slots, 2 * head_dim), jnp.int8 if quantize else like.dtype),
         owners=jnp.full((batch, slots), -1, jnp.int8),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         counts=jnp.zeros((batch, layers, kv_heads), jnp.int32),
         regions=regions,
-        scales=jnp.zeros((batch, 2, slots), jnp.float32) if quantise else None,
+        scales=jnp.zeros((batch, 2, slots), jnp.float32) if quantize else None,
         dtype=jnp.dtype(like.dtype),
     )
 
 
-def quantised(
+def quantized(
     x: Float[Array, "B R H"],
 ) -> tuple[Int8[Array, "B R H"], Float[Array, "B R"]]:
     """Whole numbers from -127 to 127 and what they are to be multiplied with, one a vector.
@@ -122,7 +122,7 @@ def put_layer(
     ]
     old = [pool.owners, pool.positions]
     if pool.scales is not None:
-        whole, scales = zip(*map(quantised, halves), strict=True)
+        whole, scales = zip(*map(quantized, halves), strict=True)
         halves = list(whole)
         new += [jnp.where(filled_BR, scale, 0.0) for scale in scales]
         old += [pool.scales[:, 0], pool.scales[:, 1]]

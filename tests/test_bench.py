@@ -36,7 +36,7 @@ def test_bandwidth_is_that_of_a_machine():
     [
         ("snapkv", {"layout": "padded"}, "even"),
         ("ada-snapkv", {"layout": "packed"}, "even"),
-        ("ada-snapkv", {"layout": "packed", "quantise": "int8"}, "skewed"),
+        ("ada-snapkv", {"layout": "packed", "quantize": "int8"}, "skewed"),
     ],
 )
 def test_synthetic_caches_are_like_real_ones(name, settings, owners):
@@ -104,7 +104,7 @@ def test_reports(run, tmp_path, kind):
         (["decode", "--model", "gpt"], "--model gpt, expected one of 1m, 100m"),
         (["decode", "--batch", "0"], "--batch 0, expected integers of at least 1"),
         (["decode", "--methods", "nope"], "method='nope'"),
-        (["decode", "--methods", "snapkv/padded/int8"], "quantise='int8'"),
+        (["decode", "--methods", "snapkv/padded/int8"], "quantize='int8'"),
         (["decode", "--methods", "snapkv/packed/int8/more"], "--methods snapkv/packed/int8/more"),
     ],
 )

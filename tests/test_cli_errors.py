@@ -81,8 +81,8 @@ def test_wrong_calls(run, flags, named):
         (["--method", "ada-snapkv", "--budget", "8", "--head-cap", "7"], "head_cap=7"),
         (["--method", "ada-snapkv", "--budget", "8", "--floor", "nan"], "floor=nan"),
         (
-            ["--method", "snapkv", "--budget", "8", "--layout", "padded", "--quantise", "int8"],
-            "quantise='int8', expected None with layout='padded'",
+            ["--method", "snapkv", "--budget", "8", "--layout", "padded", "--quantize", "int8"],
+            "quantize='int8', expected None with layout='padded'",
         ),
         (["--dtype", "int8"], "int8"),
         (["--seed", "-1"], "--seed: '-1'"),

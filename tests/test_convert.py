@@ -60,7 +60,7 @@ def random_model(shared: bool) -> dict[str, np.ndarray]:
     return {name: tensor.astype("<f4") for name, tensor in drawn.items()}
 
 
-def quantise(matrix: np.ndarray) -> bytes:
+def quantize(matrix: np.ndarray) -> bytes:
     groups = matrix.reshape(-1, GROUP_SIZE)
     scales = (np.abs(groups).max(1) / 127).astype("<f4")
     return np.rint(groups / scales[:, None]).astype(np.int8).tobytes() + scales.tobytes()
@@ -82,7 +82,7 @@ def write_checkpoint(path: Path, version: int, model: dict[str, np.ndarray]) -> 
         data += b"".join(model[name].tobytes() for name in ["attention_norm", "ffn_norm", "norm"])
         for name in ["embed", *matrices, *last]:
             layers = model[name] if name in matrices else [model[name]]
-            write = quantise if version == 2 else np.ndarray.tobytes
+            write = quantize if version == 2 else np.ndarray.tobytes
             data += b"".join(write(layer) for layer in layers)
     path.write_bytes(data)
     return path

@@ -94,7 +94,7 @@ def test_claims_need_room(model, prompts):
 # ---------------------------------------------------------------------------- on disk
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("full", {}), ("ada-snapkv", {"quantise": "int8"}), ("prefixkv", {"layout": "padded"})],
+    [("full", {}), ("ada-snapkv", {"quantize": "int8"}), ("prefixkv", {"layout": "padded"})],
 )
 def test_a_saved_cache_answers_alike(model, prompts, tmp_path, name, settings):
     config = CompressionConfig.named(name, 16, **settings)

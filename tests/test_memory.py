@@ -52,8 +52,8 @@ def test_llama_3_8b_holds_a_28th(name):
 
 def test_int8_holds_half_of_that():
     sizes = []
-    for quantise in (None, "int8"):
-        config = CompressionConfig.named("ada-snapkv", 1024, quantise=quantise)
+    for quantize in (None, "int8"):
+        config = CompressionConfig.named("ada-snapkv", 1024, quantize=quantize)
         arrays = prompt_arrays(config, batch=1, tokens=8192, **LLAMA)
         sizes.append(nbytes(jax.eval_shape(run(config), *arrays).pool))
     assert sizes[0] / sizes[1] == pytest.approx((512 + 5) / (256 + 8 + 5), rel=1e-3)

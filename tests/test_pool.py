@@ -189,33 +189,33 @@ def test_packed_answers_as_padded(model, prompts, name, budget):
 
 
 # ---------------------------------------------------------------------------- int8
-def test_quantised_by_hand():
+def test_quantized_by_hand():
     x = jnp.array([[[254.0, -127.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
-    whole, scale = pools.quantised(x)
+    whole, scale = pools.quantized(x)
     np.testing.assert_array_equal(whole, [[[127, -64, 0, 0], [0, 0, 0, 0]]])  # halves to even
     np.testing.assert_array_equal(scale, [[2.0, 0.0]])
 
 
-def test_quantised_is_off_by_half_a_scale_at_most():
+def test_quantized_is_off_by_half_a_scale_at_most():
     x = normal(0, 3, 50, 16) * np.exp(normal(1, 3, 50, 1))
-    whole, scale = pools.quantised(jnp.asarray(x))
+    whole, scale = pools.quantized(jnp.asarray(x))
     error = np.abs(np.asarray(whole) * np.asarray(scale)[..., None] - x)
     assert (error <= np.asarray(scale)[..., None] * 0.5001).all()
     assert np.abs(np.asarray(whole)).max(-1).min() == 127
 
 
 @pytest.mark.parametrize("name", ["ada-prefixkv"])
-def test_quantised_caches_answer_nearly_alike(model, prompts, name):
+def test_quantized_caches_answer_nearly_alike(model, prompts, name):
     exact, rough = (
         kvjax.generate(
             model,
             prompts,
-            CompressionConfig.named(name, 16, layout="packed", quantise=quantise),
+            CompressionConfig.named(name, 16, layout="packed", quantize=quantize),
             max_new_tokens=12,
             eos_ids=(),
             return_cache=True,
         )
-        for quantise in (None, "int8")
+        for quantize in (None, "int8")
     )
     np.testing.assert_array_equal(rough.kept, exact.kept)
     assert [row[0] for row in rough.log_probs] == [row[0] for row in exact.log_probs]
@@ -250,16 +250,16 @@ def test_packed_answers_as_padded_under_sliding_windows(name, method, prompts):
 
 
 @pytest.mark.parametrize(
-    ("name", "quantise"), [("ada-snapkv", None), ("ada-snapkv", "int8"), ("prefixkv", None)]
+    ("name", "quantize"), [("ada-snapkv", None), ("ada-snapkv", "int8"), ("prefixkv", None)]
 )
-def test_what_empty_slots_hold_changes_nothing(model, prompts, name, quantise):
+def test_what_empty_slots_hold_changes_nothing(model, prompts, name, quantize):
     """NaN everywhere that no entry lies."""
-    config = CompressionConfig.named(name, 16, layout="packed", quantise=quantise)
+    config = CompressionConfig.named(name, 16, layout="packed", quantize=quantize)
     cache = kvjax.compress_prompt(model, [prompts[0], prompts[1][:10]], config)
     empty = np.asarray(cache.pool.owners < 0)
     assert empty.sum() == (16 - 10) * model.config.num_layers * model.config.num_kv_heads
     pool = cache.pool
-    if quantise:
+    if quantize:
         dirty = pool.replace(scales=jnp.where(empty[:, None], jnp.nan, pool.scales))
     else:
         dirty = pool.replace(entries=jnp.where(empty[..., None], jnp.nan, pool.entries))

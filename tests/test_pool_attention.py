@@ -84,7 +84,7 @@ def make_dead(seed, case, kv_heads):
     return first, first[:, None] + more
 
 
-def quantised(case):
+def quantized(case):
     """The case in int8, and the same entries as float32. Scales of unowned slots are NaN."""
     head_dim = case["q"].shape[-1]
     halves = case["entries"].reshape(*case["entries"].shape[:2], 2, head_dim)
@@ -120,7 +120,7 @@ def test_reference_matches_float64(owners, window, block, monkeypatch):
 @pytest.mark.parametrize("block", [7, 512])
 def test_reference_of_int8_entries_matches_float64(block, monkeypatch):
     monkeypatch.setattr(packed, "BLOCK", block)
-    case, exact = quantised(make_case(3, tokens=2))
+    case, exact = quantized(make_case(3, tokens=2))
     out, lse = packed.pool_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2)
     expected = oracle(exact, 2)
     np.testing.assert_allclose(out, expected[0], atol=2e-6)
@@ -172,7 +172,7 @@ def test_tpu_kernel_masks(owners, window, tokens):
 
 @pytest.mark.parametrize("owners", ["any", "one slot"])
 def test_tpu_kernel_with_int8_entries(owners):
-    case, _ = quantised(make_case(19, head_dim=64, slots=300, owners=owners))
+    case, _ = quantized(make_case(19, head_dim=64, slots=300, owners=owners))
     case = jax.tree.map(jnp.asarray, case)
     expected = packed.pool_attention(**case, kv_heads=2)
     out = tpu.pool_attention(**case, kv_heads=2, tile=128, interpret=True)
@@ -216,7 +216,7 @@ def test_tpu_kernel_has_no_races():
 
 
 def test_int8_entries_come_with_scales():
-    case = jax.tree.map(jnp.asarray, quantised(make_case(1))[0])
+    case = jax.tree.map(jnp.asarray, quantized(make_case(1))[0])
     without = {name: value for name, value in case.items() if name != "scales"}
     with pytest.raises(ValueError, match="entries are int8, expected int8 with scales, or neither"):
         pool_attention(**without, kv_heads=2)

@@ -82,7 +82,7 @@ def pool_attention(
         SPLITS=parts,
         WINDOW=window or 0,
         EVICTS=dead is not None,
-        QUANTISED=scales is not None,
+        QUANTIZED=scales is not None,
         **triton_options(),
     )
     weight_PBR, lse_BR = merge_weights(lse_BPR.swapaxes(0, 1))

@@ -64,7 +64,7 @@ def pool_attention(
             tile=tile,
             window=window,
             evicts=dead is not None,
-            quantised=scales is not None,
+            quantized=scales is not None,
         ),
         grid_spec=_grid(batch, tiles_B, padded, slots, 2 * head_dim, tile, scales is not None),
         out_shape=[
@@ -89,7 +89,7 @@ def pool_attention(
 
 
 def _grid(
-    batch: int, tiles_B: Array, rows: int, slots: int, width: int, tile: int, quantised: bool
+    batch: int, tiles_B: Array, rows: int, slots: int, width: int, tile: int, quantized: bool
 ) -> pltpu.PrefetchScalarGridSpec:
     """One step for every row and each of its layer's tiles; scratch for the online softmax."""
     last_tile = max(-(-slots // tile) - 1, 0)
@@ -114,7 +114,7 @@ def _grid(
             pl.BlockSpec((1, tile, width), lambda b, i, *s: (b, slot_block(b, i, *s), 0)),
             pl.BlockSpec((1, 1, tile), columns),
             pl.BlockSpec((1, 1, tile), columns),
-            *([pl.BlockSpec((1, 2, tile), columns)] if quantised else []),
+            *([pl.BlockSpec((1, 2, tile), columns)] if quantized else []),
         ],
         out_specs=[
             pl.BlockSpec((1, rows, width), of_row),
@@ -134,7 +134,7 @@ def _pad_rows(x: Array, rows: int, value: int) -> Array:
 
 def _kernel(
     start_B, end_B, q_ref, rows_ref, entries_ref, owners_ref, positions_ref, *refs,
-    scale: float, tile: int, window: int | None, evicts: bool, quantised: bool,
+    scale: float, tile: int, window: int | None, evicts: bool, quantized: bool,
 ):  # fmt: skip
     o_ref, lse_ref, peak_ref, total_ref, acc_ref = refs[-5:]
     row, step = pl.program_id(0), pl.program_id(1)
@@ -163,14 +163,14 @@ def _kernel(
         s_RC = scale * jax.lax.dot_general(
             q_RE, entries_CE, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        s_RC = s_RC * refs[0][0, 0:1] if quantised else s_RC
+        s_RC = s_RC * refs[0][0, 0:1] if quantized else s_RC
         s_RC = jnp.where(seen_RC, s_RC, _NOTHING)
         old_R1 = peak_ref[:, :1]
         peak_R1 = jnp.maximum(old_R1, s_RC.max(axis=1, keepdims=True))
         p_RC = jnp.where(seen_RC, jnp.exp(s_RC - peak_R1), 0.0)
         decay_R1 = jnp.exp(old_R1 - peak_R1)
         total_ref[...] = total_ref[...] * decay_R1 + p_RC.sum(axis=1, keepdims=True)
-        p_RC = jnp.where(seen_RC, p_RC * refs[0][0, 1:2], 0.0) if quantised else p_RC
+        p_RC = jnp.where(seen_RC, p_RC * refs[0][0, 1:2], 0.0) if quantized else p_RC
         # 0 * NaN would be NaN: slots of other layers are zeros by selection, and so is every NaN,
         # as empty slots hold anything. (A NaN in a held key still shows, through its score.)
         slot_C1 = first + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)

@@ -20,7 +20,7 @@ def pool_attention_kernel(
     q_ptr,  # [B, R, H]
     rows_ptr,  # [B, R, 4]: KV head, position, first and one past the last evicted slot
     entries_ptr,  # [B, M, 2H]
-    scales_ptr,  # [B, 2, M] if QUANTISED
+    scales_ptr,  # [B, 2, M] if QUANTIZED
     owners_ptr,  # [B, M]
     positions_ptr,  # [B, M]
     start_ptr,  # [B]
@@ -37,7 +37,7 @@ def pool_attention_kernel(
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 for none
     EVICTS: tl.constexpr,
-    QUANTISED: tl.constexpr,  # entries are int8
+    QUANTIZED: tl.constexpr,  # entries are int8
 ):
     batch = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -82,7 +82,7 @@ def pool_attention_kernel(
         if EVICTS:
             outside = (slot[None, :] < dead_first[:, None]) | (slot[None, :] >= dead_last[:, None])
             seen = seen & outside
-        if QUANTISED:
+        if QUANTIZED:
             of_keys = scales_ptr + 2 * batch * M + slot
             s = s * tl.load(of_keys, mask=held, other=0.0)[None, :]
         s = tl.where(seen, s, -1e30)
@@ -90,7 +90,7 @@ def pool_attention_kernel(
         p = tl.where(seen, tl.exp(s - top[:, None]), 0.0)
         decay = tl.exp(peak - top)
         total = total * decay + tl.sum(p, 1)
-        if QUANTISED:
+        if QUANTIZED:
             p = p * tl.load(of_keys + M, mask=held, other=0.0)[None, :]
         acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         peak = top

@@ -63,7 +63,7 @@ def _pool(model, config, batch, prompt, dtype, owners) -> Pool:
     kv_heads, layers = model.num_kv_heads, model.num_layers
     slots, regions = pool_shape(config, prompt, model.sliding_windows, kv_heads)
     like = jnp.zeros((batch, 1, kv_heads, model.head_dim), dtype)
-    pool = empty_pool(like, layers, slots, regions, config.quantise is not None)
+    pool = empty_pool(like, layers, slots, regions, config.quantize is not None)
     counts_LK = np.stack([_shares(slots // layers, kv_heads, owners)] * layers)
     owner_M = np.concatenate([np.repeat(np.arange(kv_heads), counts) for counts in counts_LK])
     place_M = np.concatenate([np.arange(count) for count in counts_LK.ravel()])

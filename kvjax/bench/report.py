@@ -48,13 +48,13 @@ class Settings:
         """`full`, then the methods."""
         found = []
         for name in ("full", *self.methods):
-            method, layout, quantise, *more = [*name.split("/"), None, None]
+            method, layout, quantize, *more = [*name.split("/"), None, None]
             if any(more):
                 raise ValueError(
                     f"--methods {name}, expected METHOD, METHOD/LAYOUT or /LAYOUT/int8"
                 )
             found.append(
-                CompressionConfig.named(method, self.budget, layout=layout, quantise=quantise)
+                CompressionConfig.named(method, self.budget, layout=layout, quantize=quantize)
             )
         return found
 

@@ -72,5 +72,5 @@ def _one_layer(k_BTKH, v_BTKH, probe, lengths, *, config):
 
 def label(config: CompressionConfig) -> str:
     """The method, and where they are set its layout and its entries' dtype."""
-    parts = [config.method, config.layout, config.quantise]
+    parts = [config.method, config.layout, config.quantize]
     return "/".join(part for part in parts if part)

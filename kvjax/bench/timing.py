@@ -20,9 +20,7 @@ class Timing(NamedTuple):
     runs: int
 
 
-def timed(
-    function: Callable, *arrays: Any, repeats: int = 5, per: int = 1, **settings: Any
-) -> tuple[Timing, Any]:
+def timed(function: Callable, *arrays: Any, repeats: int = 5, per: int = 1) -> tuple[Timing, Any]:
     """Time a function that is compiled beforehand and run once to warm up; its result comes too.
 
     Args:
@@ -30,9 +28,8 @@ def timed(
       arrays: its arguments.
       repeats: timed runs, >= 1.
       per: steps that the function does; the seconds are those of one.
-      settings: of `jax.jit`.
     """
-    compiled = jax.jit(function, **settings).lower(*arrays).compile()
+    compiled = jax.jit(function).lower(*arrays).compile()
     out = jax.block_until_ready(compiled(*arrays))
     seconds = []
     for _ in range(repeats):

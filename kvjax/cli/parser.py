@@ -169,7 +169,7 @@ def _method_flags(parser: Parser) -> None:
     add("--head-cap", type=whole(1), metavar="N", help="Ada-KV: most entries of a head (no cap)")
     add("--group", choices=("mean", "max"), help="over the query heads of a KV head (mean)")
     add("--layout", choices=("padded", "packed"), help="of the cache (packed where it saves bytes)")
-    add("--quantise", choices=("int8",), help="store what is kept in 8 bits (the model's dtype)")
+    add("--quantize", choices=("int8",), help="store what is kept in 8 bits (the model's dtype)")
     add("--reduce", choices=("mean", "sum"), help="over the window's queries (mean)")
     add(
         "--profile",

@@ -12,7 +12,7 @@ from kvjax.rows import largest
 from kvjax.sampling import Sampling
 
 _OPTIONAL = (
-    "window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout", "quantise"
+    "window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout", "quantize"
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def announce(config: CompressionConfig, lengths: Sequence[int]) -> None:
         "beta": config.compresses and config.layers == "pyramid",
         "profile": config.profile is not None,
         "layout": config.layout is not None,
-        "quantise": config.quantise is not None,
+        "quantize": config.quantize is not None,
     }
     line = " ".join(f"{name}={shown[name]}" for name, shows in effective.items() if shows)
     print(line, file=sys.stderr, flush=True)

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from kvjax import stages
 from kvjax.ahead import TARGETS, TPUS, compile_for, devices, missing
 from kvjax.bench.presets import preset
-from kvjax.cache import with_room
 from kvjax.config import CompressionConfig
 from kvjax.kernels import decode_attention, window_scores
 from kvjax.kernels.shapes import SHAPES, Shape
 from kvjax.models.decoder import Decoder
+from kvjax.programs import generate_program
 
 KERNELS = ("pool_attention", "window_scores", "accumulated_scores")
 LAYERS = 4  # of the pool that attention reads one layer of
@@ -100,11 +100,9 @@ def whole_generate(target: str, topology: str | None, method: str) -> dict[str, 
     rules = stages.greedy_rules()
 
     def run(model, tokens, lengths):
-        key = jax.random.key(0)
-        logits, cache = stages.prefill_compress(model, tokens, lengths, key, compression)
-        answer = stages.start_answer(logits, tokens, lengths, key, rules, NEW)
-        room = with_room(cache, NEW)
-        return stages.decode(model, room, answer, rules, NEW - 1)[1].tokens
+        key, sizes = jax.random.key(0), {"new_tokens": NEW, "tail_slots": NEW, "whole": False}
+        call = (model, tokens, lengths, key, rules)
+        return generate_program(*call, config=compression, **sizes)[0].tokens
 
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     rows = len(devices(target, topology)) if topology else 1
