@@ -14,14 +14,14 @@ setup: $(VENV)/.installed  ## virtual environment with everything that tests and
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "kvjax needs Python 3.12 or later on the path" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Compilers for TPU and GPU, apart from the environment: where libtpu can be imported, JAX looks for
 # TPUs. Tests that need them are skipped where they cannot be had.
 AHEAD := $(VENV)/ahead
 $(AHEAD)/.installed: constraints.txt $(VENV)/.installed
-	-$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(AHEAD) \
+	-$(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --upgrade --target $(AHEAD) \
 		-c constraints.txt jax-cuda13-pjrt jax-cuda13-plugin jax-triton libtpu triton && touch $@
 
 demo: setup  ## questions about long prompts, answered from every method's cache

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,6 +29,17 @@ def example():
 
 
 @pytest.fixture(scope="module")
+def own(example):
+    """The example's model, and its prefill and step as programs."""
+    from flax import nnx
+
+    decoder = example.Decoder(nnx.Rngs(0))
+    prefill = nnx.jit(example.Decoder.prefill, static_argnums=2)
+    step = nnx.jit(example.Decoder.step)
+    return partial(prefill, decoder), partial(step, decoder)
+
+
+@pytest.fixture(scope="module")
 def model():
     return load_decoder(FIXTURES / "llama2-gqa", progress=False)
 
@@ -46,32 +58,27 @@ def test_the_example_owes_nothing_to_our_models():
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_the_example_decodes_as_without_a_cache(example, layout):
+def test_the_example_decodes_as_without_a_cache(example, own, layout):
     """With everything kept but a slot, each step's logits are those of the whole sequence."""
-    from flax import nnx
-
-    own = example.Decoder(nnx.Rngs(0))
+    prefill, decode = own
     prompt = jax.random.randint(jax.random.key(1), (2, 30), 0, example.VOCAB)
     config = CompressionConfig.named("snapkv", budget=29, window=4, layout=layout)
     kept = CompressionConfig.named("full")
     later = jax.random.randint(jax.random.key(2), (2, 3), 0, example.VOCAB)
-    _, whole = own.prefill(prompt, kept)
-    _, less = own.prefill(prompt, config)
+    _, whole = prefill(prompt, kept)
+    _, less = prefill(prompt, config)
     assert less.nbytes == whole.nbytes * 29 // 30
     for step in range(3):
-        logits, whole = own.step(later[:, step : step + 1], whole)
-        near, less = own.step(later[:, step : step + 1], less)
-        exact, _ = own.prefill(jnp.concatenate([prompt, later[:, : step + 1]], axis=1), kept)
+        logits, whole = decode(later[:, step : step + 1], whole)
+        near, less = decode(later[:, step : step + 1], less)
+        exact, _ = prefill(jnp.concatenate([prompt, later[:, : step + 1]], axis=1), kept)
         np.testing.assert_allclose(logits, exact, atol=1e-4)
         assert 0 < float(jnp.abs(near - exact).max()) < float(jnp.abs(exact).max())
 
 
-def test_several_tokens_at_once_are_several_in_turn(example):
-    from flax import nnx
-
-    own = example.Decoder(nnx.Rngs(0))
+def test_several_tokens_at_once_are_several_in_turn(example, own):
     prompt = jax.random.randint(jax.random.key(1), (1, 40), 0, example.VOCAB)
-    _, cache = own.prefill(prompt, CompressionConfig.named("ada-snapkv", budget=16))
+    _, cache = own[0](prompt, CompressionConfig.named("ada-snapkv", budget=16))
     shape = (1, 3, example.KV_HEADS, example.WIDTH)
     k, v = (jax.random.normal(jax.random.key(i), shape) for i in (3, 4))
     q = jax.random.normal(jax.random.key(5), (1, 3, example.HEADS, example.WIDTH))

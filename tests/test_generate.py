@@ -37,7 +37,8 @@ def joined(pieces):
 
 
 def compressed(model, prompts, config, seed=0):
-    tokens, lengths = pad(prompts)
+    """In the bucket of 64 whatever their lengths: a program a method serves several tests."""
+    tokens, lengths = pad(prompts, 64)
     return prefill_compress_program(model, tokens, lengths, jax.random.key(seed), config=config)
 
 
@@ -75,11 +76,12 @@ def test_budget_of_the_bucket_is_bit_identical_to_full(model, prompts, name):
 
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_prompt_within_the_budget_keeps_every_entry(model, prompts, step_tokens, name):
-    short = [row[:36] for row in prompts]  # bucket 48, budget 40
+    short = [row[:length] for row, length in zip(prompts, (16, 9, 12), strict=True)]
     full = CompressionConfig.named("full")
-    first, cache = compressed(model, short, CompressionConfig.named(name, budget=40))
+    first, cache = compressed(model, short, CompressionConfig.named(name, budget=BUDGET))
     expected_first, expected_cache = compressed(model, short, full)
-    assert stages.kept_entries(cache).tolist() == [[[36, 36]] * 2] * 3
+    assert stages.kept_entries(cache)[:, 0, 0].tolist() == [16, 9, 12]
+    assert (stages.kept_entries(cache) == stages.kept_entries(cache)[:, :1, :1]).all()
     expected = forced(model, expected_cache, step_tokens)
     np.testing.assert_array_equal(first, expected_first)
     np.testing.assert_allclose(forced(model, cache, step_tokens), expected, atol=1e-5, rtol=0)
@@ -123,16 +125,37 @@ def test_nan_in_every_empty_slot_changes_nothing(model, prompts, step_tokens, na
     )
 
 
+def same_entries(one, other):
+    """That two rows of caches hold the same positions in every layer and head."""
+    for mine, theirs in zip(one, other, strict=True):
+        for pair in zip(mine, theirs, strict=True):
+            kept, expected = (np.asarray(head) for head in pair)
+            np.testing.assert_array_equal(kept[kept >= 0], expected[expected >= 0])
+
+
 @pytest.mark.parametrize("name", COMPRESSING)
-def test_a_row_alone_and_in_a_batch(model, prompts, name):
+def test_a_row_beside_any_others(model, prompts, name):
     config = CompressionConfig.named(name, budget=BUDGET)
     together = compressed(model, prompts, config)[1]
-    alone = compressed(model, prompts[1:2], config)[1]  # bucket 48 instead of 64
-    for batch_layer, row_layer in zip(together.layers, alone.layers, strict=True):
-        heads = zip(batch_layer.positions[1], row_layer.positions[0], strict=True)
-        for pair in heads:
-            batch_head, row_head = (np.asarray(head) for head in pair)
-            np.testing.assert_array_equal(batch_head[batch_head >= 0], row_head[row_head >= 0])
+    others = compressed(model, [prompts[1], prompts[0][:5], prompts[0][::-1]], config)[1]
+    same_entries(
+        [layer.positions[1] for layer in together.layers],
+        [layer.positions[0] for layer in others.layers],
+    )
+
+
+@pytest.mark.parametrize("name", ["snapkv", "ada-snapkv", "prefixkv"])
+def test_a_row_alone_in_a_smaller_bucket(model, prompts, name):
+    config = CompressionConfig.named(name, budget=BUDGET)
+    together = compressed(model, prompts, config)[1]
+    tokens, lengths = pad(prompts[1:2])
+    assert tokens.shape == (1, 48)
+    key = jax.random.key(0)
+    alone = prefill_compress_program(model, tokens, lengths, key, config=config)[1]
+    same_entries(
+        [layer.positions[1] for layer in together.layers],
+        [layer.positions[0] for layer in alone.layers],
+    )
 
 
 def test_positions_go_on_from_the_prompt_whatever_was_evicted(model, prompts, step_tokens):

@@ -34,7 +34,7 @@ STEPS = 48
 
 def whole_text_nll(model, text):
     """NLL and likeliest token at every position, from one uncompressed pass."""
-    tokens, lengths = pad([text])
+    tokens, lengths = pad([text], 80)  # one shape for all texts
     x = model.embed(jnp.asarray(tokens))
     for layer in model.layers:
         x, _, _, _ = layer.prefill(x, jnp.asarray(lengths), stages.ProbeRequest())
@@ -44,13 +44,13 @@ def whole_text_nll(model, text):
 
 @jax.jit
 def forced(model, cache, tokens):
-    """Logits after each of one row's tokens, fed one by one."""
+    """Logits after each of every row's tokens, fed one by one."""
 
     def step(cache, token):
-        x, cache = model.extend(token[None, None], jnp.ones(1, jnp.int32), cache)
-        return cache, model.logits(x[:, 0])[0]
+        x, cache = model.extend(token[:, None], jnp.ones_like(token), cache)
+        return cache, model.logits(x[:, 0])
 
-    return jax.lax.scan(step, cache, tokens)[1]
+    return jax.lax.scan(step, with_room(cache, STEPS), tokens.T)[1].swapaxes(0, 1)
 
 
 def test_full_cache_equals_one_forward_pass(model, texts, monkeypatch):
@@ -70,16 +70,16 @@ def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name
     likelihood._score_program.clear_cache()
     config = CompressionConfig.named(name, budget=12)
     scored = kvjax.score(model, texts, PREFIXES, config, positions=True)
-    for text, prefix, mine in zip(texts, PREFIXES, scored, strict=True):
-        tokens, lengths = pad([text[:prefix]])
-        logits, cache = prefill_compress_program(
-            model, tokens, lengths, jax.random.key(0), config=config
-        )
-
-        rest = text[prefix:]
-        padded = jnp.array(rest[:-1] + [0] * (STEPS - len(rest) + 1), jnp.int32)
-        later = forced(model, with_room(cache, STEPS), padded)[: len(rest) - 1]
-        log_probs = np.asarray(jax.nn.log_softmax(jnp.concatenate([logits, later])))
+    pairs = list(zip(texts, PREFIXES, strict=True))
+    tokens, lengths = pad([text[:prefix] for text, prefix in pairs])
+    logits, cache = prefill_compress_program(
+        model, tokens, lengths, jax.random.key(0), config=config
+    )
+    rests = [text[prefix:] for text, prefix in pairs]
+    fed = np.array([rest[:-1] + [0] * (STEPS - len(rest) + 1) for rest in rests], np.int32)
+    later = np.concatenate([logits[:, None], forced(model, cache, fed)], axis=1)
+    for rest, row, mine in zip(rests, later, scored, strict=True):
+        log_probs = np.asarray(jax.nn.log_softmax(row[: len(rest)]))
         np.testing.assert_allclose(mine.nll, -log_probs[np.arange(len(rest)), rest], atol=2e-5)
         assert mine.kept == 12 * 2 * 2 == sum(len(h) for layer in mine.positions for h in layer)
 

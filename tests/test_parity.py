@@ -47,17 +47,24 @@ def forced_steps(model, tokens, lengths, step_tokens):
     return jnp.concatenate([logits[None], later])
 
 
+def unpadded(expected):
+    """The one prompt in every row of the batch's shape, so that both share their programs."""
+    rows, width = expected["batch_tokens"].shape
+    return pad([expected["tokens"][0]] * rows, width)
+
+
 def test_unpadded_prompt(case):
     model, expected = case
-    tokens, lengths = pad(expected["tokens"])
+    tokens, lengths = unpadded(expected)
     logits = np.asarray(prompt_logits(model, tokens, lengths))[0, : lengths[0]]
     np.testing.assert_allclose(logits, expected["logits"], atol=TOLERANCE, rtol=0)
 
 
 def test_unpadded_decode(case):
     model, expected = case
-    tokens, lengths = pad(expected["tokens"])
-    logits = np.asarray(forced_steps(model, tokens, lengths, expected["step_tokens"][None]))[:, 0]
+    tokens, lengths = unpadded(expected)
+    step_tokens = np.stack([expected["step_tokens"]] * len(lengths))
+    logits = np.asarray(forced_steps(model, tokens, lengths, step_tokens))[:, 0]
     np.testing.assert_allclose(logits[0], expected["logits"][-1], atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(logits[1:], expected["step_logits"], atol=TOLERANCE, rtol=0)
 
@@ -66,7 +73,7 @@ def test_left_padded_batch(case):
     model, expected = case
     mask = expected["batch_mask"].astype(bool)
     rows = [tokens[keep] for tokens, keep in zip(expected["batch_tokens"], mask, strict=True)]
-    tokens, lengths = pad(rows)
+    tokens, lengths = pad(rows, max(mask.shape[1], expected["tokens"].shape[1]))
     logits = np.asarray(prompt_logits(model, tokens, lengths))
     real = np.concatenate([row[:length] for row, length in zip(logits, lengths, strict=True)])
     np.testing.assert_allclose(real, expected["batch_logits"], atol=TOLERANCE, rtol=0)

@@ -80,15 +80,19 @@ def test_the_result_is_a_checkpoint_like_any_other(whole):
     assert tokenizer.bos_token == "<s>"
 
 
-def test_a_run_killed_three_times_ends_in_the_same_bits(whole, tmp_path):
+def test_a_run_killed_twice_ends_in_the_same_bits(whole, tmp_path):
     config, out = tmp_path / "small.toml", tmp_path / "run"
     config.write_text(as_toml(SMALL))
     assert load_settings(config) == SMALL
     command = [sys.executable, "-m", "kvjax.cli", "train-tiny", "--config", config, "--out", out]
+    # What the first process compiles the others read.
+    shared = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    shared["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    settings = {"cwd": ROOT, "env": {**os.environ, **shared}}
     rng = np.random.default_rng(0)
     killed = 0
-    for moment in (0.1, 0.4, 0.75):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    for moment in (0.1, 0.5):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **settings)
         wanted = int(moment * len(read_log(whole)))
         while process.poll() is None:
             done = len(read_log(out)) if (out / "log.csv").exists() else 0
@@ -99,8 +103,10 @@ def test_a_run_killed_three_times_ends_in_the_same_bits(whole, tmp_path):
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
-    assert killed >= 2  # the last one may have come to its end first
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert killed >= 1  # the second one may have come to its end first
+    finished = subprocess.run(
+        command, capture_output=True, text=True, check=True, **settings
+    )
     assert finished.stdout.split() == [str(out / "model"), str(out / "log.png")]
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name

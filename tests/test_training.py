@@ -1,6 +1,7 @@
 """The forward pass of training: differentiable, equal to prefill; checkpoints written and read."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -39,11 +40,11 @@ def test_blockwise_attention_and_its_gradient(tokens, window):
         return (out * weight).sum()
 
     np.testing.assert_allclose(
-        training_attention(q, k, v, window=window),
+        jax.jit(partial(training_attention, window=window))(q, k, v),
         jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local),
         atol=2e-6,
     )
-    mine, theirs = (jax.grad(f, (0, 1, 2))(q, k, v) for f in (ours, plain))
+    mine, theirs = (jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (ours, plain))
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
         assert np.isfinite(a).all()
@@ -55,10 +56,10 @@ def test_forward_pass_is_prefill(name):
     model = load_decoder(FIXTURES / name, progress=False)
     tokens = np.random.default_rng(0).integers(3, 80, (2, 33))
     tokens = jnp.asarray(tokens, jnp.int32)
-    logits = model(tokens)
+    logits = jax.jit(lambda model: model(tokens))(model)
+    prefill = jax.jit(lambda lengths: stages.prefill(model, tokens, lengths, ProbeRequest())[0])
     for length in (33, 20):
-        lengths = jnp.array([length, length], jnp.int32)
-        last, *_ = stages.prefill(model, tokens, lengths, ProbeRequest())
+        last = prefill(jnp.array([length, length], jnp.int32))
         np.testing.assert_allclose(logits[:, length - 1], last, atol=1e-4)
 
 
