@@ -104,9 +104,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(whole, tmp_path):
             os.kill(process.pid, signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
     assert killed >= 1  # the second one may have come to its end first
-    finished = subprocess.run(
-        command, capture_output=True, text=True, check=True, **settings
-    )
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, **settings)
     assert finished.stdout.split() == [str(out / "model"), str(out / "log.png")]
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
