@@ -92,4 +92,8 @@ class Attention(nnx.Module):
         )
 
     def _output(self, out_BTNH):
-        return with_bias(jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o_NHD[...]), self.o_bias_D)
+        # One axis for N and H: XLA would contract H first and on a CPU transpose the weights for it,
+        # at every decode step.
+        out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
+        o_XD = self.o_NHD[...].reshape(out_BTX.shape[-1], -1)
+        return with_bias(out_BTX @ o_XD, self.o_bias_D)
