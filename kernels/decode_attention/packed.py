@@ -85,7 +85,10 @@ def _partial(q_BTNE, pool, slots_BM, rules):
     heads, head_dim = q_BTNE.shape[2], q_BTNE.shape[3] // 2
     if scales_BM:  # int8 entries: whole numbers in the query's dtype, exactly
         entries_BME = entries_BME.astype(q_BTNE.dtype)
-    s_BTNM = jnp.einsum("BTNE,BME->BTNM", q_BTNE, entries_BME, preferred_element_type=jnp.float32)
+    # Entries first: the other way round a CPU's matrix product wants them transposed, a copy of the
+    # layer at every step.
+    s_BMTN = jnp.einsum("BME,BTNE->BMTN", entries_BME, q_BTNE, preferred_element_type=jnp.float32)
+    s_BTNM = s_BMTN.transpose(0, 2, 3, 1)
     s_BTNM = s_BTNM * head_dim**-0.5
     if scales_BM:
         s_BTNM = s_BTNM * scales_BM[0][:, None, None]

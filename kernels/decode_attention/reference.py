@@ -31,7 +31,8 @@ def decode_attention(
     if heads % kv_heads:
         raise ValueError(f"k has {kv_heads} heads, expected a divisor of q's {heads}")
     q_BKGTH = q.reshape(batch, tokens, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    s_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k, preferred_element_type=jnp.float32)
+    s_BKSGT = jnp.einsum("BKSH,BKGTH->BKSGT", k, q_BKGTH, preferred_element_type=jnp.float32)
+    s_BKGTS = s_BKSGT.transpose(0, 1, 3, 4, 2)
     s_BKGTS = s_BKGTS * head_dim**-0.5  # in fp32, not in q's dtype
     seen_BKTS = filled[:, :, None] & visible
     s_BKGTS = jnp.where(seen_BKTS[:, :, None], s_BKGTS, -jnp.inf)
