@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         )
 
     def _output(self, out_BTNH):
-        # One axis for N and H: XLA would contract H first and on a CPU transpose the weights for it,
+        # One axis for N and H: of two, XLA contracts H first, and a CPU then transposes the weights
         # at every decode step.
         out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
         o_XD = self.o_NHD[...].reshape(out_BTX.shape[-1], -1)

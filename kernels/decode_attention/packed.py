@@ -29,8 +29,6 @@ def pool_attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `kvjax.kernels.decode_attention`."""
     rules = (query_positions, start, end, kv_heads, window, dead)
-    # Zeros beside the query: keys and values are read as they lie, side by side.
-    q_BTNE = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)
     pool: tuple[Array, ...] = (entries, owners, positions)
     if scales is not None:
         pool = *pool, scales[:, 0], scales[:, 1]
@@ -38,61 +36,67 @@ def pool_attention(
         first, last = region
         pool = tuple(x[:, first:last] for x in pool)
         slots_BM = jnp.broadcast_to(jnp.arange(first, last), pool[1].shape)
-        peak, total, o_BTNE = _partial(q_BTNE, pool, slots_BM, rules)
+        peak, total, o_BTNH = _partial(q, pool, slots_BM, rules)
     else:
-        peak, total, o_BTNE = _blocks(q_BTNE, pool, rules)
-    o_BTNH = o_BTNE[..., q.shape[-1] :] / jnp.where(total > 0, total, 1.0)[..., None]
+        peak, total, o_BTNH = _blocks(q, pool, rules)
+    o_BTNH = o_BTNH / jnp.where(total > 0, total, 1.0)[..., None]
     return o_BTNH, jnp.where(total > 0, peak, 0.0) + jnp.log(total)
 
 
-def _blocks(q_BTNE, pool, rules):
+def _blocks(q_BTNH, pool, rules):
     """Online softmax over as many blocks as the longest row needs."""
     _, start, end, *_ = rules
     slots = pool[0].shape[1]
     block = min(BLOCK, slots)
 
     def step(index, carry):
-        peak, total, o_BTNE = carry
+        peak, total, o_BTNH = carry
         wanted_B = start + index * block
         offset_B = jnp.clip(wanted_B, 0, slots - block)
         cut = jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, block))
         slots_BM = offset_B[:, None] + jnp.arange(block)
         # A block that the pool's end pushed back does not count its first slots again.
         slots_BM = jnp.where(slots_BM >= wanted_B[:, None], slots_BM, slots)
-        part = _partial(q_BTNE, tuple(cut(x, offset_B) for x in pool), slots_BM, rules)
+        part = _partial(q_BTNH, tuple(cut(x, offset_B) for x in pool), slots_BM, rules)
         top = jnp.maximum(peak, part[0])
         safe = jnp.where(top == -jnp.inf, 0.0, top)
         old, new = jnp.exp(peak - safe), jnp.exp(part[0] - safe)
         return (
             top,
             total * old + part[1] * new,
-            o_BTNE * old[..., None] + part[2] * new[..., None],
+            o_BTNH * old[..., None] + part[2] * new[..., None],
         )
 
-    shape = q_BTNE.shape[:-1]
+    shape = q_BTNH.shape[:-1]
     nothing = (
         jnp.full(shape, -jnp.inf, jnp.float32),
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros(q_BTNE.shape, jnp.float32),
+        jnp.zeros(q_BTNH.shape, jnp.float32),
     )
     return lax.fori_loop(0, (end - start + block - 1).max() // block, step, nothing)
 
 
-def _partial(q_BTNE, pool, slots_BM, rules):
+def _partial(q_BTNH, pool, slots_BM, rules):
     """(peak, sum of exponentials, weighted sum) over some slots; -inf, 0, 0 where none is seen."""
     entries_BME, owners_BM, positions_BM, *scales_BM = pool
     query_positions, start, end, kv_heads, window, dead = rules
-    heads, head_dim = q_BTNE.shape[2], q_BTNE.shape[3] // 2
+    heads, head_dim = q_BTNH.shape[2:]
+    mine_BM = (owners_BM >= 0) & (slots_BM >= start[:, None]) & (slots_BM < end[:, None])
+    # Values, because 0 * NaN would be NaN. Keys, because XLA takes what is computed once, before the
+    # loop of decode steps, and a bare slice of the pool again in every step.
+    k_BMH, v_BMH = (
+        jnp.where(mine_BM[..., None], half, 0)
+        for half in (entries_BME[..., :head_dim], entries_BME[..., head_dim:])
+    )
     if scales_BM:  # int8 entries: whole numbers in the query's dtype, exactly
-        entries_BME = entries_BME.astype(q_BTNE.dtype)
+        k_BMH, v_BMH = k_BMH.astype(q_BTNH.dtype), v_BMH.astype(q_BTNH.dtype)
     # Entries first: the other way round a CPU's matrix product wants them transposed, a copy of the
     # layer at every step.
-    s_BMTN = jnp.einsum("BME,BTNE->BMTN", entries_BME, q_BTNE, preferred_element_type=jnp.float32)
+    s_BMTN = jnp.einsum("BMH,BTNH->BMTN", k_BMH, q_BTNH, preferred_element_type=jnp.float32)
     s_BTNM = s_BMTN.transpose(0, 2, 3, 1)
     s_BTNM = s_BTNM * head_dim**-0.5
     if scales_BM:
         s_BTNM = s_BTNM * scales_BM[0][:, None, None]
-    mine_BM = (owners_BM >= 0) & (slots_BM >= start[:, None]) & (slots_BM < end[:, None])
     distance_BTM = query_positions[..., None] - positions_BM[:, None]
     seen_BTM = mine_BM[:, None] & (distance_BTM >= 0)
     if window is not None:
@@ -110,11 +114,7 @@ def _partial(q_BTNE, pool, slots_BM, rules):
     total_BTN = p_BTNM.sum(-1)
     if scales_BM:
         p_BTNM = jnp.where(seen_BTNM, p_BTNM * scales_BM[1][:, None, None], 0.0)
-    clean_BME = jnp.where(mine_BM[..., None], entries_BME, 0)  # 0 * NaN would be NaN
-    o_BTNE = jnp.einsum(
-        "BTNM,BME->BTNE",
-        p_BTNM.astype(clean_BME.dtype),
-        clean_BME,
-        preferred_element_type=jnp.float32,
+    o_BTNH = jnp.einsum(
+        "BTNM,BMH->BTNH", p_BTNM.astype(v_BMH.dtype), v_BMH, preferred_element_type=jnp.float32
     )
-    return peak_BTN, total_BTN, o_BTNE
+    return peak_BTN, total_BTN, o_BTNH
