@@ -1,6 +1,8 @@
 """Grouped-query attention over a prompt (prefill) and over the cache (extend).
 
-B batch, T tokens, N query heads, K KV heads, H head dim, D model dim, W observed queries.
+B batch, T tokens, N query heads, K KV heads, H head dim, D model dim, W observed queries; X = N H
+and Y = K H, heads side by side. Weights are matrices: of weights with three axes a TPU makes copies
+in another layout before it multiplies, and a CPU before it contracts two of them.
 """
 
 from functools import partial
@@ -27,14 +29,14 @@ class Attention(nnx.Module):
         self.config = config
         self.layer = layer
         self.window = config.sliding_windows[layer]
-        self.q_DNH = parameter(rngs, (d, n, h), d, dtype)
-        self.k_DKH = parameter(rngs, (d, k, h), d, dtype)
-        self.v_DKH = parameter(rngs, (d, k, h), d, dtype)
-        self.o_NHD = parameter(rngs, (n, h, d), n * h, dtype)
+        self.q_DX = parameter(rngs, (d, n * h), d, dtype)
+        self.k_DY = parameter(rngs, (d, k * h), d, dtype)
+        self.v_DY = parameter(rngs, (d, k * h), d, dtype)
+        self.o_XD = parameter(rngs, (n * h, d), n * h, dtype)
         bias = config.qkv_bias
-        self.q_bias_NH = nnx.Param(jnp.zeros((n, h), dtype)) if bias else None
-        self.k_bias_KH = nnx.Param(jnp.zeros((k, h), dtype)) if bias else None
-        self.v_bias_KH = nnx.Param(jnp.zeros((k, h), dtype)) if bias else None
+        self.q_bias_X = nnx.Param(jnp.zeros((n * h,), dtype)) if bias else None
+        self.k_bias_Y = nnx.Param(jnp.zeros((k * h,), dtype)) if bias else None
+        self.v_bias_Y = nnx.Param(jnp.zeros((k * h,), dtype)) if bias else None
         self.o_bias_D = nnx.Param(jnp.zeros((d,), dtype)) if config.o_bias else None
         norm = partial(RMSNorm, h, config.rms_norm_eps, axis="H", dtype=dtype)
         self.q_norm = norm() if config.qk_norm else None
@@ -76,12 +78,10 @@ class Attention(nnx.Module):
         return self._output(out_BTNH), cache
 
     def _project(self, x_BTD, positions_BT):
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH[...])
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH[...])
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH[...])
-        q_BTNH = with_bias(q_BTNH, self.q_bias_NH)
-        k_BTKH = with_bias(k_BTKH, self.k_bias_KH)
-        v_BTKH = with_bias(v_BTKH, self.v_bias_KH)
+        heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
+        q_BTNH = with_bias(x_BTD @ self.q_DX[...], self.q_bias_X).reshape(heads)
+        k_BTKH = with_bias(x_BTD @ self.k_DY[...], self.k_bias_Y).reshape(heads)
+        v_BTKH = with_bias(x_BTD @ self.v_DY[...], self.v_bias_Y).reshape(heads)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         frequencies = rope_frequencies(self.config)
@@ -92,8 +92,5 @@ class Attention(nnx.Module):
         )
 
     def _output(self, out_BTNH):
-        # One axis for N and H: of two, XLA contracts H first, and a CPU then transposes the weights
-        # at every decode step.
         out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-        o_XD = self.o_NHD[...].reshape(out_BTX.shape[-1], -1)
-        return with_bias(out_BTX @ o_XD, self.o_bias_D)
+        return with_bias(out_BTX @ self.o_XD[...], self.o_bias_D)

@@ -35,9 +35,7 @@ def save_decoder(
         for part in spec.attribute.split("."):
             value = value[int(part)] if part.isdigit() else getattr(value, part)
         array = np.asarray(value[...]).astype(jnp.dtype(dtype))
-        if spec.transposed:
-            array = array.reshape(spec.file_shape[::-1]).T
-        tensors[name] = np.ascontiguousarray(array.reshape(spec.file_shape))
+        tensors[name] = np.ascontiguousarray(array.T if spec.transposed else array)
     path = folder / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")

@@ -5,7 +5,7 @@ weights are made first, and a tensor's host copies are freed before the next is 
 memory is the model (on a CPU backend; elsewhere nothing) plus one tensor, as read and as laid out;
 pages of the mapped files, which the system can drop at any time, are not counted.
 
-Axes: V vocabulary, D model dim, N query heads, K KV heads, H head dim, F MLP dim.
+Axes: V vocabulary, D model dim, F MLP dim, H head dim; X = N H query heads, Y = K H KV heads.
 """
 
 import dataclasses
@@ -26,29 +26,29 @@ from tqdm import tqdm
 from kvjax.models.config import ModelConfig, load_config
 from kvjax.models.decoder import Decoder
 
-# Tensor in the file, attribute of the decoder, axes in the file (those of one file axis written
-# together), flag without which the model lacks it. The attribute's suffix is the order in memory.
+# Tensor in the file, attribute of the decoder, axes in the file, flag without which the model lacks
+# it. The attribute's suffix is the order in memory.
 _MODEL = (
-    ("model.embed_tokens.weight", "embed.table_VD", "V D", ""),
+    ("model.embed_tokens.weight", "embed.table_VD", "VD", ""),
     ("model.norm.weight", "final_norm.scale_D", "D", ""),
-    ("lm_head.weight", "head_DV", "V D", "untied"),
+    ("lm_head.weight", "head_DV", "VD", "untied"),
 )
 _LAYER = (
     ("input_layernorm.weight", "attention_norm.scale_D", "D", ""),
-    ("self_attn.q_proj.weight", "attention.q_DNH", "NH D", ""),
-    ("self_attn.k_proj.weight", "attention.k_DKH", "KH D", ""),
-    ("self_attn.v_proj.weight", "attention.v_DKH", "KH D", ""),
-    ("self_attn.o_proj.weight", "attention.o_NHD", "D NH", ""),
-    ("self_attn.q_proj.bias", "attention.q_bias_NH", "NH", "qkv_bias"),
-    ("self_attn.k_proj.bias", "attention.k_bias_KH", "KH", "qkv_bias"),
-    ("self_attn.v_proj.bias", "attention.v_bias_KH", "KH", "qkv_bias"),
+    ("self_attn.q_proj.weight", "attention.q_DX", "XD", ""),
+    ("self_attn.k_proj.weight", "attention.k_DY", "YD", ""),
+    ("self_attn.v_proj.weight", "attention.v_DY", "YD", ""),
+    ("self_attn.o_proj.weight", "attention.o_XD", "DX", ""),
+    ("self_attn.q_proj.bias", "attention.q_bias_X", "X", "qkv_bias"),
+    ("self_attn.k_proj.bias", "attention.k_bias_Y", "Y", "qkv_bias"),
+    ("self_attn.v_proj.bias", "attention.v_bias_Y", "Y", "qkv_bias"),
     ("self_attn.o_proj.bias", "attention.o_bias_D", "D", "o_bias"),
     ("self_attn.q_norm.weight", "attention.q_norm.scale_H", "H", "qk_norm"),
     ("self_attn.k_norm.weight", "attention.k_norm.scale_H", "H", "qk_norm"),
     ("post_attention_layernorm.weight", "mlp_norm.scale_D", "D", ""),
-    ("mlp.gate_proj.weight", "mlp.gate_DF", "F D", ""),
-    ("mlp.up_proj.weight", "mlp.up_DF", "F D", ""),
-    ("mlp.down_proj.weight", "mlp.down_FD", "D F", ""),
+    ("mlp.gate_proj.weight", "mlp.gate_DF", "FD", ""),
+    ("mlp.up_proj.weight", "mlp.up_DF", "FD", ""),
+    ("mlp.down_proj.weight", "mlp.down_FD", "DF", ""),
     ("mlp.gate_proj.bias", "mlp.gate_bias_F", "F", "mlp_bias"),
     ("mlp.up_proj.bias", "mlp.up_bias_F", "F", "mlp_bias"),
     ("mlp.down_proj.bias", "mlp.down_bias_D", "D", "mlp_bias"),
@@ -62,11 +62,11 @@ class TensorSpec:
     """What one tensor of a checkpoint has to be, and where it goes.
 
     Attributes:
-      attribute: dotted path in the decoder, such as "layers.3.attention.q_DNH".
-      axes: its axes in memory, one letter each, such as "DNH".
+      attribute: dotted path in the decoder, such as "layers.3.attention.q_DX".
+      axes: its axes in memory, one letter each, such as "DX".
       shape: its shape in memory.
       file_shape: its shape in the file.
-      transposed: whether the matrix in the file is transposed before it takes `shape`.
+      transposed: whether the matrix in the file is the transpose of the one in memory.
     """
 
     attribute: str
@@ -81,28 +81,28 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     sizes = {
         "V": config.vocab_size,
         "D": config.hidden_size,
-        "N": config.num_heads,
-        "K": config.num_kv_heads,
+        "X": config.num_heads * config.head_dim,
+        "Y": config.num_kv_heads * config.head_dim,
         "H": config.head_dim,
         "F": config.intermediate_size,
     }
     rows = list(_MODEL) + [
-        (f"model.layers.{layer}.{name}", f"layers.{layer}.{attribute}", groups, flag)
+        (f"model.layers.{layer}.{name}", f"layers.{layer}.{attribute}", file_axes, flag)
         for layer in range(config.num_layers)
-        for name, attribute, groups, flag in _LAYER
+        for name, attribute, file_axes, flag in _LAYER
     ]
     flags = {name: getattr(config, name) for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")}
     flags |= {"": True, "untied": not config.tie_word_embeddings}
     specs = {}
-    for name, attribute, groups, flag in rows:
+    for name, attribute, file_axes, flag in rows:
         if flags[flag]:
-            axes, sides = attribute.rsplit("_", 1)[1], groups.split()
+            axes = attribute.rsplit("_", 1)[1]
             specs[name] = TensorSpec(
                 attribute=attribute,
                 axes=axes,
                 shape=tuple(sizes[axis] for axis in axes),
-                file_shape=tuple(math.prod(sizes[axis] for axis in group) for group in sides),
-                transposed="".join(sides) != axes,
+                file_shape=tuple(sizes[axis] for axis in file_axes),
+                transposed=file_axes != axes,
             )
     return specs
 
@@ -196,7 +196,7 @@ def _lay_out(raw: np.ndarray, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
                 array[:, rows] = raw[rows].T
             else:
                 array[rows] = raw[rows]
-    return array.reshape(spec.shape)
+    return array
 
 
 def _parameter(decoder: Decoder, attribute: str) -> nnx.Param:

@@ -75,14 +75,12 @@ def expected(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         p, a = f"model.layers.{layer}", f"layers.{layer}"
         moved[f"{a}.attention_norm.scale_D"] = hf[f"{p}.input_layernorm.weight"]
         moved[f"{a}.mlp_norm.scale_D"] = hf[f"{p}.post_attention_layernorm.weight"]
-        for x, heads, axes in (("q", N, "NH"), ("k", K, "KH"), ("v", K, "KH")):
-            matrix = hf[f"{p}.self_attn.{x}_proj.weight"].reshape(heads, H, D)
-            moved[f"{a}.attention.{x}_D{axes}"] = np.transpose(matrix, (2, 0, 1))
-            if f"{p}.self_attn.{x}_proj.bias" in hf:
+        for x, axes in (("q", "DX"), ("k", "DY"), ("v", "DY"), ("o", "XD")):
+            matrix = hf[f"{p}.self_attn.{x}_proj.weight"]
+            moved[f"{a}.attention.{x}_{axes}"] = np.swapaxes(matrix, 0, 1)
+            if x != "o" and f"{p}.self_attn.{x}_proj.bias" in hf:
                 bias = hf[f"{p}.self_attn.{x}_proj.bias"]
-                moved[f"{a}.attention.{x}_bias_{axes}"] = bias.reshape(heads, H)
-        matrix = hf[f"{p}.self_attn.o_proj.weight"].reshape(D, N, H)
-        moved[f"{a}.attention.o_NHD"] = np.transpose(matrix, (1, 2, 0))
+                moved[f"{a}.attention.{x}_bias_{axes[1]}"] = bias
         for x, axes in (("gate", "DF"), ("up", "DF"), ("down", "FD")):
             moved[f"{a}.mlp.{x}_{axes}"] = np.swapaxes(hf[f"{p}.mlp.{x}_proj.weight"], 0, 1)
             if f"{p}.mlp.{x}_proj.bias" in hf:
@@ -147,10 +145,10 @@ def test_projections_compute_what_transformers_computes(tmp_path):
     x_TD = np.random.default_rng(1).standard_normal((5, D)).astype(np.float32)
     p = "model.layers.1.self_attn"
     theirs = x_TD @ hf[f"{p}.q_proj.weight"].T + hf[f"{p}.q_proj.bias"]
-    q_TNH = jnp.einsum("TD,DNH->TNH", x_TD, attention.q_DNH[...]) + attention.q_bias_NH[...]
-    np.testing.assert_allclose(q_TNH.reshape(5, N * H), theirs, atol=1e-4)
-    theirs = np.asarray(q_TNH).reshape(5, N * H) @ hf[f"{p}.o_proj.weight"].T
-    out_TD = jnp.einsum("TNH,NHD->TD", q_TNH, attention.o_NHD[...])
+    q_TX = x_TD @ attention.q_DX[...] + attention.q_bias_X[...]
+    np.testing.assert_allclose(q_TX, theirs, atol=1e-4)
+    theirs = np.asarray(q_TX) @ hf[f"{p}.o_proj.weight"].T
+    out_TD = q_TX @ attention.o_XD[...]
     np.testing.assert_allclose(out_TD, theirs, atol=1e-3)
 
 
@@ -184,7 +182,7 @@ def test_specs_describe_file_and_decoder(tmp_path, case):
     assert {spec.attribute: spec.shape for spec in specs.values()} == {
         name: array.shape for name, array in leaves(decoder).items()
     }
-    sizes = {"V": V, "D": D, "N": N, "K": K, "H": H, "F": F}
+    sizes = {"V": V, "D": D, "X": N * H, "Y": K * H, "H": H, "F": F}
     assert all(spec.shape == tuple(sizes[axis] for axis in spec.axes) for spec in specs.values())
 
 

@@ -30,16 +30,8 @@ from kvjax.tiny.batches import Batch, loss_weights, training_batch
 from kvjax.tiny.settings import Settings
 from kvjax.tiny.vocabulary import tokenizer
 
-# Which axes of a weight are a matrix's rows and columns, for Muon; the rest is left to Adam.
-_MATRICES = {
-    "q_DNH": ((0,), (1, 2)),
-    "k_DKH": ((0,), (1, 2)),
-    "v_DKH": ((0,), (1, 2)),
-    "o_NHD": ((0, 1), (2,)),
-    "gate_DF": ((0,), (1,)),
-    "up_DF": ((0,), (1,)),
-    "down_FD": ((0,), (1,)),
-}
+# The layers' matrices are for Muon; the rest is left to Adam.
+_MATRICES = ("q_DX", "k_DY", "v_DY", "o_XD", "gate_DF", "up_DF", "down_FD")
 _EVALUATION_SEED, _EVALUATED = 1_000_003, 16  # documents a task
 
 
@@ -65,8 +57,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
     def matrices(params: Any) -> Any:
         def axes(path, _):
-            found = _MATRICES.get(path[-1].key)
-            return found and optax.contrib.MuonDimensionNumbers(*found)
+            return optax.contrib.MuonDimensionNumbers() if path[-1].key in _MATRICES else None
 
         return jax.tree_util.tree_map_with_path(axes, params)
 
