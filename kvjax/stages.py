@@ -21,6 +21,9 @@ from kvjax.sampling import Sampling, Switches, Values, sample
 # A question or a scored text longer than this runs against the cache in several blocks, so that
 # its scores never span the whole of it.
 BLOCK = 128
+# Rows of a batch with more tokens than this are prefilled and compressed in groups, one after the
+# other, so that a large batch needs no more memory on the way than one of its groups.
+TOKENS_AT_ONCE = 16_384
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -85,11 +88,48 @@ def prefill_compress(
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
     config: CompressionConfig,
+    *,
+    together: bool = False,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Prefill and compress layer by layer: a layer is packed before the next one runs.
+    """Prefill and compress a batch of prompts, in groups of rows where it is large.
 
     The logits, and so the first token, come from the uncompressed prompt. The tail has no slots.
+
+    Args:
+      model: the decoder.
+      tokens: prompts padded on the right.
+      lengths: their real tokens.
+      key: of the `random` scorer; with one for each row rows draw differently.
+      config: what is kept.
+      together: all rows at once, however many: for a batch that is sharded over devices.
     """
+    batch, width = tokens.shape
+    groups = 1 if together else _groups(batch, width)
+    if groups == 1:
+        return _prefill_compress(model, tokens, lengths, key, config)
+
+    def one(group):
+        tokens, lengths, *own = group
+        return _prefill_compress(model, tokens, lengths, *(own or [key]), config)
+
+    per_row = (tokens, lengths, key) if key.ndim else (tokens, lengths)
+    split = [x.reshape(groups, batch // groups, *x.shape[1:]) for x in per_row]
+    # Everything has a row's axis, but for the cursor of the tail.
+    return jax.tree.map(
+        lambda x: x.reshape(batch, *x.shape[2:]) if x.ndim > 1 else x[0], lax.map(one, tuple(split))
+    )
+
+
+def _groups(batch: int, tokens: int) -> int:
+    """Fewest equal groups of rows with at most TOKENS_AT_ONCE tokens each, or of one row."""
+    fit = max(1, TOKENS_AT_ONCE // tokens)
+    return next(
+        count for count in range(1, batch + 1) if batch % count == 0 and batch // count <= fit
+    )
+
+
+def _prefill_compress(model, tokens, lengths, key, config):
+    """Layer by layer: a layer is packed before the next one runs."""
     plan = make_plan(config, lengths, tokens.shape[1], model.config.sliding_windows, key)
     request = probe_request(config, tokens.shape[1])
     x_BTD = model.embed(tokens)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import Cache, Probe, ProbeRequest, write_positions
 from kvjax.models.attention import Attention
 from kvjax.models.config import ModelConfig
-from kvjax.models.layers import MLP, RMSNorm, parameter
+from kvjax.models.layers import MLP, RMSNorm, in_parts, parameter
 
 
 class Embedding(nnx.Module):
@@ -49,8 +49,8 @@ class Layer(nnx.Module):
         out_BTD, k_BTKH, v_BTKH, probe = self.attention.prefill(
             self.attention_norm(x_BTD), lengths, request
         )
-        x_BTD = x_BTD + out_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), k_BTKH, v_BTKH, probe
+        x_BTD = in_parts(lambda x: x + self.mlp(self.mlp_norm(x)), x_BTD + out_BTD)
+        return x_BTD, k_BTKH, v_BTKH, probe
 
     def extend(
         self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: Cache

@@ -4,14 +4,21 @@ B batch, T tokens, D model dim, F MLP dim, H head dim.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import ModelConfig, RopeScaling
+
+# A longer prompt goes through the MLP in parts: its activations, F wide, are most of what prefill
+# needs memory for.
+TOKENS_AT_ONCE = 8192
+_LANES = 128  # parts are whole tiles on a TPU
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> nnx.Param:
@@ -51,6 +58,28 @@ class MLP(nnx.Module):
         gate_BTF = with_bias(x_BTD @ self.gate_DF[...], self.gate_bias_F)
         up_BTF = with_bias(x_BTD @ self.up_DF[...], self.up_bias_F)
         return with_bias((jax.nn.silu(gate_BTF) * up_BTF) @ self.down_FD[...], self.down_bias_D)
+
+
+def in_parts(
+    function: Callable[[Array], Array], x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """Apply what treats every token alike, at most TOKENS_AT_ONCE tokens at a time."""
+    batch, tokens, _ = x_BTD.shape
+    parts = -(-tokens * batch // TOKENS_AT_ONCE)
+    if parts == 1:
+        return function(x_BTD)
+    size = -(-tokens // (parts * _LANES)) * _LANES
+
+    def step(part, x_BTD):
+        new = function(lax.dynamic_slice_in_dim(x_BTD, part * size, size, axis=1))
+        return lax.dynamic_update_slice_in_dim(x_BTD, new, part * size, axis=1)
+
+    whole = tokens // size
+    x_BTD = lax.fori_loop(0, whole, step, x_BTD)
+    if whole * size == tokens:
+        return x_BTD
+    rest = function(x_BTD[:, whole * size :])
+    return lax.dynamic_update_slice_in_dim(x_BTD, rest, whole * size, axis=1)
 
 
 def with_bias(x: Array, bias: nnx.Param | None) -> Array:

@@ -10,6 +10,7 @@ import pytest
 import kvjax
 from kvjax import METHODS, CompressionConfig, Sampling, stages
 from kvjax.cache import with_room
+from kvjax.models.layers import in_parts
 from kvjax.models.weights import load_decoder
 from kvjax.programs import generate_program, prefill_compress_program
 from kvjax.prompts import pad
@@ -165,6 +166,53 @@ def test_positions_go_on_from_the_prompt_whatever_was_evicted(model, prompts, st
     _, cache = model.extend(jnp.asarray(step_tokens[:, :1]), jnp.ones(3, jnp.int32), cache)
     assert cache.tail.positions.tolist() == [[64], [41], [52]]
     assert cache.next_positions.tolist() == [65, 42, 53]
+
+
+# ------------------------------------------------------------------------- large batches
+@pytest.mark.parametrize(
+    ("name", "layout"), [("ada-snapkv", "packed"), ("prefixkv", "packed"), ("random", "padded")]
+)
+def test_rows_in_groups_are_rows_together(model, prompts, monkeypatch, name, layout):
+    """Four rows of 64 tokens, two at a time."""
+    config = CompressionConfig.named(name, BUDGET, layout=layout)
+    tokens, lengths = pad([*prompts, prompts[0][::-1]])
+    key = jax.random.key(3)
+    key = jax.random.split(key, 4) if name == "random" else key
+
+    def run(tokens, lengths, key, together):
+        call = (model, tokens, lengths, key, config)
+        return stages.prefill_compress(*call, together=together)
+
+    program = jax.jit(run, static_argnums=3)
+    monkeypatch.setattr(stages, "TOKENS_AT_ONCE", 150)
+    groups, together = (program(tokens, lengths, key, flag) for flag in (False, True))
+    assert jax.tree.structure(groups) == jax.tree.structure(together)
+    for a, b in zip(jax.tree.leaves(groups), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_groups_are_equal_and_as_few_as_fit():
+    limit = stages.TOKENS_AT_ONCE
+    assert [stages._groups(*size) for size in ((1, 9 * limit), (4, limit // 4), (4, limit))] == [
+        1, 1, 4,
+    ]  # fmt: skip
+    assert stages._groups(6, limit // 4) == 2  # three rows twice
+    assert stages._groups(7, limit // 4) == 7
+
+
+@pytest.mark.parametrize("tokens", [100, 256, 300])
+def test_a_long_prompt_in_parts(monkeypatch, tokens):
+    """Whole parts of 128 tokens and what is left."""
+    monkeypatch.setattr("kvjax.models.layers.TOKENS_AT_ONCE", 256)
+    x = jax.random.normal(jax.random.key(0), (2, tokens, 3))
+    sizes = []
+
+    def twice(part):
+        sizes.append(part.shape[1])
+        return 2 * part
+
+    np.testing.assert_array_equal(in_parts(twice, x), 2 * x)
+    assert set(sizes) == {100: {100}, 256: {128}, 300: {128, 44}}[tokens]
 
 
 # ------------------------------------------------------------------------- one program, stages

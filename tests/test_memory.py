@@ -76,7 +76,7 @@ TOKENS, KV_HEADS, HEAD_DIM = 8192, 8, 128
 LAYER = 2 * TOKENS * KV_HEADS * HEAD_DIM * 2  # bytes of one layer's keys and values in bf16
 
 
-def prefill_problem(layers: int):
+def prefill_problem(layers: int, rows: int = 1):
     config = ModelConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -91,27 +91,47 @@ def prefill_problem(layers: int):
         }
     )
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    return model, array((1, TOKENS), jnp.int32), array((1,), jnp.int32)
+    return model, array((rows, TOKENS), jnp.int32), array((rows,), jnp.int32)
 
 
-def test_a_layer_is_packed_before_the_next_one_runs():
-    """Temporaries do not grow with layers, and the peak is one layer's cache and the pool."""
+def packed(model, tokens, lengths):
+    config = CompressionConfig.named("snapkv", 512)
+    return stages.prefill_compress(model, tokens, lengths, jax.random.key(0), config)
+
+
+def test_a_large_batch_needs_no_more_than_a_group_of_its_rows():
+    """Of 16,384 tokens, two rows here; the pool itself is the output."""
+    if (reason := missing("h200")) is not None:
+        pytest.skip(reason)
+    few, many = (
+        compile_for("h200", packed, *prefill_problem(1, rows)).memory_analysis() for rows in (4, 8)
+    )
+    assert many.output_size_in_bytes > 1.9 * few.output_size_in_bytes
+    assert many.temp_size_in_bytes < 1.05 * few.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_temporaries_do_not_grow_with_layers(target):
+    if (reason := missing(target)) is not None:
+        pytest.skip(reason)
+    few, many = (
+        compile_for(target, packed, *prefill_problem(layers)).memory_analysis() for layers in (2, 3)
+    )
+    assert many.temp_size_in_bytes - few.temp_size_in_bytes < 0.1 * LAYER
+
+
+def test_the_peak_is_one_layer_and_the_pool():
     target = "h200"
     if (reason := missing(target)) is not None:
         pytest.skip(reason)
-    config = CompressionConfig.named("snapkv", 512)
-
-    def packed(model, tokens, lengths):
-        return stages.prefill_compress(model, tokens, lengths, jax.random.key(0), config)
 
     def alone(model, tokens, lengths):
         return stages.prefill(model, tokens, lengths, ProbeRequest())[0]
 
-    few, many, without = (
-        compile_for(target, program, *prefill_problem(layers)).memory_analysis()
-        for program, layers in ((packed, 2), (packed, 3), (alone, 3))
+    with_pool, without = (
+        compile_for(target, program, *prefill_problem(2)).memory_analysis()
+        for program in (packed, alone)
     )
-    pool = many.output_size_in_bytes
-    assert many.temp_size_in_bytes - few.temp_size_in_bytes < 0.1 * LAYER
+    pool = with_pool.output_size_in_bytes
     allowed = 1.1 * (LAYER + pool + without.temp_size_in_bytes)
-    assert many.temp_size_in_bytes + pool <= allowed
+    assert with_pool.temp_size_in_bytes + pool <= allowed

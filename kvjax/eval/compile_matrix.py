@@ -100,8 +100,8 @@ def whole_generate(target: str, topology: str | None, method: str) -> dict[str, 
     rules = stages.greedy_rules()
 
     def run(model, tokens, lengths):
-        key, sizes = jax.random.key(0), {"new_tokens": NEW, "tail_slots": NEW, "whole": False}
-        call = (model, tokens, lengths, key, rules)
+        call = (model, tokens, lengths, jax.random.key(0), rules)
+        sizes = {"new_tokens": NEW, "tail_slots": NEW, "whole": False, "together": True}
         return generate_program(*call, config=compression, **sizes)[0].tokens
 
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
