@@ -220,3 +220,35 @@ def test_int8_entries_come_with_scales():
     without = {name: value for name, value in case.items() if name != "scales"}
     with pytest.raises(ValueError, match="entries are int8, expected int8 with scales, or neither"):
         pool_attention(**without, kv_heads=2)
+
+
+# ---------------------------------------------------------------------------- over a mesh
+@pytest.mark.parametrize("with_dead", [False, True])
+@pytest.mark.parametrize("owners", ["any", "one slot", "empty layer"])
+def test_slots_split_over_a_mesh(owners, with_dead):
+    """Over four devices, of which some hold nothing of the layer."""
+    case = make_case(5, owners=owners, tokens=2)
+    dead = make_dead(6, case, 2) if with_dead else None
+    case, dead = jax.tree.map(jnp.asarray, (case, dead))
+    expected = pool_attention(**case, kv_heads=2, dead=dead)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("slots",), auto, devices=jax.devices()[:4])
+    split, whole = jax.P(None, "slots"), jax.P()
+    specs = {name: whole for name in case} | dict.fromkeys(
+        ("entries", "owners", "positions"), split
+    )
+
+    def run(case, dead):
+        return pool_attention(**case, kv_heads=2, dead=dead, axis="slots")
+
+    program = jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=(specs, whole), out_specs=whole, check_vma=False)
+    )
+    for got, wanted in zip(program(case, dead), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+def test_a_split_pool_has_no_region():
+    case = jax.tree.map(jnp.asarray, make_case(0))
+    with pytest.raises(ValueError, match="expected None with axis='slots'"):
+        pool_attention(**case, kv_heads=2, region=(0, 40), axis="slots")

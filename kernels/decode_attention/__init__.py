@@ -6,10 +6,11 @@ B batch, T new tokens, M slots of a pool, N query heads, K KV heads, H head dim,
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention import gpu, packed, tpu
-from kvjax.kernels.decode_attention.reference import decode_attention, merge
+from kvjax.kernels.decode_attention.reference import decode_attention, merge, merge_over
 from kvjax.kernels.platform import Platform, platform
 
 __all__ = ["decode_attention", "merge", "pool_attention"]
@@ -34,6 +35,7 @@ def pool_attention(
     dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
     region: tuple[int, int] | None = None,
+    axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attend new tokens to one layer's slots of a packed pool.
@@ -53,6 +55,8 @@ def pool_attention(
       dead: first and, for each query, one past the last slot of each head that is evicted.
       scales: of int8 entries: what each slot's key and value are multiplied with.
       region: static bounds that hold start and end of every row, where there are any.
+      axis: inside `jax.shard_map`, the mesh axis over whose devices the slots are split into equal
+        runs; start, end and dead count slots of the whole pool, and every device gets the result.
       implementation: "xla", "pallas" (TPU) or "triton" (GPU); by default the platform's own, and
         "xla" where that one cannot take the call.
 
@@ -74,6 +78,10 @@ def pool_attention(
         kernel = _KERNELS.get(implementation)
         if kernel and not kernel.supports(q.shape, entries.dtype):
             implementation = "xla"
+    if axis is not None:
+        if region is not None:
+            raise ValueError(f"region={region}, expected None with axis={axis!r}: slots are split")
+        start, end, dead = _on_this_device(axis, owners.shape[1], start, end, dead)
     arrays = q, query_positions, entries, owners, positions, start, end
     settings: dict[str, Any] = {
         "kv_heads": kv_heads,
@@ -82,7 +90,16 @@ def pool_attention(
         "scales": scales,
     }
     if implementation == "xla":
-        return packed.pool_attention(*arrays, **settings, region=region)
-    if implementation not in _KERNELS:
+        part = packed.pool_attention(*arrays, **settings, region=region)
+    elif implementation in _KERNELS:
+        part = _KERNELS[implementation].pool_attention(*arrays, **settings)
+    else:
         raise ValueError(f"implementation={implementation!r}, expected xla, pallas or triton")
-    return _KERNELS[implementation].pool_attention(*arrays, **settings)
+    return part if axis is None else merge_over(axis, part)
+
+
+def _on_this_device(axis, slots, start, end, dead):
+    """Slots of the whole pool as slots of this device's run of them."""
+    first = lax.axis_index(axis) * slots
+    start, end = (jnp.clip(bound - first, 0, slots) for bound in (start, end))
+    return start, end, dead and (dead[0] - first, dead[1] - first)

@@ -4,6 +4,7 @@ B batch, T new tokens, S slots, N query heads, K KV heads, G = N // K, H head di
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -75,6 +76,19 @@ def merge_weights(
     weights = jnp.exp(lse - safe)
     total = weights.sum(0)
     return weights / jnp.where(total > 0, total, 1.0), safe + jnp.log(total)
+
+
+def merge_over(
+    axis: str, part: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """One attention from the parts that the devices along a mesh axis hold, on all of them."""
+    out, lse = part
+    peak = lax.pmax(lse, axis)
+    safe = jnp.where(peak == -jnp.inf, 0.0, peak)
+    weight = jnp.exp(lse - safe)
+    total = lax.psum(weight, axis)
+    out = lax.psum(weight[..., None] * out, axis)
+    return out / jnp.where(total > 0, total, 1.0)[..., None], safe + jnp.log(total)
 
 
 def query_rows(
