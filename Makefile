@@ -46,7 +46,7 @@ stories: setup  ## stories continued from every method's cache (needs ../shared/
 study: setup  ## the bundled model, measured, about 15 minutes
 	$(RUN) -m kvjax.eval.tiny_study
 
-compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200
+compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 6 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
 bench: setup  ## speed on this machine, about 25 minutes on two cores
