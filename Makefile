@@ -46,12 +46,14 @@ stories: setup  ## stories continued from every method's cache (needs ../shared/
 study: setup  ## the bundled model, measured, about 15 minutes
 	$(RUN) -m kvjax.eval.tiny_study
 
-compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 6 minutes
+compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
+BENCH := $(RUN:python=kvjax) bench
 bench: setup  ## speed on this machine, about 25 minutes on two cores
-	$(RUN:python=kvjax) bench generate --out docs/benchmarks
-	$(RUN:python=kvjax) bench scores --out docs/benchmarks
+	$(BENCH) generate --repeats 3 --out docs/benchmarks
+	$(BENCH) decode --methods snapkv/padded,snapkv/packed,ada-snapkv/packed --repeats 9 --out docs/benchmarks
+	$(BENCH) scores --out docs/benchmarks
 
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

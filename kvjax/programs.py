@@ -15,7 +15,7 @@ from kvjax.config import CompressionConfig
 from kvjax.stages import Answer, Rules
 
 
-@partial(jax.jit, static_argnames=("config", "new_tokens", "tail_slots", "whole", "together"))
+@partial(jax.jit, static_argnames=("config", "new_tokens", "tail_slots", "whole"))
 def generate_program(
     model: Any,
     tokens: Int[Array, "B T"],
@@ -27,14 +27,9 @@ def generate_program(
     new_tokens: int,
     tail_slots: int,
     whole: bool,
-    together: bool = False,
 ) -> tuple[Answer, Int[Array, "B L K"], Cache | None]:
-    """Prefill, compress and decode; the cache comes back, answer included, where `whole`.
-
-    A batch that is sharded over devices is to be prefilled `together`, not in groups of rows.
-    """
-    call = (model, tokens, lengths, key, config)
-    logits, cache = stages.prefill_compress(*call, together=together)
+    """Prefill, compress and decode; the cache comes back, answer included, where `whole`."""
+    logits, cache = stages.prefill_compress(model, tokens, lengths, key, config)
     answer = stages.start_answer(logits, tokens, lengths, key, rules, new_tokens)
     return _finish(model, with_room(cache, tail_slots), answer, rules, whole)
 

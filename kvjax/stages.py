@@ -23,7 +23,7 @@ from kvjax.sampling import Sampling, Switches, Values, sample
 BLOCK = 128
 # Rows of a batch with more tokens than this are prefilled and compressed in groups, one after the
 # other, so that a large batch needs no more memory on the way than one of its groups.
-TOKENS_AT_ONCE = 16_384
+PREFILL_TOKENS = 16_384
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -88,8 +88,6 @@ def prefill_compress(
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
     config: CompressionConfig,
-    *,
-    together: bool = False,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Prefill and compress a batch of prompts, in groups of rows where it is large.
 
@@ -101,10 +99,9 @@ def prefill_compress(
       lengths: their real tokens.
       key: of the `random` scorer; with one for each row rows draw differently.
       config: what is kept.
-      together: all rows at once, however many: for a batch that is sharded over devices.
     """
     batch, width = tokens.shape
-    groups = 1 if together else _groups(batch, width)
+    groups = _groups(batch, width)
     if groups == 1:
         return _prefill_compress(model, tokens, lengths, key, config)
 
@@ -121,8 +118,8 @@ def prefill_compress(
 
 
 def _groups(batch: int, tokens: int) -> int:
-    """Fewest equal groups of rows with at most TOKENS_AT_ONCE tokens each, or of one row."""
-    fit = max(1, TOKENS_AT_ONCE // tokens)
+    """Fewest equal groups of rows with at most PREFILL_TOKENS tokens each, or of one row."""
+    fit = max(1, PREFILL_TOKENS // tokens)
     return next(
         count for count in range(1, batch + 1) if batch % count == 0 and batch // count <= fit
     )

@@ -1,8 +1,8 @@
 """Grouped-query attention over a prompt (prefill) and over the cache (extend).
 
 B batch, T tokens, N query heads, K KV heads, H head dim, D model dim, W observed queries; X = N H
-and Y = K H, heads side by side. Weights are matrices: of weights with three axes a TPU makes copies
-in another layout before it multiplies, and a CPU before it contracts two of them.
+and Y = K H, heads side by side. Weights are matrices: those with three axes compilers copied into
+other layouts, on a CPU at every decode step.
 """
 
 from functools import partial

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from kvjax.models.decoder import Decoder
-from kvjax.models.weights import tensor_specs
+from kvjax.models.weights import parameter_at, tensor_specs
 
 
 def save_decoder(
@@ -31,10 +31,7 @@ def save_decoder(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, spec in tensor_specs(model.config).items():
-        value: Any = model
-        for part in spec.attribute.split("."):
-            value = value[int(part)] if part.isdigit() else getattr(value, part)
-        array = np.asarray(value[...]).astype(jnp.dtype(dtype))
+        array = np.asarray(parameter_at(model, spec.attribute)[...]).astype(jnp.dtype(dtype))
         tensors[name] = np.ascontiguousarray(array.T if spec.transposed else array)
     path = folder / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})

@@ -17,7 +17,7 @@ from kvjax.models.config import ModelConfig, RopeScaling
 
 # A longer prompt goes through the MLP in parts: its activations, F wide, are most of what prefill
 # needs memory for.
-TOKENS_AT_ONCE = 8192
+MLP_TOKENS = 8192
 _LANES = 128  # parts are whole tiles on a TPU
 
 
@@ -63,12 +63,12 @@ class MLP(nnx.Module):
 def in_parts(
     function: Callable[[Array], Array], x_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-    """Apply what treats every token alike, at most TOKENS_AT_ONCE tokens at a time."""
+    """Apply what treats every token alike, to some MLP_TOKENS tokens at a time."""
     batch, tokens, _ = x_BTD.shape
-    parts = -(-tokens * batch // TOKENS_AT_ONCE)
-    if parts == 1:
-        return function(x_BTD)
+    parts = -(-tokens * batch // MLP_TOKENS)
     size = -(-tokens // (parts * _LANES)) * _LANES
+    if size >= tokens:  # also of many short rows
+        return function(x_BTD)
 
     def step(part, x_BTD):
         new = function(lax.dynamic_slice_in_dim(x_BTD, part * size, size, axis=1))

@@ -155,7 +155,7 @@ def load_decoder(
                 for name in file.offset_keys():
                     if name in specs and stored[name].path == path:
                         value = _load_tensor(file, name, specs[name], dtype, path)
-                        _parameter(decoder, specs[name].attribute).set_value(value)
+                        parameter_at(decoder, specs[name].attribute).set_value(value)
                         _free_host_copy(value)
                         bar.update(math.prod(value.shape) * _DTYPES[stored[name].dtype])
     return decoder
@@ -199,7 +199,8 @@ def _lay_out(raw: np.ndarray, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
     return array
 
 
-def _parameter(decoder: Decoder, attribute: str) -> nnx.Param:
+def parameter_at(decoder: Decoder, attribute: str) -> nnx.Param:
+    """The parameter at a dotted path, such as "layers.3.attention.q_DX"."""
     node: Any = decoder
     for part in attribute.split("."):
         node = node[int(part)] if part.isdigit() else getattr(node, part)

@@ -102,7 +102,8 @@ def test_compression_changes_what_is_decoded_but_not_the_first_token(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nan_in_every_empty_slot_changes_nothing(model, prompts, step_tokens, name):
-    _, cache = compressed(model, prompts, CompressionConfig.named(name, budget=BUDGET))
+    rows = [prompts[0], prompts[1][:10], prompts[2]]  # the second one leaves slots empty
+    _, cache = compressed(model, rows, CompressionConfig.named(name, budget=BUDGET))
     cache = with_room(cache, STEPS)
 
     def poison(array, filled):
@@ -119,44 +120,30 @@ def test_nan_in_every_empty_slot_changes_nothing(model, prompts, step_tokens, na
         )
         for layer in cache.layers
     )
-    poisoned = cache.replace(layers=layers, tail=tail)
-    assert any(bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(poisoned.tail.keys))
+    pool = cache.pool
+    if pool is not None:
+        pool = pool.replace(entries=poison(pool.entries, pool.owners >= 0))
+    poisoned = cache.replace(layers=layers, tail=tail, pool=pool)
+    for part in (poisoned.tail.keys, pool or [layer.keys for layer in layers]):
+        assert any(bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(part))
     np.testing.assert_array_equal(
         forced(model, poisoned, step_tokens), forced(model, cache, step_tokens)
     )
 
 
-def same_entries(one, other):
-    """That two rows of caches hold the same positions in every layer and head."""
-    for mine, theirs in zip(one, other, strict=True):
-        for pair in zip(mine, theirs, strict=True):
-            kept, expected = (np.asarray(head) for head in pair)
-            np.testing.assert_array_equal(kept[kept >= 0], expected[expected >= 0])
-
-
 @pytest.mark.parametrize("name", COMPRESSING)
-def test_a_row_beside_any_others(model, prompts, name):
+def test_a_row_alone_and_in_any_batch(model, prompts, name):
     config = CompressionConfig.named(name, budget=BUDGET)
-    together = compressed(model, prompts, config)[1]
-    others = compressed(model, [prompts[1], prompts[0][:5], prompts[0][::-1]], config)[1]
-    same_entries(
-        [layer.positions[1] for layer in together.layers],
-        [layer.positions[0] for layer in others.layers],
-    )
-
-
-@pytest.mark.parametrize("name", ["snapkv", "ada-snapkv", "prefixkv"])
-def test_a_row_alone_in_a_smaller_bucket(model, prompts, name):
-    config = CompressionConfig.named(name, budget=BUDGET)
-    together = compressed(model, prompts, config)[1]
+    _, together = compressed(model, prompts, config)
+    _, others = compressed(model, [prompts[1], prompts[0][:5], prompts[0][::-1]], config)
     tokens, lengths = pad(prompts[1:2])
-    assert tokens.shape == (1, 48)
+    assert tokens.shape == (1, 48)  # a smaller bucket
     key = jax.random.key(0)
-    alone = prefill_compress_program(model, tokens, lengths, key, config=config)[1]
-    same_entries(
-        [layer.positions[1] for layer in together.layers],
-        [layer.positions[0] for layer in alone.layers],
-    )
+    _, alone = prefill_compress_program(model, tokens, lengths, key, config=config)
+    kept = alone.kept_mask(48)[0]
+    assert kept.sum() == 2 * 2 * BUDGET
+    np.testing.assert_array_equal(together.kept_mask(48)[1], kept)
+    np.testing.assert_array_equal(others.kept_mask(48)[0], kept)
 
 
 def test_positions_go_on_from_the_prompt_whatever_was_evicted(model, prompts, step_tokens):
@@ -179,32 +166,34 @@ def test_rows_in_groups_are_rows_together(model, prompts, monkeypatch, name, lay
     key = jax.random.key(3)
     key = jax.random.split(key, 4) if name == "random" else key
 
-    def run(tokens, lengths, key, together):
-        call = (model, tokens, lengths, key, config)
-        return stages.prefill_compress(*call, together=together)
+    def run(tokens, lengths, key, limit):
+        monkeypatch.setattr(stages, "PREFILL_TOKENS", limit)
+        return stages.prefill_compress(model, tokens, lengths, key, config)
 
     program = jax.jit(run, static_argnums=3)
-    monkeypatch.setattr(stages, "TOKENS_AT_ONCE", 150)
-    groups, together = (program(tokens, lengths, key, flag) for flag in (False, True))
+    groups, together = (program(tokens, lengths, key, limit) for limit in (150, 256))
     assert jax.tree.structure(groups) == jax.tree.structure(together)
     for a, b in zip(jax.tree.leaves(groups), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_groups_are_equal_and_as_few_as_fit():
-    limit = stages.TOKENS_AT_ONCE
-    assert [stages._groups(*size) for size in ((1, 9 * limit), (4, limit // 4), (4, limit))] == [
-        1, 1, 4,
-    ]  # fmt: skip
+    limit = stages.PREFILL_TOKENS
+    assert stages._groups(1, 9 * limit) == 1
+    assert stages._groups(4, limit // 4) == 1
+    assert stages._groups(4, limit) == 4
     assert stages._groups(6, limit // 4) == 2  # three rows twice
     assert stages._groups(7, limit // 4) == 7
 
 
-@pytest.mark.parametrize("tokens", [100, 256, 300])
-def test_a_long_prompt_in_parts(monkeypatch, tokens):
-    """Whole parts of 128 tokens and what is left."""
-    monkeypatch.setattr("kvjax.models.layers.TOKENS_AT_ONCE", 256)
-    x = jax.random.normal(jax.random.key(0), (2, tokens, 3))
+@pytest.mark.parametrize(
+    ("rows", "tokens", "parts"),
+    [(2, 100, {100}), (2, 256, {128}), (2, 300, {128, 44}), (9, 64, {64}), (9, 200, {128, 72})],
+)
+def test_a_long_prompt_in_parts(monkeypatch, rows, tokens, parts):
+    """Whole parts of 128 tokens and what is left, however many rows there are."""
+    monkeypatch.setattr("kvjax.models.layers.MLP_TOKENS", 256)
+    x = jax.random.normal(jax.random.key(0), (rows, tokens, 3))
     sizes = []
 
     def twice(part):
@@ -212,7 +201,7 @@ def test_a_long_prompt_in_parts(monkeypatch, tokens):
         return 2 * part
 
     np.testing.assert_array_equal(in_parts(twice, x), 2 * x)
-    assert set(sizes) == {100: {100}, 256: {128}, 300: {128, 44}}[tokens]
+    assert set(sizes) == parts
 
 
 # ------------------------------------------------------------------------- one program, stages

@@ -3,14 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
-from kvjax import METHODS, CompressionConfig, compress, stages
-from kvjax.ahead import compile_for, missing
-from kvjax.cache import Probe, ProbeRequest
+from kvjax import METHODS, CompressionConfig, compress
+from kvjax.ahead import missing
+from kvjax.cache import Probe
 from kvjax.compress import probe_request
-from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import Decoder
+from kvjax.eval.compile_matrix import LAYER_BYTES, layer_growth, packing
 
 COMPRESSING = [name for name in METHODS if name != "full"]
 array = jax.ShapeDtypeStruct
@@ -72,40 +70,11 @@ def test_compilers_count_the_same_bytes(name):
 
 
 # ---------------------------------------------------------------------------- on accelerators
-TOKENS, KV_HEADS, HEAD_DIM = 8192, 8, 128
-LAYER = 2 * TOKENS * KV_HEADS * HEAD_DIM * 2  # bytes of one layer's keys and values in bf16
-
-
-def prefill_problem(layers: int, rows: int = 1):
-    config = ModelConfig.from_hf(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 512,
-            "hidden_size": 256,
-            "intermediate_size": 256,
-            "num_hidden_layers": layers,
-            "num_attention_heads": KV_HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_DIM,
-            "max_position_embeddings": 2 * TOKENS,
-        }
-    )
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    return model, array((rows, TOKENS), jnp.int32), array((rows,), jnp.int32)
-
-
-def packed(model, tokens, lengths):
-    config = CompressionConfig.named("snapkv", 512)
-    return stages.prefill_compress(model, tokens, lengths, jax.random.key(0), config)
-
-
 def test_a_large_batch_needs_no_more_than_a_group_of_its_rows():
     """Of 16,384 tokens, two rows here; the pool itself is the output."""
     if (reason := missing("h200")) is not None:
         pytest.skip(reason)
-    few, many = (
-        compile_for("h200", packed, *prefill_problem(1, rows)).memory_analysis() for rows in (4, 8)
-    )
+    few, many = (packing("h200", 1, rows) for rows in (4, 8))
     assert many.output_size_in_bytes > 1.9 * few.output_size_in_bytes
     assert many.temp_size_in_bytes < 1.05 * few.temp_size_in_bytes
 
@@ -114,24 +83,13 @@ def test_a_large_batch_needs_no_more_than_a_group_of_its_rows():
 def test_temporaries_do_not_grow_with_layers(target):
     if (reason := missing(target)) is not None:
         pytest.skip(reason)
-    few, many = (
-        compile_for(target, packed, *prefill_problem(layers)).memory_analysis() for layers in (2, 3)
-    )
-    assert many.temp_size_in_bytes - few.temp_size_in_bytes < 0.1 * LAYER
+    assert layer_growth(target, 2, 3) < 0.1 * LAYER_BYTES
 
 
 def test_the_peak_is_one_layer_and_the_pool():
-    target = "h200"
-    if (reason := missing(target)) is not None:
+    if (reason := missing("h200")) is not None:
         pytest.skip(reason)
-
-    def alone(model, tokens, lengths):
-        return stages.prefill(model, tokens, lengths, ProbeRequest())[0]
-
-    with_pool, without = (
-        compile_for(target, program, *prefill_problem(2)).memory_analysis()
-        for program in (packed, alone)
-    )
-    pool = with_pool.output_size_in_bytes
-    allowed = 1.1 * (LAYER + pool + without.temp_size_in_bytes)
-    assert with_pool.temp_size_in_bytes + pool <= allowed
+    packed, alone = (packing("h200", 2, compress=flag) for flag in (True, False))
+    pool = packed.output_size_in_bytes
+    allowed = 1.1 * (LAYER_BYTES + pool + alone.temp_size_in_bytes)
+    assert packed.temp_size_in_bytes + pool <= allowed

@@ -100,9 +100,9 @@ def test_notes_are_found_in_a_document(items):
 
 
 def test_answers_tables_and_a_picture(tmp_path, capsys, monkeypatch):
-    some = {name: kvjax.METHODS[name] for name in ("full", "snapkv")}
+    some = {name: kvjax.METHODS[name] for name in ("full", "snapkv", "random")}
     monkeypatch.setattr(kvjax, "METHODS", some)
-    monkeypatch.setattr(demo, "SHOWN", ("snapkv",))
+    monkeypatch.setattr(demo, "SHOWN", ("snapkv", "random"))
     monkeypatch.setattr(demo, "BUDGETS", (0.5, 0.1))
     assert demo.main(["--length", "256", "--prompts", "3", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out

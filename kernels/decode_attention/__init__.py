@@ -18,7 +18,7 @@ __all__ = ["decode_attention", "merge", "pool_attention"]
 Implementation = Literal["xla", "pallas", "triton"]
 
 _BY_PLATFORM: dict[Platform, Implementation] = {"tpu": "pallas", "gpu": "triton"}
-_KERNELS: dict[str, Any] = {"pallas": tpu, "triton": gpu}
+_MODULES: dict[str, Any] = {"xla": packed, "pallas": tpu, "triton": gpu}
 
 
 def pool_attention(
@@ -73,29 +73,28 @@ def pool_attention(
         )
     if (scales is not None) != (entries.dtype == jnp.int8):
         raise ValueError(f"entries are {entries.dtype}, expected int8 with scales, or neither")
-    if implementation is None:
-        implementation = _BY_PLATFORM.get(platform(), "xla")
-        kernel = _KERNELS.get(implementation)
-        if kernel and not kernel.supports(q.shape, entries.dtype):
-            implementation = "xla"
     if axis is not None:
         if region is not None:
             raise ValueError(f"region={region}, expected None with axis={axis!r}: slots are split")
         start, end, dead = _on_this_device(axis, owners.shape[1], start, end, dead)
     arrays = q, query_positions, entries, owners, positions, start, end
-    settings: dict[str, Any] = {
-        "kv_heads": kv_heads,
-        "window": window,
-        "dead": dead,
-        "scales": scales,
-    }
-    if implementation == "xla":
-        part = packed.pool_attention(*arrays, **settings, region=region)
-    elif implementation in _KERNELS:
-        part = _KERNELS[implementation].pool_attention(*arrays, **settings)
-    else:
-        raise ValueError(f"implementation={implementation!r}, expected xla, pallas or triton")
+    rules: dict[str, Any] = {"kv_heads": kv_heads, "window": window, "dead": dead, "scales": scales}
+    module = _module(implementation, q, entries)
+    if module is packed:
+        rules["region"] = region
+    part = module.pool_attention(*arrays, **rules)
     return part if axis is None else merge_over(axis, part)
+
+
+def _module(implementation: str | None, q: Array, entries: Array) -> Any:
+    if implementation is None:
+        implementation = _BY_PLATFORM.get(platform(), "xla")
+        kernel = _MODULES[implementation]
+        if implementation != "xla" and not kernel.supports(q.shape, entries.dtype):
+            implementation = "xla"
+    if implementation not in _MODULES:
+        raise ValueError(f"implementation={implementation!r}, expected xla, pallas or triton")
+    return _MODULES[implementation]
 
 
 def _on_this_device(axis, slots, start, end, dead):

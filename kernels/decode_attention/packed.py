@@ -82,8 +82,8 @@ def _partial(q_BTNH, pool, slots_BM, rules):
     query_positions, start, end, kv_heads, window, dead = rules
     heads, head_dim = q_BTNH.shape[2:]
     mine_BM = (owners_BM >= 0) & (slots_BM >= start[:, None]) & (slots_BM < end[:, None])
-    # Values, because 0 * NaN would be NaN. Keys, because XLA takes what is computed before the
-    # loop of decode steps, once, and a bare slice of the pool again in every step.
+    # Values, because 0 * NaN would be NaN. Keys too, so that XLA cuts both halves out of a fixed
+    # region once, before the loop of decode steps: bare slices it would cut again in every step.
     k_BMH, v_BMH = (
         jnp.where(mine_BM[..., None], half, 0)
         for half in (entries_BME[..., :head_dim], entries_BME[..., head_dim:])

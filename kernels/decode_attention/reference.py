@@ -83,12 +83,8 @@ def merge_over(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """One attention from the parts that the devices along a mesh axis hold, on all of them."""
     out, lse = part
-    peak = lax.pmax(lse, axis)
-    safe = jnp.where(peak == -jnp.inf, 0.0, peak)
-    weight = jnp.exp(lse - safe)
-    total = lax.psum(weight, axis)
-    out = lax.psum(weight[..., None] * out, axis)
-    return out / jnp.where(total > 0, total, 1.0)[..., None], safe + jnp.log(total)
+    weight_PBTN, lse = merge_weights(lax.all_gather(lse, axis))
+    return lax.psum(weight_PBTN[lax.axis_index(axis)][..., None] * out, axis), lse
 
 
 def query_rows(

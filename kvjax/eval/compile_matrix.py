@@ -2,8 +2,8 @@
 
     python -m kvjax.eval.compile_matrix [-o docs/compile_matrix.md]
 
-The temporaries stand beside the pool or the keys, so that a hidden copy would show. Long on
-two cores; the last line on stdout is one JSON object.
+The temporaries stand beside the pool or the keys, so that a hidden copy would show. Some seven
+minutes on two cores; the last line on stdout is one JSON object.
 """
 
 import argparse
@@ -23,9 +23,11 @@ from tqdm import tqdm
 from kvjax import stages
 from kvjax.ahead import TARGETS, TPUS, compile_for, devices, missing
 from kvjax.bench.presets import preset
+from kvjax.cache import ProbeRequest
 from kvjax.config import CompressionConfig
 from kvjax.kernels import decode_attention, window_scores
 from kvjax.kernels.shapes import SHAPES, Shape
+from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.programs import generate_program
 
@@ -34,6 +36,15 @@ LAYERS = 4  # of the pool that attention reads one layer of
 WINDOW = 32
 WHOLE = Shape("llama-3-8b", 32, 8, 128, 1, 32_768, 1024)
 NEW = 128
+# One layer's keys and values in bf16, of the prompt that `packing` prefills: 33.6 MB.
+PROMPT, KV_HEADS, HEAD_DIM = 8192, 8, 128
+LAYER_BYTES = 2 * PROMPT * KV_HEADS * HEAD_DIM * 2
+_GROWTH_TITLE = f"""
+# Prefill and packing, 4 against 12 layers
+
+What the temporaries grow by with a layer, whose own keys and values are {LAYER_BYTES / 1e6:.1f} MB.
+
+"""
 _WHOLE_TITLE = f"""
 # A whole Llama-3-8B `generate`
 
@@ -93,6 +104,47 @@ def compile_one(kernel: str, shape: Shape, target: str) -> dict[str, Any]:
     }
 
 
+def packing(target: str, layers: int, rows: int = 1, *, compress: bool = True) -> Any:
+    """Memory of a narrow model's prefill, alone or with packing into 512 entries a head."""
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "num_hidden_layers": layers,
+            "num_attention_heads": KV_HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "max_position_embeddings": 2 * PROMPT,
+        }
+    )
+    compression = CompressionConfig.named("snapkv", 512)
+
+    def run(model, tokens, lengths):
+        if not compress:
+            return stages.prefill(model, tokens, lengths, ProbeRequest())[0]
+        return stages.prefill_compress(model, tokens, lengths, jax.random.key(0), compression)
+
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return compile_for(target, run, model, tokens, lengths).memory_analysis()
+
+
+def layer_growth(target: str, few: int, many: int) -> float:
+    """Bytes that the temporaries of prefill and packing grow by with each further layer."""
+    sizes = [packing(target, layers).temp_size_in_bytes for layers in (few, many)]
+    return (sizes[1] - sizes[0]) / (many - few)
+
+
+def growth_table(rows: list[dict[str, Any]]) -> str:
+    """Megabytes a layer, of each target."""
+    lines = ["| target | MB a layer |", "|---|---|"]
+    lines += [f"| {row['target']} | {row['growth'] / 1e6:.2f} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def whole_generate(target: str, topology: str | None, method: str) -> dict[str, Any]:
     """The whole program of a Llama-3-8B: prefill, compress, decode; gigabytes a chip."""
     config = preset("llama-3-8b", WHOLE.tokens + NEW)
@@ -101,7 +153,7 @@ def whole_generate(target: str, topology: str | None, method: str) -> dict[str, 
 
     def run(model, tokens, lengths):
         call = (model, tokens, lengths, jax.random.key(0), rules)
-        sizes = {"new_tokens": NEW, "tail_slots": NEW, "whole": False, "together": True}
+        sizes = {"new_tokens": NEW, "tail_slots": NEW, "whole": False}
         return generate_program(*call, config=compression, **sizes)[0].tokens
 
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
@@ -170,7 +222,14 @@ def main() -> int:
         for method in ("full", "ada-snapkv")
         if target in arguments.targets
     ]
+    growth = [
+        {"target": target, "growth": layer_growth(target, 4, 12)}
+        for target in ("v5e", "h200")
+        if target in arguments.targets
+    ]
     text = table(rows, arguments.targets)
+    if growth:
+        text += _GROWTH_TITLE + growth_table(growth)
     if programs:
         text += _WHOLE_TITLE + whole_table(programs)
     if arguments.output:
@@ -181,7 +240,7 @@ def main() -> int:
         )
         arguments.output.write_text(header + text)
     print(text)
-    print(json.dumps(rows + programs))
+    print(json.dumps(rows + growth + programs))
     return int(any(row["result"] == "no kernel" for row in rows))
 
 
