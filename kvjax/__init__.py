@@ -12,7 +12,7 @@ Local letters: C tokens of a block, E end-of-sequence ids, O tokens of an answer
 block of queries, U slots of the tail.
 """
 
-from kvjax.cache import Cache, Probe
+from kvjax.cache import Cache
 from kvjax.compress import compress, probe_request
 from kvjax.config import CompressionConfig, ConfigError, parse_budget
 from kvjax.extend import append, claim, claimed_positions, decode_attention
@@ -28,6 +28,7 @@ from kvjax.generate import (
 from kvjax.likelihood import Scored, score
 from kvjax.load import load
 from kvjax.methods import METHODS
+from kvjax.probe import Probe
 from kvjax.programs import compilations
 from kvjax.sampling import Sampling
 from kvjax.saved import load_cache, save_cache

@@ -28,15 +28,20 @@ def ranking_keys(
     return jnp.where(eligible, keys, jnp.uint32(0))
 
 
-def kth_largest(keys: UInt[Array, "*shape S"], k: Int[Array, "*shape"]) -> UInt[Array, "*shape"]:
-    """The k-th largest key of the last axis, exactly, by 32 counts; all ones where k <= 0.
+def kth_largest(
+    keys: UInt[Array, "..."], k: Int[Array, "*shape"], axes: int = 1
+) -> UInt[Array, "*shape"]:
+    """The k-th largest key of the last `axes` axes, exactly, by 32 counts; all ones where k <= 0.
 
-    Each bit from the top is set if at least k keys are still not below the candidate.
+    Each bit from the top is set if at least k keys are still not below the candidate. Nothing but
+    counts leaves the last axes: where they are split over a mesh, counts are all that chips
+    exchange.
     """
+    counted = tuple(range(-axes, 0))
 
     def try_bit(index, found):
         candidate = found | (jnp.uint32(1) << jnp.asarray(31 - index, jnp.uint32))
-        count = (keys >= candidate[..., None]).sum(-1, dtype=jnp.int32)
+        count = (keys >= jnp.expand_dims(candidate, counted)).sum(counted, dtype=jnp.int32)
         return jnp.where(count >= k, candidate, found)
 
     return lax.fori_loop(0, 32, try_bit, jnp.zeros(k.shape, jnp.uint32))
@@ -58,6 +63,31 @@ def select_top(
     spare = (k - above.sum(-1, dtype=jnp.int32))[..., None]
     rank_among_tied = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)
     return above | (tied & (rank_among_tied <= spare))
+
+
+def count_top(
+    keys: UInt[Array, "..."], k: Int[Array, "*shape"], axes: int = 2
+) -> Int[Array, "..."]:
+    """How many of the k largest keys of the last `axes` axes lie in each row of the last one.
+
+    Ties go to the earlier row. Keys of 0 are not eligible; fewer than k others: all of them.
+
+    Args:
+      keys: `[*shape, *rows, S]`, with axes - 1 axes of rows, such as heads, or layers and heads.
+
+    Returns:
+      `[*shape, *rows]` counts that sum to min(k, eligible) over the rows.
+    """
+    rows = tuple(range(1 - axes, 0))
+    eligible = (keys > 0).sum(-1, dtype=jnp.int32)
+    k = jnp.minimum(k, eligible.sum(rows))
+    threshold = jnp.expand_dims(kth_largest(keys, k, axes), tuple(range(-axes, 0)))
+    above = (keys > threshold).sum(-1, dtype=jnp.int32)
+    tied = ((keys == threshold) & (keys > 0)).sum(-1, dtype=jnp.int32)
+    queue = tied.reshape(*k.shape, -1)
+    spare = jnp.maximum(k - above.sum(rows), 0)[..., None]
+    taken = jnp.clip(spare - (jnp.cumsum(queue, axis=-1) - queue), 0, queue)
+    return above + taken.reshape(above.shape)
 
 
 # ---------------------------------------------------------------------------- sharing out
@@ -184,8 +214,8 @@ def prefix_layers(
     """PrefixKV (Wang et al. 2024, section 3): one threshold of cumulative mass for all layers.
 
     Let c_l(i) be the share of layer l's importance that its i best tokens hold before the next
-    one is added (c_l(0) = 0, tokens in falling order). Layer l's prefix at threshold p is the
-    number of i with c_l(i) < p, and p is the largest with
+    one is added (c_l(0) = 0, tokens in falling order; 1 throughout where no token has any). Layer
+    l's prefix at threshold p is the number of i with c_l(i) < p, and p is the largest with
 
         sum_l prefix_l(p) <= L * base - sum_l protected_l.
 
@@ -202,26 +232,40 @@ def prefix_layers(
     Returns:
       Sizes that sum to min(L * base, eligible), each at least `protected`; monotone in `base`.
     """
-    offered = eligible.sum(-1, dtype=jnp.int32)
-    room = offered - protected
+    room = eligible.sum(-1, dtype=jnp.int32) - protected
+    budget = scores.shape[1] * base - protected.sum(-1)
+    return protected + _shortest_prefixes(scores, eligible, room, jnp.zeros_like(room), budget)
+
+
+def _shortest_prefixes(scores, eligible, room, least, budget):
+    """Entries of each curve `[B, *X]` below the highest threshold of mass that the budget allows.
+
+    A curve keeps at most `room` and at least `least` (<= room) entries; the counts sum to
+    min(budget, room).
+    """
+    curves, axes = scores.shape[1:-1], scores.ndim - 1
+    flat = (scores.shape[0], -1)
     ranked = -jnp.sort(-jnp.where(eligible, jnp.maximum(scores, 0.0), 0.0), axis=-1)
     mass = jnp.cumsum(ranked, axis=-1)
     whole = jnp.where(mass[..., -1:] > 0, mass[..., -1:], 1.0)
     before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1) / whole
-    usable = jnp.arange(scores.shape[-1]) < room[..., None]
+    before = jnp.where(mass[..., -1:] > 0, before, 1.0)  # without any mass, last of all
+    rank = jnp.arange(scores.shape[-1])
+    before = jnp.where(rank < least[..., None], 0.0, before)
+    usable = rank < room[..., None]
 
     # Smallest keys first: rank by the complement of the bit pattern.
     keys = jnp.where(usable, ~lax.bitcast_convert_type(before, jnp.uint32), jnp.uint32(0))
-    budget = jnp.minimum(scores.shape[1] * base - protected.sum(-1), room.sum(-1))
-    batch = keys.shape[0]
-    threshold = kth_largest(keys.reshape(batch, -1), budget)[:, None]
-    above = (keys > threshold[..., None]).sum(-1, dtype=jnp.int32)
-    tied = ((keys == threshold[..., None]) & usable).sum(-1, dtype=jnp.int32)
-    next_token = jnp.take_along_axis(
-        ranked / whole, jnp.minimum(above, scores.shape[-1] - 1)[..., None], axis=-1
-    )[..., 0]
+    budget = jnp.minimum(budget, room.reshape(flat).sum(-1))
+    threshold = jnp.expand_dims(kth_largest(keys, budget, axes), tuple(range(-axes, 0)))
+    above = (keys > threshold).sum(-1, dtype=jnp.int32)
+    tied = ((keys == threshold) & usable).sum(-1, dtype=jnp.int32)
+    last = scores.shape[-1] - 1
+    next_rank = jnp.minimum(above, last)[..., None]
+    next_token = jnp.take_along_axis(ranked / whole, next_rank, axis=-1)[..., 0]
+    above, tied, next_token = (x.reshape(flat) for x in (above, tied, next_token))
     spare = budget - above.sum(-1, dtype=jnp.int32)
-    return protected + above + _in_order(tied, next_token, spare)
+    return (above + _in_order(tied, next_token, spare)).reshape(-1, *curves)
 
 
 def _in_order(
@@ -273,13 +317,72 @@ def ada_heads(
     if cap is not None:
         most = jnp.broadcast_to(jnp.asarray(cap)[..., None], (batch, heads))
         contenders = select_top(scores, most, eligible)
-    flat = select_top(
-        scores.reshape(batch, -1), heads * base, contenders.reshape(batch, -1)
-    ).reshape(scores.shape)
-    count = flat.sum(-1, dtype=jnp.int32)
+    count = count_top(ranking_keys(scores, contenders), heads * base)
     alpha = round(floor * THOUSAND)
     even = count.sum(-1, keepdims=True, dtype=jnp.int32) // heads
     mix = (THOUSAND - alpha) * count + alpha * even
     by_mass = jnp.argsort(-jnp.where(eligible, scores, 0.0).sum(-1), axis=-1, stable=True)
     sizes = largest_remainder(jnp.take_along_axis(mix, by_mass, axis=-1), THOUSAND)
     return jnp.take_along_axis(sizes, jnp.argsort(by_mass, axis=-1), axis=-1)
+
+
+# ---------------------------------------------------------------------------- layers and heads
+def global_heads(
+    scores: Float[Array, "B L K S"],
+    eligible: Bool[Array, "B L K S"],
+    budget: Int[Array, " B"],
+) -> Int[Array, "B L K"]:
+    """KV-Compress (Rehg 2024, section 3.3): one threshold over all layers and heads of a row.
+
+    A head keeps what lies among the `budget` best scores of the whole row; ties go to the lower
+    layer, then the lower head. KV-Compress evicts whole pages of a head, and only where a page's
+    worth of its entries is below the threshold; here entries are what is evicted, so every one
+    that goes is at most as important as every one that stays.
+
+    Args:
+      scores: importance >= 0, comparable across layers and heads.
+      eligible: which entries are selectable.
+      budget: entries of all layers and heads together, >= 0.
+
+    Returns:
+      Sizes that sum to `budget`, or to all that is eligible, where that is less.
+    """
+    return count_top(ranking_keys(scores, eligible), budget, axes=3)
+
+
+def joint_heads(
+    scores: Float[Array, "B L K S"],
+    eligible: Bool[Array, "B L K S"],
+    base: Int[Array, " B"],
+    budget: Int[Array, " B"],
+    *,
+    floor: float,
+) -> Int[Array, "B L K"]:
+    """PrefixKV's threshold of cumulative mass on the curve of every layer and head (kvjax).
+
+    As `prefix_layers`, one curve a head: head h of layer l keeps the shortest list of its best
+    entries that holds a share p of its importance,
+
+        size_lh(p) = max(least_lh, number of i with c_lh(i) < p),
+
+    and p is the largest whose sizes sum to at most the budget; the rest goes to the heads whose
+    next entry ties at p, the heaviest first. What Ada-KV does inside a layer by comparing scores of
+    heads, this does by comparing the shares that each head has collected, so a layer or a head
+    whose scores are small on the whole is not starved.
+
+    Args:
+      scores: importance >= 0; only the shares within a head matter.
+      eligible: which entries are selectable.
+      base: selectable entries per head, on average over layers and heads.
+      budget: entries of all layers and heads together, >= 0.
+      floor: in [0, 1], resolved to thousandths: least_lh = floor(floor * base), as far as a head
+        has entries.
+
+    Returns:
+      Sizes that sum to `budget`, or to all that is eligible, where that is less; monotone in `base`
+      and `budget` together.
+    """
+    room = eligible.sum(-1, dtype=jnp.int32)
+    least = base * round(floor * THOUSAND) // THOUSAND
+    least = jnp.minimum(least[:, None, None], room)
+    return _shortest_prefixes(scores, eligible, room, least, budget)

@@ -8,7 +8,6 @@ goes in and comes out. Position is not slot: every entry carries its true positi
             head 1 p0  p8  p9  -1  -1                row 1     p6  -1  p7  -1
 """
 
-from dataclasses import dataclass
 from typing import no_type_check
 
 import jax
@@ -23,30 +22,6 @@ from kvjax.pool import Pool, kept_mask
 # PrefixKV (upstream's constant, from Elastic Cache): decoding evicts from this far before the
 # end of the prompt's kept entries; what lies before stays for good.
 FROZEN_POINT = 25
-
-
-@no_type_check  # jax maps trees to other leaves than arrays
-class Probe(struct.PyTreeNode):
-    """What attention hands to compression: small, and never an attention matrix.
-
-    Attributes:
-      queries: `[B, W, N, H]`, the last W queries of each row after RoPE, right-aligned:
-        `queries[:, -1]` is the prompt's last token (a row shorter than W repeats its first
-        query on the left). None unless asked for.
-      column_sums: `[B, N, T]` fp32, attention that each key received from all queries of the
-        prompt, or None.
-    """
-
-    queries: Float[Array, "B W N H"] | None = None
-    column_sums: Float[Array, "B N T"] | None = None
-
-
-@dataclass(frozen=True)
-class ProbeRequest:
-    """What a prefill is asked to leave in the `Probe` (static): W queries, column sums."""
-
-    queries: int = 0
-    column_sums: bool = False
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -85,12 +60,17 @@ class Tail(struct.PyTreeNode):
       keys, values: one `[B, K, T, H]` a layer.
       positions: `[B, T]` int32, -1 for holes and for slots not written yet.
       cursor: int32, the next slot to be written.
+      queries: one `[B, W, N, H]` a layer, the last W tokens' after RoPE: token number c of the
+        tail has row c % W. Empty unless they are to be remembered (`remember`).
+      query_positions: `[B, W]` theirs, -1 where there is none yet.
     """
 
     keys: tuple[Float[Array, "B K T H"], ...]
     values: tuple[Float[Array, "B K T H"], ...]
     positions: Int[Array, "B T"]
     cursor: Int[Array, ""]
+    queries: tuple[Float[Array, "B W N H"], ...] = ()
+    query_positions: Int[Array, "B W"] | None = None
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -182,6 +162,21 @@ def with_room(cache: Cache, slots: int) -> Cache:
     return cache.replace(tail=tail)
 
 
+def remember(tail: Tail, queries: int, heads: int) -> Tail:
+    """The tail with room for the last `queries` queries of `heads` query heads, none yet."""
+    batch, _, _, head_dim = tail.keys[0].shape
+    shape, dtype = (batch, queries, heads, head_dim), tail.keys[0].dtype
+    return tail.replace(
+        queries=tuple(jnp.zeros(shape, dtype) for _ in tail.keys),
+        query_positions=jnp.full((batch, queries), -1, jnp.int32),
+    )
+
+
+def forget(tail: Tail) -> Tail:
+    """The tail without the queries that it remembers."""
+    return tail.replace(queries=(), query_positions=None)
+
+
 def repeat_rows(cache: Cache, rows: int) -> Cache:
     """One row's cache for `rows` questions about the same prompt."""
     if cache.batch not in (1, rows):
@@ -238,14 +233,35 @@ def pack(
 def write_positions(tail: Tail, positions: Int[Array, "B T"]) -> Tail:
     """Claim tail slots for a block of tokens (-1 for padding) and move the cursor past them."""
     claimed = lax.dynamic_update_slice(tail.positions, positions, (0, tail.cursor))
-    return tail.replace(positions=claimed, cursor=tail.cursor + positions.shape[1])
+    tail = tail.replace(positions=claimed, cursor=tail.cursor + positions.shape[1])
+    if tail.query_positions is None:
+        return tail
+    remembered = _put_last(tail, tail.query_positions, positions)
+    return tail.replace(query_positions=remembered)
+
+
+def _put_last(tail: Tail, remembered: Array, block: Array) -> Array:
+    """A block of what the tail claimed last, in the rows of the tokens that it remembers."""
+    count = min(block.shape[1], remembered.shape[1])
+    rows = (tail.cursor - count + jnp.arange(count)) % remembered.shape[1]
+    return remembered.at[:, rows].set(block[:, -count:])
 
 
 def write_layer(
-    tail: Tail, layer: int, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
+    tail: Tail,
+    layer: int,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    queries: Float[Array, "B T N H"] | None = None,
 ) -> Tail:
-    """Write one layer's keys and values into the slots that `write_positions` claimed last."""
+    """Write one layer's keys and values into the slots that `write_positions` claimed last.
+
+    Queries go where the tail remembers them.
+    """
     start = (0, 0, tail.cursor - keys.shape[1], 0)
+    if tail.queries and queries is not None:
+        last = _put_last(tail, tail.queries[layer], queries)
+        tail = tail.replace(queries=(*tail.queries[:layer], last, *tail.queries[layer + 1 :]))
 
     def put(arrays: tuple[Array, ...], block: Array) -> tuple[Array, ...]:
         new = lax.dynamic_update_slice(arrays[layer], block.transpose(0, 2, 1, 3), start)

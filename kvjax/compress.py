@@ -4,7 +4,6 @@ B batch, T prompt tokens (the bucket), N query heads, K KV heads, H head dim, L 
 S slots of a layer.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import no_type_check
 
@@ -14,12 +13,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax import budgets
-from kvjax.cache import Cache, PaddedLayer, Probe, ProbeRequest, empty_tail, full_layer, pack
-from kvjax.config import CompressionConfig
-from kvjax.kernels.platform import platform
+from kvjax.cache import Cache, PaddedLayer, empty_tail, full_layer, pack
+from kvjax.capacity import capacity, layer_capacity, packs, pool_shape
+from kvjax.config import WINDOWED, CompressionConfig
 from kvjax.pool import Pool, empty_pool, put_layer
+from kvjax.probe import Probe, ProbeRequest, Repeat
 from kvjax.rows import Rows, eligible, largest, make_rows, protected
-from kvjax.scores import score
+from kvjax.scores import READS, Layer, output_aware, score
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -29,6 +29,7 @@ class Scored(struct.PyTreeNode):
     keys: Float[Array, "B T K H"]
     values: Float[Array, "B T K H"]
     scores: Float[Array, "B K T"]
+    output_norms: Float[Array, "B K T"] | None = None
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -97,8 +98,11 @@ def compress(
             raise ValueError(
                 f"probe {index} has {given} queries, expected the last {wanted.queries}"
             )
-        if wanted.column_sums and probe.column_sums is None:
-            raise ValueError(f"probe {index} has column_sums=None, expected what each key received")
+        for name in (*READS.get(config.scorer, ()), *["output_norms"] * config.output_aware):
+            if getattr(probe, name) is None and not config.skips(tokens):
+                raise ValueError(
+                    f"probe {index} has {name}=None, expected it for {config.method!r}"
+                )
     plan = make_plan(config, lengths, tokens, tuple(windows or [None] * len(keys)), key)
     kept = Packing()
     for index, (k, v, probe) in enumerate(zip(keys, values, probes, strict=True)):
@@ -139,14 +143,22 @@ def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
     """What the scorer of `config` needs from the prefill of a bucket of `tokens`."""
     if config.skips(tokens):
         return ProbeRequest()
-    if config.scorer == "window":
-        return ProbeRequest(queries=max(1, largest(config, tokens).window))
-    return ProbeRequest(column_sums=config.scorer == "accumulated")
+    repeat = None
+    if config.scorer == "kvzip":
+        repeat = Repeat(config.repeat_chunk, config.repeat or ((), ()), config.sinks)
+    return ProbeRequest(
+        queries=max(1, largest(config, tokens).window) if config.scorer in WINDOWED else 0,
+        column_sums=config.scorer == "accumulated",
+        output_norms=config.output_aware,
+        future=config.future if config.scorer == "expected-attention" else 0,
+        skipped=config.sinks,
+        repeat=repeat,
+    )
 
 
 def needs_all_layers(config: CompressionConfig) -> bool:
     """Whether layer sizes depend on scores, so that no layer can be packed before the last."""
-    return config.layers == "prefix" and config.profile is None
+    return config.layers in ("prefix", "global", "joint") and config.profile is None
 
 
 def _sizes_from_lengths(config, rows, tokens, windows) -> Int[Array, "B L"]:
@@ -178,16 +190,10 @@ def add_layer(
     """Score the next layer, and pack it at once where its size is known."""
     if plan.config.skips(plan.tokens):
         return kept.replace(layers=(*kept.layers, full_layer(keys, values, plan.rows.lengths)))
-    scores = score(
-        probe.queries,
-        probe.column_sums,
-        keys,
-        plan.rows,
-        plan.config,
-        _each(lambda key: jax.random.fold_in(key, index), plan.key),
-        plan.windows[index],
-    )
-    scored = Scored(keys=keys, values=values, scores=scores)
+    key = _each(lambda key: jax.random.fold_in(key, index), plan.key)
+    layer = Layer(probe, keys, values, plan.rows, plan.config, key, plan.windows[index])
+    norms = probe.output_norms if plan.config.output_aware else None
+    scored = Scored(keys=keys, values=values, scores=score(layer), output_norms=norms)
     if plan.sizes is None:
         return kept.replace(layers=(*kept.layers, scored))
     return _pack(kept, index, scored, plan.sizes[:, index], plan)
@@ -197,10 +203,10 @@ def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
     """The cache, once every layer was added: those that waited for all scores are packed."""
     waiting = [layer for layer in kept.layers if isinstance(layer, Scored)]
     if waiting:
-        sizes_BL = _sizes_from_scores(waiting, plan)
+        sizes = _sizes_from_scores(waiting, plan)
         kept = Packing()
         for index, layer in enumerate(waiting):
-            kept = _pack(kept, index, layer, sizes_BL[:, index], plan)
+            kept = _pack(kept, index, layer, sizes[:, index], plan)
     padded = tuple(layer for layer in kept.layers if isinstance(layer, PaddedLayer))
     return Cache(
         layers=padded,
@@ -212,20 +218,38 @@ def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
     )
 
 
-def _sizes_from_scores(layers: Sequence[Scored], plan: Plan) -> Int[Array, "B L"]:
-    can = jnp.stack([eligible(plan.rows, plan.tokens, window) for window in plan.windows], axis=1)
-    held = [protected(plan.rows, plan.tokens, window) for window in plan.windows]
-    return budgets.prefix_layers(
-        jnp.stack([layer.scores.mean(1) for layer in layers], axis=1),
-        can,
-        jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in held], axis=1),
-        plan.rows.base,
-    )
+def _sizes_from_scores(
+    layers: Sequence[Scored], plan: Plan
+) -> Int[Array, "B L"] | Int[Array, "B L K"]:
+    """Entries per head of each layer, or of each layer and head, always-kept ones included."""
+    config, rows = plan.config, plan.rows
+    can = jnp.stack([eligible(rows, plan.tokens, window) for window in plan.windows], axis=1)
+    held = jnp.stack([protected(rows, plan.tokens, window) for window in plan.windows], axis=1)
+    held_BL = held.sum(-1, dtype=jnp.int32)
+    if config.layers == "prefix":
+        means = jnp.stack([layer.scores.mean(1) for layer in layers], axis=1)
+        return budgets.prefix_layers(means, can, held_BL, rows.base)
+    scores = jnp.stack([layer.scores for layer in layers], axis=1)
+    kv_heads = scores.shape[2]
+    open_BLKT = jnp.broadcast_to((can & ~held)[:, :, None], scores.shape)
+    budget_B = kv_heads * jnp.maximum(len(layers) * rows.base - held_BL.sum(1), 0)
+    if config.layers == "global":
+        sizes = budgets.global_heads(scores, open_BLKT, budget_B)
+    else:
+        base_B = budget_B // (kv_heads * len(layers))
+        sizes = budgets.joint_heads(scores, open_BLKT, base_B, budget_B, floor=config.floor)
+    return held_BL[..., None] + sizes
 
 
-def _pack(kept: Packing, index: int, layer: Scored, size: Int[Array, " B"], plan: Plan) -> Packing:
+def _pack(
+    kept: Packing,
+    index: int,
+    layer: Scored,
+    size: Int[Array, " B"] | Int[Array, "B K"],
+    plan: Plan,
+) -> Packing:
     config, windows, tokens = plan.config, plan.windows, plan.tokens
-    keep = choose(layer.scores, size, plan.rows, config, windows[index])
+    keep = choose(layer.scores, size, plan.rows, config, windows[index], layer.output_norms)
     batch, _, kv_heads, _ = layer.keys.shape
     keep_BKT = jnp.broadcast_to(keep, (batch, kv_heads, tokens))
     if not packs(config):
@@ -244,12 +268,21 @@ def _pack(kept: Packing, index: int, layer: Scored, size: Int[Array, " B"], plan
 
 def choose(
     scores: Float[Array, "B K T"],
-    size: Int[Array, " B"],
+    size: Int[Array, " B"] | Int[Array, "B K"],
     rows: Rows,
     config: CompressionConfig,
     window: int | None,
+    output_norms: Float[Array, "B K T"] | None = None,
 ) -> Bool[Array, " B #K T"]:
-    """Which entries a layer keeps: the protected ones and each head's best, `size` on average."""
+    """Which entries a layer keeps: the protected ones and each head's best.
+
+    Args:
+      scores: importance >= 0 of each entry.
+      size: entries of the layer per head, on average, or of each head.
+      rows, config, window: each row's budget, the settings, the layer's sliding window.
+      output_norms: of each value's part in the output, where the second half of a head's entries
+        is chosen by it too (CriticalKV).
+    """
     tokens = scores.shape[-1]
     held_BT = protected(rows, tokens, window)
     open_BT = eligible(rows, tokens, window) & ~held_BT
@@ -257,132 +290,16 @@ def choose(
         scores = scores.mean(1, keepdims=True)
     open_BKT = jnp.broadcast_to(open_BT[:, None], scores.shape)
     held_B = held_BT.sum(-1, dtype=jnp.int32)
-    base_B = size - held_B
-    if config.heads == "ada":
+    if size.ndim == 2:
+        sizes_BK = size - held_B[:, None]
+    elif config.heads == "ada":
         cap = None if config.head_cap is None else config.head_cap - held_B
-        sizes_BK = budgets.ada_heads(scores, open_BKT, base_B, floor=config.floor, cap=cap)
+        sizes_BK = budgets.ada_heads(scores, open_BKT, size - held_B, floor=config.floor, cap=cap)
     else:
-        sizes_BK = jnp.broadcast_to(base_B[:, None], scores.shape[:2])
-    return held_BT[:, None] | budgets.select_top(scores, sizes_BK, open_BKT)
-
-
-def packs(config: CompressionConfig) -> bool:
-    """Whether `config` keeps its entries in the packed layout.
-
-    Where it does not say: packed on an accelerator, and for budgets that differ by head or layer;
-    padded for uniform ones on a CPU, whose matrix products gain nothing from looking at all heads.
-    """
-    if config.layout is not None:
-        return config.layout == "packed"
-    if config.quantize is not None:
-        return True
-    uneven = config.heads == "ada" or config.layers != "uniform"
-    return uneven or platform() != "cpu"
-
-
-def pool_shape(
-    config: CompressionConfig, tokens: int, windows: tuple[int | None, ...], kv_heads: int
-) -> tuple[int, tuple[tuple[int, int], ...] | None]:
-    """Slots of the pool for a bucket of `tokens`, and each layer's region where it is fixed."""
-    layers, base = len(windows), min(largest(config, tokens).base, tokens)
-    if config.profile is not None:
-        total = min(_profile_reach(config, base, tokens, 0)[0], layers * tokens)
-        return kv_heads * total, None
-    if config.layers != "uniform" or any(window is not None for window in windows):
-        return kv_heads * layers * base, None
-    size = kv_heads * base
-    return layers * size, tuple((index * size, (index + 1) * size) for index in range(layers))
-
-
-def capacity(
-    config: CompressionConfig,
-    tokens: int,
-    index: int,
-    windows: tuple[int | None, ...],
-    kv_heads: int,
-) -> int:
-    """Slots a head that layer `index` needs for any prompt of at most `tokens` tokens.
-
-    The padded layout pays for what its longest head might get: exactly the budget for uniform
-    sizes, more for the others.
-    """
-    size = _reach(config, tokens, index, windows)
-    if config.heads == "ada":
-        alpha = round(config.floor * budgets.THOUSAND) / budgets.THOUSAND
-        top = math.ceil((1 - alpha) * kv_heads * size + alpha * size) + 1
-        size = min(top, config.head_cap or top)
-    return _visible(size, tokens, windows[index])
-
-
-def layer_capacity(
-    config: CompressionConfig, tokens: int, index: int, windows: tuple[int | None, ...]
-) -> int:
-    """Entries a head, on average over its heads, that layer `index` may get of such a prompt."""
-    return _visible(_reach(config, tokens, index, windows), tokens, windows[index])
-
-
-def _visible(size: int, tokens: int, window: int | None) -> int:
-    return min(size, tokens if window is None else max(window - 1, 1))
-
-
-def _reach(
-    config: CompressionConfig, tokens: int, index: int, windows: tuple[int | None, ...]
-) -> int:
-    rows, layers = largest(config, tokens), len(windows)
-    base, held = rows.base, rows.sinks + rows.recent
-    total, most, size = layers * base, base, base
-    if config.profile is not None:
-        total, most, size = _profile_reach(config, base, tokens, index)
-        size = max(size, held)
-    elif config.layers == "prefix":
-        size = total
-    elif config.layers == "pyramid" and layers > 1:
-        ramp, low = base - held, (base - held) // config.beta
-        step = 2 * (ramp - low) / (layers - 1)
-        most = 2 * base
-        size = held + 1 + max(math.ceil(2 * ramp - low - index * step), ramp)
-    cut = any(window is not None and window <= most for window in windows)
-    if cut and len(set(windows)) + (config.layers != "uniform") > 1:
-        size = total  # what other layers cannot hold may all come here
-    return min(size, tokens)
-
-
-def _profile_reach(
-    config: CompressionConfig, base: int, tokens: int, index: int
-) -> tuple[int, int, int]:
-    """Most entries that a profile gives to all layers, to any one, and to layer `index`."""
-    profile = config.profile or ()
-    layers, shares = len(profile), sum(profile)
-    if config.budget is None:
-        total, scale, crowded = math.ceil(tokens * shares) + 1, float(tokens), False
-    else:
-        total, scale = layers * base, layers * base / shares
-        # A layer that wants more than a short prompt has leaves the rest to the others.
-        part = 1 if isinstance(config.budget, int) else config.fraction
-        crowded = part * layers * max(profile) > shares
-    size = profile[index] * scale
-    if crowded:
-        # No layer is raised by more than `base`, nor above one that the profile prefers to it.
-        peers = sum(share >= profile[index] for share in profile)
-        size = min(size + base, total / peers)
-    return total, math.ceil(max(profile) * scale) + base, math.ceil(size) + 2
-
-
-def held_slots(
-    config: CompressionConfig, tokens: int, windows: tuple[int | None, ...], kv_heads: int
-) -> int:
-    """Slots of all layers' and heads' buffers for a bucket of `tokens`, empty ones included."""
-    if config.skips(tokens):
-        return tokens * len(windows) * kv_heads
-    if packs(config):
-        return pool_shape(config, tokens, windows, kv_heads)[0]
-    return kv_heads * sum(
-        capacity(config, tokens, index, windows, kv_heads) for index in range(len(windows))
-    )
-
-
-def slot_bytes(config: CompressionConfig, tokens: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of a slot's key and value for a bucket of `tokens`, with their scales in int8."""
-    if config.quantize is None or config.skips(tokens):
-        return 2 * head_dim * itemsize
-    return 2 * (head_dim + 4)
+        sizes_BK = jnp.broadcast_to((size - held_B)[:, None], scores.shape[:2])
+    if output_norms is None:
+        return held_BT[:, None] | budgets.select_top(scores, sizes_BK, open_BKT)
+    first_BKT = budgets.select_top(scores, sizes_BK // 2, open_BKT)
+    weighed = output_aware(scores, output_norms)
+    rest_BKT = budgets.select_top(weighed, sizes_BK - sizes_BK // 2, open_BKT & ~first_BKT)
+    return held_BT[:, None] | first_BKT | rest_BKT

@@ -5,7 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from kvjax.methods import METHODS, HeadAllocator, LayerAllocator, Recent, Scorer
+from kvjax.methods import METHODS, SCORERS, HeadAllocator, LayerAllocator, Recent, Scorer
+
+# Scorers that look at the prompt's last queries.
+WINDOWED = frozenset(name for name, needs in SCORERS.items() if needs.question)
 
 
 class ConfigError(ValueError):
@@ -21,18 +24,27 @@ class CompressionConfig:
       budget: entries RETAINED per KV head, on average over heads and layers, the always-kept ones
         included: an int, or a float in (0, 1] for that fraction of each row's prompt (rounded
         down, at least 2). None for `full`, and for a `profile` that is taken as it is.
-      scorer, layers, heads, sinks, recent, keep_ratio: see `kvjax.methods.Method`.
-      window: observation window, in tokens, below the budget; None for min(32, budget // 2).
+      scorer, layers, heads, sinks, recent, keep_ratio, output_aware, chunk: see
+        `kvjax.methods.Method`. "global" and "joint" divide a budget among layers and heads at
+        once, so they stand for both.
+      window: observation window, in tokens, below the budget; None for min(32, budget // 2), and
+        8 and 1 in place of 32 for "l2-window" and "tova", as in their papers.
       reduce: "mean" or "sum" of the window's queries (the same ranking inside a layer).
       pool: smoothing of window scores along the sequence: "max", "average" (zero-padded, always
         divided by `kernel`) or "none".
       kernel: width of the pooling, odd; SnapKV and Ada-KV use 7 with "max".
       group: "mean" or "max" over the query heads of a KV head.
-      floor: Ada-KV's alpha in [0, 1], the share of the budget spread evenly over heads.
+      floor: Ada-KV's alpha in [0, 1], the share of the budget spread evenly over heads; with
+        "joint" the share that no head falls below.
       head_cap: most entries of one head, always-kept ones included; None for no cap.
       beta: PyramidKV's steepness, >= 1.
       profile: fraction of the prompt that each layer retains (PrefixKV offline); needs
         layers="prefix".
+      future: positions after the prompt over which expected attention averages.
+      repeat: KVzip's instructions as token ids, before the first part of the prompt and before the
+        others; None for those that a tokenizer makes of `kvjax.reconstruction.INSTRUCTIONS`, and
+        without a tokenizer for none.
+      repeat_chunk: tokens of the prompt that KVzip repeats at once.
       layout: "padded" ([B, K, S, H] per layer, S for the longest head), "packed" (one pool of
         exactly the budget) or None for packed, except for uniform budgets on a CPU.
       quantize: "int8" stores what is kept as 8-bit whole numbers with an fp32 scale for each key
@@ -51,6 +63,8 @@ class CompressionConfig:
     sinks: int = 0
     recent: Recent = "window"
     keep_ratio: bool = False
+    output_aware: bool = False
+    chunk: int = 1
     window: int | None = None
     reduce: Literal["mean", "sum"] = "mean"
     pool: Literal["max", "average", "none"] = "max"
@@ -60,6 +74,9 @@ class CompressionConfig:
     head_cap: int | None = None
     beta: int = 20
     profile: tuple[float, ...] | None = None
+    future: int = 512
+    repeat: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    repeat_chunk: int = 2048
     layout: Literal["padded", "packed"] | None = None
     quantize: Literal["int8"] | None = None
 
@@ -92,9 +109,13 @@ class CompressionConfig:
                 _fail(self, name, f"one of {', '.join(map(str, allowed))}")
         if self.recent not in ("window", "half") and not _whole(self.recent, 1):
             _fail(self, "recent", "'window', 'half' or an integer of at least 1")
-        for name, least in (("sinks", 0), ("kernel", 1), ("beta", 1)):
-            if not _whole(getattr(self, name), least):
-                _fail(self, name, f"an integer of at least {least}")
+        least = {"sinks": 0, "kernel": 1, "beta": 1, "chunk": 1, "future": 1, "repeat_chunk": 16}
+        for name, smallest in least.items():
+            if not _whole(getattr(self, name), smallest):
+                _fail(self, name, f"an integer of at least {smallest}")
+        for both in ("global", "joint"):
+            if (self.layers == both) != (self.heads == both):
+                _fail(self, "heads", f"{both!r} exactly where layers={both!r}")
         if self.kernel % 2 == 0:
             _fail(self, "kernel", "an odd integer")
         if self.quantize is not None and self.layout == "padded":
@@ -155,7 +176,7 @@ class CompressionConfig:
     @property
     def uses_window(self) -> bool:
         """Whether an observation window is scored from, or always kept."""
-        return self.scorer == "window" or self.recent == "window"
+        return self.scorer in WINDOWED or self.recent == "window"
 
     def skips(self, bucket: int) -> bool:
         """Whether a prompt of this bucket is left alone: nothing could be evicted."""

@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from kvjax import stages
 from kvjax.cache import Cache, with_room
-from kvjax.compress import compress, held_slots, probe_request, slot_bytes
+from kvjax.capacity import held_slots, slot_bytes
+from kvjax.compress import compress, probe_request
 from kvjax.config import CompressionConfig
 from kvjax.programs import (
     answer_program,

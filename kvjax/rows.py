@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Int
 from kvjax.cache import floor_of_product
 from kvjax.config import CompressionConfig, ConfigError
 
+# Queries observed where the config does not say.
 DEFAULT_WINDOW = 32
+DEFAULT_WINDOWS = {"l2-window": 8, "tova": 1}
 MILLION = 1_000_000
 
 
@@ -40,8 +42,8 @@ def make_rows(config: CompressionConfig, lengths: Int[Array, " B"]) -> Rows:
     """Resolve `config` for prompts of these lengths.
 
     A fraction (in millionths) of a prompt is rounded down, and is at least 2 entries. Nothing
-    exceeds the prompt. A window of None becomes min(32, base // 2); an explicit one that a short
-    prompt cannot afford is cut to base - 1.
+    exceeds the prompt. A window of None becomes min(32, base // 2), or the scorer's own in place
+    of 32; an explicit one that a short prompt cannot afford is cut to base - 1.
     """
     lengths = lengths.astype(jnp.int32)
     if isinstance(config.budget, int):
@@ -50,7 +52,7 @@ def make_rows(config: CompressionConfig, lengths: Int[Array, " B"]) -> Rows:
         part = floor_of_product(lengths, round(config.fraction * MILLION), MILLION)
         base = jnp.minimum(lengths, jnp.maximum(part, 2))
     if config.window is None:
-        window = jnp.minimum(DEFAULT_WINDOW, base // 2)
+        window = jnp.minimum(DEFAULT_WINDOWS.get(config.scorer, DEFAULT_WINDOW), base // 2)
     else:
         window = jnp.minimum(config.window, base - 1)
     if config.recent == "window":

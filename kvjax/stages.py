@@ -13,9 +13,11 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax.cache import Cache, Probe, ProbeRequest, Tail
+from kvjax.cache import Cache, Tail
 from kvjax.compress import Packing, add_layer, finish, make_plan, probe_request
 from kvjax.config import CompressionConfig
+from kvjax.probe import Probe, ProbeRequest
+from kvjax.reconstruction import reconstruction_scores
 from kvjax.sampling import Sampling, Switches, Values, sample
 
 # A question or a scored text longer than this runs against the cache in several blocks, so that
@@ -79,6 +81,9 @@ def prefill(
         x_BTD, *kept = layer.prefill(x_BTD, lengths, request)
         layers.append(kept)
     keys, values, probes = zip(*layers, strict=True)
+    if request.repeat is not None:
+        scores = reconstruction_scores(model, tokens, lengths, keys, values, request.repeat)
+        probes = tuple(p.replace(reconstruction=s) for p, s in zip(probes, scores, strict=True))
     return last_logits(model, x_BTD, lengths), keys, values, probes
 
 
@@ -126,11 +131,16 @@ def _groups(batch: int, tokens: int) -> int:
 
 
 def _prefill_compress(model, tokens, lengths, key, config):
-    """Layer by layer: a layer is packed before the next one runs."""
+    """Layer by layer: a layer is packed before the next one runs, if it can be scored then."""
     plan = make_plan(config, lengths, tokens.shape[1], model.config.sliding_windows, key)
     request = probe_request(config, tokens.shape[1])
-    x_BTD = model.embed(tokens)
     kept = Packing()
+    if request.repeat is not None:
+        logits, *layers = prefill(model, tokens, lengths, request)
+        for index, layer in enumerate(zip(*layers, strict=True)):
+            kept = add_layer(kept, index, *layer, plan)
+        return logits, finish(kept, plan)
+    x_BTD = model.embed(tokens)
     for index, layer in enumerate(model.layers):
         x_BTD, keys, values, probe = layer.prefill(x_BTD, lengths, request)
         kept = add_layer(kept, index, keys, values, probe, plan)

@@ -12,12 +12,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Cache, Probe, ProbeRequest, attend, write_layer
+from kvjax.cache import Cache, attend, write_layer
 from kvjax.kernels.prefill_attention import prefill_attention
 from kvjax.kernels.prefill_attention.training import training_attention
 from kvjax.kernels.window_scores import accumulated_scores
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import RMSNorm, parameter, rope_frequencies, rotate, with_bias
+from kvjax.models.observe import expected_queries, last_queries, output_norms
+from kvjax.probe import Probe, ProbeRequest
 
 
 class Attention(nnx.Module):
@@ -46,7 +48,8 @@ class Attention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """Whole sequences without a cache, differentiable: for training."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions)
         out_BTNH = training_attention(q_BTNH, k_BTKH, v_BTKH, window=self.window)
         return self._output(out_BTNH)
 
@@ -56,40 +59,46 @@ class Attention(nnx.Module):
         """A whole prompt: the output, its keys (after RoPE) and values, and what was asked for."""
         batch, tokens, _ = x_BTD.shape
         positions_BT = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        probe = Probe()
+        if request.future:
+            mean, cov = expected_queries(
+                q_BTNH, lengths, rope_frequencies(self.config), request.future, request.skipped
+            )
+            probe = probe.replace(future_mean=mean, future_cov=cov)
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions_BT)
         out_BTNH, lse_BNT = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths, window=self.window)
-        queries = sums = None
         if request.queries:
-            rows_BW = lengths[:, None] - jnp.arange(request.queries, 0, -1)
-            rows_BW = jnp.maximum(rows_BW, 0)[:, :, None, None]
-            queries = jnp.take_along_axis(q_BTNH, rows_BW, axis=1)
+            probe = probe.replace(queries=last_queries(q_BTNH, lengths, request.queries))
         if request.column_sums:
             sums = accumulated_scores(q_BTNH, k_BTKH, lse_BNT, lengths, window=self.window)
-        probe = Probe(queries=queries, column_sums=sums)
+            probe = probe.replace(column_sums=sums)
+        if request.output_norms:
+            probe = probe.replace(output_norms=output_norms(v_BTKH, self.o_XD[...]))
         return self._output(out_BTNH), k_BTKH, v_BTKH, probe
 
     def extend(
         self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """New tokens at `positions` (-1: padding), whose tail slots are already claimed."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions)
-        cache = cache.replace(tail=write_layer(cache.tail, self.layer, k_BTKH, v_BTKH))
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions)
+        cache = cache.replace(tail=write_layer(cache.tail, self.layer, k_BTKH, v_BTKH, q_BTNH))
         out_BTNH = attend(q_BTNH, positions, cache, self.layer, self.window)
         return self._output(out_BTNH), cache
 
-    def _project(self, x_BTD, positions_BT):
+    def _project(self, x_BTD):
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
         q_BTNH = with_bias(x_BTD @ self.q_DX[...], self.q_bias_X).reshape(heads)
         k_BTKH = with_bias(x_BTD @ self.k_DY[...], self.k_bias_Y).reshape(heads)
         v_BTKH = with_bias(x_BTD @ self.v_DY[...], self.v_bias_Y).reshape(heads)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def _rotate(self, q_BTNH, k_BTKH, positions_BT):
         frequencies = rope_frequencies(self.config)
-        return (
-            rotate(q_BTNH, positions_BT, frequencies),
-            rotate(k_BTKH, positions_BT, frequencies),
-            v_BTKH,
-        )
+        return rotate(q_BTNH, positions_BT, frequencies), rotate(k_BTKH, positions_BT, frequencies)
 
     def _output(self, out_BTNH):
         out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)

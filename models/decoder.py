@@ -9,10 +9,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Cache, Probe, ProbeRequest, write_positions
+from kvjax.cache import Cache, write_positions
 from kvjax.models.attention import Attention
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import MLP, RMSNorm, in_parts, parameter
+from kvjax.probe import Probe, ProbeRequest
 
 
 class Embedding(nnx.Module):

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BELOW = {"config", "methods", "pool", "cache", "kernels"}  # what compression may build on
-COMPRESSION = {"rows", "scores", "budgets", "compress"}
+BELOW = {"config", "methods", "pool", "cache", "probe", "kernels"}  # what compression may build on
+COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
+ENGINE |= {"calibrate", "reconstruction"}
 LOADING = {"models", "tokenizer", "load", "convert"}
 
 # Who may import which parts of kvjax; each may import itself.
@@ -17,10 +18,11 @@ ALLOWED = {
     "methods": set(),
     "config": {"methods"},
     "pool": set(),
+    "probe": set(),
     "cache": {"pool", "kernels"},
     "extend": {"cache"},
     "saved": {"cache", "pool", "config"},
-    "models": {"cache", "kernels"},
+    "models": {"cache", "kernels", "probe"},
     **dict.fromkeys(COMPRESSION, BELOW | COMPRESSION),
     **dict.fromkeys(ENGINE, BELOW | COMPRESSION | ENGINE),  # the model comes as an argument
     "tokenizer": set(),

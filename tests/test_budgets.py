@@ -219,8 +219,8 @@ def prefix_oracle(scores: np.ndarray, room: np.ndarray, budget: int) -> list[int
     """PrefixKV by its definition, in fractions, trying every threshold there is."""
     ranked = [sorted(map(Fraction, row.tolist()), reverse=True) for row in scores]
     whole = [sum(row) or 1 for row in ranked]
-    before = [
-        [sum(row[:i]) / Fraction(mass) for i in range(n)]
+    before = [  # without any mass, last of all
+        [sum(row[:i]) / Fraction(mass) if sum(row) else Fraction(1) for i in range(n)]
         for row, mass, n in zip(ranked, whole, room, strict=True)
     ]
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import probe_of
 
-from kvjax import METHODS, CompressionConfig, ConfigError, Probe, budgets
+from kvjax import METHODS, CompressionConfig, ConfigError, budgets
 from kvjax.cache import PaddedLayer
-from kvjax.compress import capacity, compress, held_slots, layer_capacity, pool_shape
+from kvjax.capacity import capacity, held_slots, layer_capacity, pool_shape
+from kvjax.compress import compress
 from kvjax.rows import check_prompt, largest, make_rows, protected
 
 named = partial(CompressionConfig.named, layout="padded")
@@ -138,7 +140,7 @@ def check_capacity(config: CompressionConfig, windows: tuple[int | None, ...], k
 
     layers = iter(range(DEPTH))
     keys = [jnp.zeros((BUCKET, BUCKET, HEADS, 1))] * DEPTH
-    probes = [Probe(queries=keys[0], column_sums=jnp.zeros((BUCKET, HEADS, BUCKET)))] * DEPTH
+    probes = [probe_of(0, BUCKET, BUCKET, HEADS, HEADS, 1, BUCKET)] * DEPTH
     with pytest.MonkeyPatch.context() as patch:
         for part in JITTED:
             patch.setattr(*part)

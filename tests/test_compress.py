@@ -32,7 +32,9 @@ subject = import_module("kvjax.compress")  # kvjax.compress is the function
 # rest runs op by op; `test_jit_gives_the_same` compiles the whole, the users' way.
 PARTS = [(budgets, name, ()) for name in ("select_top", "spread", "uniform_layers")]
 PARTS += [(budgets, "prefix_layers", ()), (budgets, "pyramid_layers", ("beta",))]
-PARTS += [(budgets, "ada_heads", ("floor",)), (kvjax.scores, "window_scores", ("window", "group"))]
+PARTS += [(budgets, "ada_heads", ("floor",)), (budgets, "global_heads", ())]
+PARTS += [(budgets, "joint_heads", ("floor",))]
+PARTS += [(kvjax.scores, "window_scores", ("window", "power", "group"))]
 PARTS += [(kvjax.scores, "over_group", ("kv_heads", "how"))]
 PARTS += [(kvjax.scores, "pool", ("how", "kernel")), (subject, "pack", ("slots",))]
 PARTS += [(subject, name, ("tokens", "window")) for name in ("eligible", "protected")]
@@ -59,9 +61,13 @@ def row(seed: int, n: int, tokens: int) -> SimpleNamespace:
         "keys": rng.normal(size=(n, K, H)),
         "values": rng.normal(size=(n, K, H)),
         "column_sums": rng.gamma(0.5, size=(n, N, 1)),
+        "output_norms": rng.gamma(0.5, size=(n, K, 1)),
+        "reconstruction": rng.random(size=(n, K, 1)),
     }
     arrays = {name: np.pad(x, padding, constant_values=np.nan) for name, x in drawn.items()}
-    return SimpleNamespace(**arrays, queries=rng.normal(size=(n, N, H)))
+    root = rng.normal(size=(N, H, H))
+    future = {"future_mean": rng.normal(size=(N, H)), "future_cov": root @ root.swapaxes(1, 2)}
+    return SimpleNamespace(**arrays, **future, queries=rng.normal(size=(n, N, H)))
 
 
 def prompts(config: CompressionConfig, lengths, tokens: int, layers: int, first: int = 0):
@@ -74,13 +80,17 @@ def prompts(config: CompressionConfig, lengths, tokens: int, layers: int, first:
         values.append(stack(x.values for x in rows))
         last = [np.maximum(np.arange(n - asked.queries, n), 0) for n in lengths]
         queries = stack(x.queries[at] for x, at in zip(rows, last, strict=True))
-        sums = stack(x.column_sums[..., 0].T for x in rows)
-        probes.append(
-            Probe(
-                queries=queries if asked.queries else None,
-                column_sums=sums if asked.column_sums else None,
-            )
-        )
+        probe = Probe(queries=queries if asked.queries else None)
+        per_entry = {
+            "column_sums": asked.column_sums,
+            "output_norms": asked.output_norms,
+            "reconstruction": asked.repeat,
+        }
+        for name in [name for name, wanted in per_entry.items() if wanted]:
+            probe = probe.replace(**{name: stack(getattr(x, name)[..., 0].T for x in rows)})
+        for name in ("future_mean", "future_cov") if asked.future else ():
+            probe = probe.replace(**{name: stack(getattr(x, name) for x in rows)})
+        probes.append(probe)
     return keys, values, probes
 
 
@@ -131,7 +141,7 @@ def test_what_is_kept(method, budget, windows):
             total += sum(map(len, heads))
             if METHODS[method].heads == "shared":
                 assert heads[0] == heads[1]
-            if METHODS[method].heads != "ada":
+            if METHODS[method].heads in ("uniform", "shared"):
                 assert len(heads[0]) == len(heads[1])
             if METHODS[method].layers == "uniform" and windows == WINDOWS["none"]:
                 assert sum(map(len, heads)) == K * (n if method == "full" else base)
@@ -303,10 +313,14 @@ def test_a_profile_of_another_model_is_refused():
     ("method", "message"),
     [
         ("snapkv", "probe 0 has 0 queries, expected the last 4"),
-        ("h2o", "probe 0 has column_sums=None, expected what each key received"),
+        ("h2o", "probe 0 has column_sums=None, expected it for 'h2o'"),
+        ("critical-ada-snapkv", "probe 0 has output_norms=None, expected it for 'critical-ada-"),
+        ("ada-kvzip", "probe 0 has reconstruction=None, expected it for 'ada-kvzip'"),
+        ("expected-attention", "probe 0 has future_mean=None, expected it for 'expected-att"),
     ],
 )
 def test_a_probe_without_what_the_scorer_reads_is_refused(method, message):
     keys = [jnp.zeros((1, TOKENS, K, H))]
+    probe = Probe(queries=jnp.zeros((1, 4, N, H)) if method.startswith("critical") else None)
     with pytest.raises(ValueError, match=message):
-        compress(keys, keys, [Probe()], named(method, budget=8))
+        compress(keys, keys, [probe], named(method, budget=8))

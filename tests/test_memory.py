@@ -6,9 +6,10 @@ import pytest
 
 from kvjax import METHODS, CompressionConfig, compress
 from kvjax.ahead import missing
-from kvjax.cache import Probe
 from kvjax.compress import probe_request
 from kvjax.eval.compile_matrix import LAYER_BYTES, layer_growth, packing
+from kvjax.probe import Probe
+from kvjax.scores import READS
 
 COMPRESSING = [name for name in METHODS if name != "full"]
 array = jax.ShapeDtypeStruct
@@ -21,10 +22,17 @@ def nbytes(tree) -> int:
 def prompt_arrays(config, *, batch, tokens, layers, heads, kv_heads, head_dim, dtype):
     """Keys, values and probes of a prefilled prompt, as shapes."""
     keys = [array((batch, tokens, kv_heads, head_dim), dtype)] * layers
-    wanted = probe_request(config, tokens)
-    queries = array((batch, wanted.queries, heads, head_dim), dtype)
-    sums = array((batch, heads, tokens), jnp.float32) if wanted.column_sums else None
-    return keys, keys, [Probe(queries=queries, column_sums=sums)] * layers
+    shapes = {
+        "queries": (batch, probe_request(config, tokens).queries, heads, head_dim),
+        "column_sums": (batch, heads, tokens),
+        "future_mean": (batch, heads, head_dim),
+        "future_cov": (batch, heads, head_dim, head_dim),
+        "output_norms": (batch, kv_heads, tokens),
+        "reconstruction": (batch, kv_heads, tokens),
+    }
+    read = {"queries", *READS.get(config.scorer, ()), *["output_norms"] * config.output_aware}
+    kinds = {name: dtype if name == "queries" else jnp.float32 for name in read}
+    return keys, keys, [Probe(**{name: array(shapes[name], kinds[name]) for name in read})] * layers
 
 
 def run(config, tail_slots=0):

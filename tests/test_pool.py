@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import probe_of
 
 import kvjax
 from kvjax import METHODS, CompressionConfig
 from kvjax import pool as pools
-from kvjax.cache import Probe
 from kvjax.models.weights import load_decoder
 from kvjax.pool import empty_pool
 
@@ -160,8 +160,7 @@ def budget_bytes(model, rows, per_head, entry):
 def test_packed_holds_the_same_entries_in_exactly_the_budget(name):
     """Of three prompts of 64, 41 and 52 tokens, in two layers of two heads."""
     keys, values = (jnp.asarray(normal(seed, 2, 3, 64, 2, 8)) for seed in (0, 1))
-    queries, sums = jnp.asarray(normal(2, 2, 3, 8, 4, 8)), jnp.exp(normal(3, 2, 3, 4, 64))
-    probes = [Probe(queries=queries[i], column_sums=sums[i]) for i in (0, 1)]
+    probes = [probe_of(seed, 3, 64, 4, 2, 8, 8) for seed in (2, 3)]
     call = jax.jit(kvjax.compress, static_argnames="config", compiler_options=QUICK)
     lengths = jnp.array([64, 41, 52])
     padded, packed = (
@@ -307,9 +306,12 @@ def test_turns_streams_and_scores(model, prompts):
 
 def test_layout_none_packs_uneven_budgets():
     """On a CPU; uniform ones stay padded there."""
-    from kvjax.compress import packs
+    from kvjax.capacity import packs
 
     packed = {name for name in COMPRESSING if packs(CompressionConfig.named(name, 16))}
-    uneven = {"pyramidkv", "ada-snapkv", "ada-pyramid", "prefixkv", "ada-prefixkv"}
+    even = {("uniform", "uniform"), ("uniform", "shared")}
+    kinds = {name: (METHODS[name].layers, METHODS[name].heads) for name in COMPRESSING}
+    uneven = {name for name, kind in kinds.items() if kind not in even}
+    assert uneven >= {"pyramidkv", "ada-snapkv", "prefixkv", "kv-compress", "joint-snapkv"}
     assert packed == uneven
     assert packs(CompressionConfig.named("snapkv", 16, layout="packed"))

@@ -113,9 +113,9 @@ def test_entries_needed_matches_float64(model):
     tokens = np.array(prompts[1])[None]
     x = model.layers[0].attention_norm(model.embed(jnp.asarray(tokens)))
     positions = jnp.arange(30)[None]
-    q, k, _ = (
-        np.asarray(a, np.float64)[0] for a in model.layers[0].attention._project(x, positions)
-    )
+    attention = model.layers[0].attention
+    q, k, _ = attention._project(x)
+    q, k = (np.asarray(a, np.float64)[0] for a in attention._rotate(q, k, positions))
     for head in range(config.num_heads):
         needed = []
         for place in range(25, 30):

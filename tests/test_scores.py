@@ -1,6 +1,7 @@
 """Scorers: numbers by hand, SnapKV's scores from numpy, and what padding and masks may change."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,24 @@ import pytest
 
 from kvjax import scores as scorers
 from kvjax.config import CompressionConfig
+from kvjax.probe import Probe
 from kvjax.rows import Rows
-from kvjax.scores import over_group, pool
+from kvjax.scores import Layer, over_group, pool
 
 KEY = jax.random.key(3)
 # Compile time is all that these tests cost.
-score = jax.jit(
-    scorers.score,
-    static_argnums=(4, 6),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@partial(compiled, static_argnames=("config", "window"))
+def scored(probe, keys, values, rows, key, *, config, window):
+    return scorers.score(Layer(probe, keys, values, rows, config, key, window))
+
+
+def score(queries, sums, keys, rows, config, key, window, values=None, **probe):
+    probe = Probe(queries=queries, column_sums=sums, **probe)
+    values = keys if values is None else values
+    return scored(probe, keys, values, rows, key, config=config, window=window)
 
 
 def rows_of(lengths, windows) -> Rows:
@@ -217,8 +226,11 @@ def test_a_probe_that_was_not_asked_for_is_not_read(scorer):
     )
 
 
-@pytest.mark.parametrize(("scorer", "missing"), [("window", "queries"), ("accumulated", "sums")])
+@pytest.mark.parametrize(
+    ("scorer", "missing"), [(name, fields[0]) for name, fields in scorers.READS.items()]
+)
 def test_a_scorer_without_its_probe(scorer, missing):
     keys, rows = jnp.array(normal(1, 1, 12, 2, 8)), rows_of([12], [2])
-    with pytest.raises(ValueError, match=f"is None, expected {missing} for scorer='{scorer}'"):
+    message = f"probe.{missing} is None, expected {missing} for scorer='{scorer}'"
+    with pytest.raises(ValueError, match=message):
         score(None, None, keys, rows, configured(scorer), KEY, None)

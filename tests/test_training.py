@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from kvjax import stages
-from kvjax.cache import ProbeRequest
 from kvjax.kernels.prefill_attention.training import blockwise, training_attention
 from kvjax.models.config import load_config
 from kvjax.models.export import save_decoder
 from kvjax.models.weights import load_decoder
+from kvjax.probe import ProbeRequest
 
 FIXTURES = Path(__file__).parent / "fixtures" / "hf"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists())

@@ -17,7 +17,7 @@ import numpy as np
 from kvjax import stages
 from kvjax.bench.timing import Timing, timed
 from kvjax.cache import Cache, PaddedLayer, attend, empty_tail
-from kvjax.compress import capacity, packs, pool_shape
+from kvjax.capacity import capacity, packs, pool_shape
 from kvjax.config import CompressionConfig
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder

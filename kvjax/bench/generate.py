@@ -16,9 +16,10 @@ from kvjax import stages
 from kvjax.bench.decode import decode_step, held_bytes
 from kvjax.bench.scores import label
 from kvjax.bench.timing import peak_bytes, timed
-from kvjax.cache import ProbeRequest, with_room
+from kvjax.cache import with_room
 from kvjax.config import CompressionConfig
 from kvjax.models.decoder import Decoder
+from kvjax.probe import ProbeRequest
 
 
 def measure(

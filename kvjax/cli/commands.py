@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import kvjax
-from kvjax.cli.files import check_vocabulary, read_documents, read_prompts, read_text
+from kvjax.capacity import slot_bytes
+from kvjax.cli.files import (
+    check_length,
+    check_vocabulary,
+    read_documents,
+    read_prompts,
+    read_text,
+)
 from kvjax.cli.settings import announce, compression, resolved, sampling
-from kvjax.compress import slot_bytes
 from kvjax.config import CompressionConfig
 from kvjax.methods import METHODS, Method
 from kvjax.prompts import as_rows, bucket
@@ -262,11 +268,7 @@ def _check_documents(places: dict[str, Document], model: Any, config: Compressio
     context = model.config.max_position_embeddings
     for place, (tokens, _) in places.items():
         check_vocabulary(tokens, place, model.config.vocab_size)
-        if len(tokens) > context:
-            raise ValueError(
-                f"{place} has {len(tokens)} tokens, expected at most the model's context of"
-                f" {context}"
-            )
+        check_length(tokens, place, context)
     # What is left to check depends on a prefix's length alone.
     prefixes = {prefix: tokens[:prefix] for tokens, prefix in places.values()}
     check_rows(model, list(prefixes.values()), config)

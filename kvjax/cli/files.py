@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+Sample = str | list[int]  # a text, or token ids
+
 
 def read_text(path: str) -> str:
     """The whole file as it is.
@@ -43,6 +45,11 @@ def read_documents(path: str) -> dict[str, tuple[list[int], int]]:
     return {place: _document(_parse(line, place), place) for place, line in _lines(path)}
 
 
+def read_samples(path: str) -> dict[str, Sample]:
+    """The prompt of each JSON line {"prompt": "text"} or {"tokens": [...]}, by the line's place."""
+    return {place: _sample(_parse(line, place), place) for place, line in _lines(path)}
+
+
 def check_vocabulary(tokens: Sequence[int], place: str, vocab_size: int) -> None:
     """Raise ValueError where an id is not in 0 .. vocab_size - 1."""
     for token in tokens:
@@ -51,6 +58,14 @@ def check_vocabulary(tokens: Sequence[int], place: str, vocab_size: int) -> None
                 f"{place}: token id {token} is outside the vocabulary,"
                 f" expected 0 to {vocab_size - 1}"
             )
+
+
+def check_length(tokens: Sequence[int], place: str, context: int) -> None:
+    """Raise ValueError where a prompt is longer than the model's context."""
+    if len(tokens) > context:
+        raise ValueError(
+            f"{place} has {len(tokens)} tokens, expected at most the model's context of {context}"
+        )
 
 
 def _lines(path: str) -> Iterator[tuple[str, str]]:
@@ -92,6 +107,23 @@ def _document(value: Any, place: str) -> tuple[list[int], int]:
             f" below its {len(tokens)} tokens"
         )
     return tokens, prefix
+
+
+def _sample(value: Any, place: str) -> Sample:
+    if not isinstance(value, dict) or len({"prompt", "tokens"} & value.keys()) != 1:
+        raise ValueError(f'{place}, expected an object with either "prompt" or "tokens"')
+    if "tokens" in value:
+        return _ids(value["tokens"], f'{place}: "tokens"')
+    text = value["prompt"]
+    if not isinstance(text, str) or not text:
+        raise ValueError(
+            f'{place}: "prompt" is {_shortened(text)}, expected a text that is not empty'
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'{place}: "prompt" is not valid Unicode ({error.reason})') from None
+    return text
 
 
 def _ids(value: Any, place: str) -> list[int]:

@@ -8,7 +8,7 @@ import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.presets import PRESETS
 from kvjax.bench.report import KINDS
-from kvjax.cli import commands
+from kvjax.cli import calibrate, commands
 from kvjax.methods import METHODS
 
 _LARGEST = 2**31 - 1  # what an int32 holds
@@ -81,6 +81,10 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--json", action="store_true", help="print one JSON line a text, in order")
 
+    sub = command(calibrate.run, "calibrate", "Measure a layer profile for PrefixKV")
+    _model_flags(sub)
+    _calibration_flags(sub)
+
     sub = command(commands.convert, "convert", "Make a Hugging Face directory of a llama2.c model")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="such as stories15M.bin")
     sub.add_argument("vocabulary", metavar="VOCABULARY", help="such as tokenizer.bin")
@@ -101,6 +105,32 @@ def build_parser() -> Parser:
         " on from its last checkpoint (build/tiny)",
     )
     return parser
+
+
+def _calibration_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help='JSON lines {"prompt": "text"} or {"tokens": [ids]}, of the kind to be answered later',
+    )
+    add("--method", default="prefixkv", metavar="M", help="prefixkv, ada-prefixkv (prefixkv)")
+    add(
+        "--budget",
+        metavar="N|P%",
+        help="entries kept per KV head, on average over layers: a percentage of the prompt, or a"
+        " number",
+    )
+    add("--batch", type=whole(1), default=16, metavar="N", help="prompts at once (16)")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the profile, which generate and score take with --profile; a picture goes beside it",
+    )
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def _bench_flags(parser: Parser) -> None:

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from kvjax import stages
 from kvjax.ahead import TARGETS, TPUS, compile_for, devices, missing
 from kvjax.bench.presets import preset
-from kvjax.cache import ProbeRequest
 from kvjax.config import CompressionConfig
 from kvjax.kernels import decode_attention, window_scores
 from kvjax.kernels.shapes import SHAPES, Shape
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
+from kvjax.probe import ProbeRequest
 from kvjax.programs import generate_program
 
 KERNELS = ("pool_attention", "window_scores", "accumulated_scores")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax import stages
-from kvjax.cache import ProbeRequest
+from kvjax.probe import ProbeRequest
 from kvjax.prompts import pad
 
 

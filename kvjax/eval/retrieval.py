@@ -14,7 +14,8 @@ B prompts, T tokens of a bucket, O tokens of an answer, L layers, K KV heads.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -23,11 +24,12 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from kvjax import stages
-from kvjax.cache import Cache, PaddedLayer, ProbeRequest, with_room
-from kvjax.compress import Packing, add_layer, finish, make_plan
+from kvjax.cache import Cache, PaddedLayer, with_room
+from kvjax.compress import Packing, add_layer, finish, make_plan, probe_request
 from kvjax.config import CompressionConfig
-from kvjax.prompts import pad
-from kvjax.rows import DEFAULT_WINDOW, make_rows
+from kvjax.probe import ProbeRequest
+from kvjax.prompts import bucket, pad
+from kvjax.rows import make_rows
 
 PROTOCOLS = {"inside": "question inside the prompt", "after": "question after compression"}
 ROWS = 50  # prompts at once
@@ -85,6 +87,8 @@ def ask(
     longest = max(len(prompt) for prompt in prompts)
     room = max(len(item.answer) for item in items)
     questions, _ = pad([item.question for item in items])
+    asked = [probe_request(_widest(config), bucket(longest)) for config in configs]
+    request = reduce(or_, asked, ProbeRequest())
     right: list[list[bool]] = [[] for _ in configs]
     kept: list[list[np.ndarray]] = [[] for _ in configs]
     first: list[np.ndarray] = []
@@ -94,7 +98,7 @@ def ask(
         rows = [*chosen, *[chosen[-1]] * (min(ROWS, len(items)) - len(chosen))]
         tokens, lengths = pad([prompts[row] for row in rows], at_least=longest)
         counts = jnp.array([len(items[row].question) for row in rows], jnp.int32)
-        logits, *layers = _prefill(model, tokens, lengths)
+        logits, *layers = _prefill(model, tokens, lengths, request)
         # Every prompt draws for itself.
         key = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(rows))
         for index, config in enumerate(configs):
@@ -118,9 +122,8 @@ def ask(
     ]
 
 
-@jax.jit
-def _prefill(model, tokens, lengths):
-    request = ProbeRequest(queries=DEFAULT_WINDOW, column_sums=True)
+@partial(jax.jit, static_argnames="request")
+def _prefill(model, tokens, lengths, request):
     return stages.prefill(model, tokens, lengths, request)
 
 

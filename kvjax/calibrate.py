@@ -1,0 +1,180 @@
+"""PrefixKV's offline profiles: what each layer retains, measured once and stored.
+
+A profile makes layer sizes known before the prompt is read, so that a layer can be packed before
+the next one runs. B prompts of a batch, P prompts, L layers, K KV heads.
+
+Source: PrefixKV, Wang et al. 2024 (arXiv 2412.03409), whose authors publish such files.
+"""
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from kvjax.config import CompressionConfig, ConfigError
+from kvjax.generate import compress_prompt
+from kvjax.methods import METHODS
+from kvjax.prompts import Prompts, as_rows, bucket
+from kvjax.request import check_rows
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What each layer retained of some prompts.
+
+    Attributes:
+      by_prompt: `[P, L]` fraction of each prompt that each layer retained, mean over KV heads,
+        above 0 and at most 1.
+      lengths: tokens of each prompt.
+    """
+
+    by_prompt: Float[np.ndarray, "P L"]
+    lengths: tuple[int, ...]
+
+    @property
+    def retained(self) -> tuple[float, ...]:
+        """The mean over prompts, one fraction a layer: a `CompressionConfig.profile`."""
+        return tuple(self.by_prompt.mean(0).tolist())
+
+    @property
+    def spread(self) -> tuple[float, ...]:
+        """The standard deviation over prompts, one a layer; 0 for one prompt."""
+        return tuple(self.by_prompt.std(0).tolist())
+
+
+def check_calibrates(config: CompressionConfig) -> None:
+    """Raise ConfigError unless the layer sizes of `config` follow from scores."""
+    if config.layers != "prefix":
+        names = ", ".join(name for name, method in METHODS.items() if method.layers == "prefix")
+        raise ConfigError(
+            f"method={config.method!r} (layers={config.layers!r}) has no layer profile,"
+            f" expected one of {names}"
+        )
+    if config.profile is not None:
+        raise ConfigError(
+            f"profile of {len(config.profile)} layers, expected None: it is what is measured"
+        )
+
+
+def calibrate(
+    model: Any,
+    prompts: Prompts,
+    config: CompressionConfig,
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+    batch: int = 16,
+    progress: bool = False,
+) -> Profile:
+    """Compress prompts, and note how many entries each layer keeps.
+
+    Each prompt counts alike, whatever its length. An integer budget is another fraction of each
+    length; a profile measured with one is for prompts of about the lengths it was measured on.
+
+    Args:
+      model: from `kvjax.load`.
+      prompts: as in `generate`.
+      config: a method whose layer sizes follow from scores (`layers="prefix"`), with a budget.
+      tokenizer: from `kvjax.load`, needed for text.
+      seed: of the `random` scorer; no named method that can be calibrated draws.
+      batch: most prompts at once, all of one bucket. It changes no result.
+      progress: whether to show a bar on stderr, where that is a terminal.
+
+    Raises:
+      ConfigError: layer sizes that do not follow from scores.
+      ValueError: batch below 1, no prompt, an empty one, an id outside the vocabulary, a prompt
+        longer than the model's context.
+    """
+    check_calibrates(config)
+    if batch < 1:
+        raise ValueError(f"batch={batch}, expected at least 1")
+    rows = as_rows(prompts, tokenizer=tokenizer, vocab_size=model.config.vocab_size)
+    check_rows(model, rows, config)  # all of them before the first is run
+    lengths = [len(row) for row in rows]
+    by_prompt = np.zeros((len(rows), model.config.num_layers))
+    with tqdm(
+        total=len(rows), desc="calibrate", unit="prompt", disable=None if progress else True
+    ) as bar:
+        for chosen in _batches(lengths, batch):
+            cache = compress_prompt(model, [rows[row] for row in chosen], config, seed=seed)
+            counts_BLK = np.asarray(cache.counts)
+            tokens = np.array([lengths[row] for row in chosen])
+            by_prompt[chosen] = counts_BLK.mean(-1) / tokens[:, None]
+            bar.update(len(set(chosen)))
+    return Profile(by_prompt=by_prompt, lengths=tuple(lengths))
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Places of at most `size` prompts of one bucket.
+
+    A program is compiled for each shape, so all batches of a bucket have as many rows: the last
+    one is filled up with a repeated prompt.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, length in enumerate(lengths):
+        groups[bucket(length)].append(place)
+    for group in groups.values():
+        rows = math.ceil(len(group) / math.ceil(len(group) / size))
+        for start in range(0, len(group), rows):
+            part = group[start : start + rows]
+            yield part + part[-1:] * (rows - len(part))
+
+
+# ---------------------------------------------------------------------------- files
+def write_profile(path: str | Path, profile: Profile) -> Path:
+    """Write a profile in its authors' form: a JSON list of the fraction EVICTED from each layer.
+
+    A file of this name is replaced once the new one is whole.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    evicted = [1.0 - share for share in profile.retained]
+    with replacing(path) as part:
+        part.write_text(json.dumps(evicted))
+    return Path(path)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name next to `path` to write to; it replaces `path` if the block ends without an error.
+
+    After an error, or an interrupt, what was at `path` is as it was, and nothing is left beside it.
+    """
+    target, part = _target_and_part(path)
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ValueError where `replacing(path)` could not put a file; nothing is changed."""
+    target, part = _target_and_part(path)
+    # A folder, or a device such as /dev/stdout, which a rename would put a file in the place of.
+    if target.exists() and not target.is_file():
+        raise ValueError(f"output {path} is not a file, expected the name of a file to write")
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output {path} cannot be written ({error.strerror}), expected a name in a folder that"
+            " exists and can be written to"
+        ) from None
+
+
+def _target_and_part(path: str | Path) -> tuple[Path, Path]:
+    target = Path(path).resolve()  # what a link points to is replaced, not the link
+    # The suffix stays the last one: writers of pictures choose their format by it.
+    return target, target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")

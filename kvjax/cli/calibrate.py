@@ -1,0 +1,105 @@
+"""`kvjax calibrate`: PrefixKV's layer profile of a model, measured over prompts."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import kvjax
+from kvjax.calibrate import (
+    Profile,
+    calibrate,
+    check_calibrates,
+    check_writable,
+    replacing,
+    write_profile,
+)
+from kvjax.cli.files import Sample, check_length, check_vocabulary, read_samples
+from kvjax.cli.settings import announce
+from kvjax.config import CompressionConfig, parse_budget
+from kvjax.prompts import as_rows
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, write the file and its picture, and say what came out."""
+    from kvjax.eval import figures
+
+    budget = None if arguments.budget is None else parse_budget(arguments.budget)
+    config = CompressionConfig.named(arguments.method, budget=budget)
+    check_calibrates(config)
+    places = read_samples(arguments.prompts)
+    picture = _picture(arguments.output) if figures.available() else None
+    for path in filter(None, (arguments.output, picture)):
+        check_writable(path)  # before the long work, not after it
+    model, tokenizer = kvjax.load(
+        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
+    )
+    rows = _rows(places, model, tokenizer)
+    announce(config, [len(row) for row in rows])
+    profile = calibrate(
+        model, rows, config, seed=arguments.seed, batch=arguments.batch, progress=True
+    )
+    write_profile(arguments.output, profile)
+    if picture is not None:
+        _draw(picture, f"{arguments.method}, {arguments.budget}", profile)
+    report = {
+        "method": config.method,
+        "budget": config.budget,
+        "prompts": len(rows),
+        "tokens": sum(profile.lengths),
+        "retained": profile.retained,
+        "spread": profile.spread,
+        "file": arguments.output,
+        "picture": picture,
+    }
+    print(json.dumps(report) if arguments.json else _summary(report))
+
+
+def _rows(places: dict[str, Sample], model: Any, tokenizer: Any) -> list[list[int]]:
+    """Token ids of each sample; complaints name its line."""
+    # A text that is longer than the tokenizer's own limit is ours to complain of.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    vocab_size, rows = model.config.vocab_size, []
+    for place, sample in places.items():
+        if isinstance(sample, str):
+            if tokenizer is None:
+                raise ValueError(
+                    f'{place} is text but the model has no tokenizer, expected "tokens"'
+                )
+            sample = as_rows(sample, tokenizer=tokenizer, vocab_size=vocab_size)[0]
+        check_vocabulary(sample, place, vocab_size)
+        check_length(sample, place, model.config.max_position_embeddings)
+        rows.append(sample)
+    return rows
+
+
+def _picture(path: str) -> str:
+    """The picture's name: beside the profile, and never the profile's own."""
+    target = Path(path)
+    name = target.stem if target.suffix == ".json" else target.name
+    return str(target.with_name(f"{name}.png"))
+
+
+def _draw(path: str, title: str, profile: Profile) -> None:
+    from kvjax.eval import profile_figure
+
+    prompts = len(profile.lengths)
+    with replacing(path) as part:
+        profile_figure.profiles(
+            part, {f"{title}, {prompts} prompt{'s' if prompts > 1 else ''}": profile}
+        )
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """A line a layer, then the files."""
+    mean = sum(report["retained"]) / len(report["retained"])
+    lines = [
+        f"prompts {report['prompts']}, tokens {report['tokens']}, retained {mean:.2%}",
+        "LAYER  RETAINED  SPREAD",
+    ]
+    for layer, pair in enumerate(zip(report["retained"], report["spread"], strict=True)):
+        retained, spread = pair
+        lines.append(f"{layer:5}  {retained:8.2%}  {spread:6.2%}")
+    return "\n".join([*lines, *filter(None, (report["file"], report["picture"]))])

@@ -1,0 +1,143 @@
+"""KVzip: what a prompt's repetition attends to (Kim et al. 2025, arXiv 2505.23416, section 3).
+
+After its prefill the prompt is run once more, after itself, against its own full cache, in chunks:
+
+    [instruction] [the 8 tokens before the chunk] [the chunk]    at positions length, length + 1, ..
+
+The importance of an entry is the most attention that it gets from any of these queries, of any
+query head of its group, in a softmax over the sinks, the entry's chunk and the repetition itself.
+
+B batch, T prompt tokens, U tokens of a repetition, C tokens of a chunk, W tokens run at once,
+N query heads, K KV heads, G = N // K, H head dim.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kvjax.cache import Cache, empty_tail, full_layer, remember
+from kvjax.probe import Repeat
+
+# What a tokenizer makes the instructions of: before the first chunk, before the others.
+INSTRUCTIONS = (
+    "\n\nRepeat the previous context exactly.\n",
+    "\n\nRepeat the part of the previous context exactly, starting with\n",
+)
+# Tokens before a chunk that say where it begins.
+LEAD = 8
+# Tokens of a repetition that are run at once.
+BLOCK = 128
+
+
+def reconstruction_scores(
+    model: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    keys: Sequence[Float[Array, "B T K H"]],
+    values: Sequence[Float[Array, "B T K H"]],
+    repeat: Repeat,
+) -> list[Float[Array, "B K T"]]:
+    """Importance in [0, 1] of each entry of every layer; 0 for padding and for the sinks.
+
+    Costs about one more prefill: every token passes through the model again, against the whole
+    prompt rather than what is before it. Positions go past the prompt by a chunk and what leads to
+    it, whatever the model's context; nothing of it stays in the cache.
+
+    Args:
+      model: the decoder.
+      tokens: prompts padded on the right.
+      lengths: their real tokens.
+      keys, values: every layer's, from the prefill.
+      repeat: chunk, instructions, sinks.
+    """
+    width = min(repeat.chunk, tokens.shape[1])
+    texts, counts = _repetitions(tokens, lengths, width, repeat)
+    layers = tuple(full_layer(k, v, lengths) for k, v in zip(keys, values, strict=True))
+    cache = Cache(
+        layers=layers,
+        tail=remember(empty_tail(layers, texts.shape[-1]), BLOCK, model.config.num_heads),
+        prompt_lengths=lengths,
+        next_positions=lengths,
+    )
+
+    def chunk(scores, xs):
+        text_BU, count_B, first = xs
+
+        def block(state, start):
+            scores, tail, next_positions = state
+            now = cache.replace(tail=tail, next_positions=next_positions)
+            part_BW = lax.dynamic_slice_in_dim(text_BU, start, BLOCK, axis=1)
+            _, now = model.extend(part_BW, jnp.clip(count_B - start, 0, BLOCK), now)
+            scores = [
+                _raised(score, k, now, layer, first, width, repeat.sinks)
+                for layer, (score, k) in enumerate(zip(scores, keys, strict=True))
+            ]
+            return (scores, now.tail, now.next_positions), None
+
+        starts = jnp.arange(0, text_BU.shape[1], BLOCK)
+        (scores, _, _), _ = lax.scan(block, (scores, cache.tail, lengths), starts)
+        return scores, None
+
+    batch, prompt_tokens, kv_heads, _ = keys[0].shape
+    nothing = [jnp.zeros((batch, kv_heads, prompt_tokens), jnp.float32) for _ in keys]
+    firsts = jnp.arange(texts.shape[0]) * width
+    return lax.scan(chunk, nothing, (texts, counts, firsts))[0]
+
+
+def _repetitions(tokens, lengths, width, repeat):
+    """What is said for each chunk, `[chunks, B, U]` in whole blocks, and its real tokens."""
+    batch, prompt_tokens = tokens.shape
+    texts, counts = [], []
+    for first in range(0, prompt_tokens, width):
+        instruction = jnp.array(repeat.instructions[first > 0], jnp.int32)
+        lead_BX = tokens[:, max(0, first - LEAD) : first]
+        chunk_BC = tokens[:, first : first + width]
+        before = instruction.shape[0] + lead_BX.shape[1]
+        said_B = jnp.clip(lengths - first, 0, width)
+        counts.append(jnp.where(said_B > 0, before + said_B, 0))
+        repeated = jnp.broadcast_to(instruction, (batch, instruction.shape[0]))
+        texts.append(jnp.concatenate([repeated, lead_BX, chunk_BC], axis=1))
+    longest = max(text.shape[1] for text in texts)
+    longest += -longest % BLOCK
+    padded = [jnp.pad(text, ((0, 0), (0, longest - text.shape[1]))) for text in texts]
+    return jnp.stack(padded), jnp.stack(counts)
+
+
+def _raised(scores_BKT, k_BTKH, cache: Cache, layer: int, first, width: int, sinks: int):
+    """A layer's scores, raised by the attention of the queries that the tail remembers."""
+    batch, tokens, kv_heads, head_dim = k_BTKH.shape
+    tail = cache.tail
+    q_BWNH, at_BW = tail.queries[layer], tail.query_positions
+    assert at_BW is not None  # `remember` made both
+    q_BWKGH = q_BWNH.reshape(batch, q_BWNH.shape[1], kv_heads, -1, head_dim)
+    start = jnp.minimum(first, tokens - width)  # the last chunk is short
+    place_C = start + jnp.arange(width)
+    k_BCKH = lax.dynamic_slice_in_dim(k_BTKH, start, width, axis=1)
+    real_BC = (place_C >= first) & (place_C < cache.prompt_lengths[:, None])
+    real_BC &= place_C >= sinks
+    k_BXKH = k_BTKH[:, :sinks]
+    real_BX = jnp.arange(k_BXKH.shape[1]) < cache.prompt_lengths[:, None]
+
+    def logits(k, equation):
+        s = jnp.einsum(equation, q_BWKGH, k, preferred_element_type=jnp.float32)
+        return s * head_dim**-0.5
+
+    own_BWU = (tail.positions[:, None] >= 0) & (tail.positions[:, None] <= at_BW[..., None])
+    seen = [
+        (logits(k_BCKH, "BWKGH,BCKH->BKGWC"), real_BC[:, None, None, None]),
+        (logits(k_BXKH, "BWKGH,BXKH->BKGWX"), real_BX[:, None, None, None]),
+        (logits(tail.keys[layer], "BWKGH,BKUH->BKGWU"), own_BWU[:, None, None]),
+    ]
+    parts = [jnp.where(mask, s, -jnp.inf) for s, mask in seen]
+    peak = jnp.max(jnp.stack([s.max(-1, initial=-jnp.inf) for s in parts]), axis=0)[..., None]
+    safe = jnp.where(peak == -jnp.inf, 0.0, peak)
+    exps = [jnp.exp(s - safe) for s in parts]
+    total = jnp.sum(jnp.stack([e.sum(-1, keepdims=True) for e in exps]), axis=0)
+    asked_BW = (at_BW >= 0)[:, None, None, :, None]
+    most_BKC = jnp.where(asked_BW, exps[0] / jnp.where(total > 0, total, 1.0), 0.0).max((2, 3))
+    old_BKC = lax.dynamic_slice_in_dim(scores_BKT, start, width, axis=2)
+    new_BKC = jnp.where(real_BC[:, None], jnp.maximum(old_BKC, most_BKC), old_BKC)
+    return lax.dynamic_update_slice_in_dim(scores_BKT, new_BKC, start, axis=2)
