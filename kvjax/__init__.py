@@ -14,7 +14,7 @@ block of queries, U slots of the tail.
 
 from kvjax.cache import Cache
 from kvjax.compress import compress, probe_request
-from kvjax.config import CompressionConfig, ConfigError, parse_budget
+from kvjax.config import CompressionConfig, ConfigError, Recompress, parse_budget
 from kvjax.extend import append, claim, claimed_positions, decode_attention
 from kvjax.generate import (
     Generation,
@@ -42,6 +42,7 @@ __all__ = [
     "ConfigError",
     "Generation",
     "Probe",
+    "Recompress",
     "Sampling",
     "Scored",
     "Step",

@@ -263,6 +263,8 @@ def _pack(
         pool = empty_pool(layer.keys, len(windows), slots, regions, quantize)
     room = kv_heads * layer_capacity(config, tokens, index, windows)
     room = min(room, pool.entries.shape[1])
+    if pool.regions is None:
+        pool = pool.replace(widest=max(pool.widest or 0, room))
     return kept.replace(pool=put_layer(pool, index, layer.keys, layer.values, keep_BKT, room))
 
 

@@ -183,6 +183,71 @@ class CompressionConfig:
         return not self.compresses or (isinstance(self.budget, int) and self.budget >= bucket)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recompress:
+    """When to compress while decoding, and to what. Static; for `generate(recompress=...)`.
+
+    Attributes:
+      every: tokens between two compressions, at least 2; so many slots the tail has.
+      budget: entries kept per KV head, on average over heads and layers, of prompt and answer
+        together, at least what is kept of the prompt; or None to keep the prompt's retained ratio
+        while the answer grows, as PrefixKV does (for methods with `keep_ratio` and budgets that
+        are fractions).
+      scorer: "window", attention from the last queries (for an answer that goes on), or
+        "key-diff", keys unlike the others (for questions yet to come: what the answer does not
+        look at for a while is not forgotten).
+      window: last tokens, which are always kept and whose queries "window" scores by; None for
+        min(32, every, budget // 2).
+      sinks: first positions always kept.
+      heads: "ada" or "uniform", how a layer's entries are divided among its heads.
+      floor: Ada-KV's alpha.
+
+    Raises:
+      ConfigError: a value outside its range.
+    """
+
+    every: int
+    budget: int | None = None
+    scorer: Literal["window", "key-diff"] = "window"
+    window: int | None = None
+    sinks: int = 4
+    heads: Literal["ada", "uniform"] = "ada"
+    floor: float = 0.2
+
+    def __post_init__(self):
+        least = {"every": 2, "budget": 4, "window": 1, "sinks": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is None and name in ("budget", "window"):
+                continue
+            if not _whole(value, smallest):
+                _refuse(name, value, f"an integer of at least {smallest}")
+        for name, allowed in (("heads", ("ada", "uniform")), ("scorer", ("window", "key-diff"))):
+            if (value := getattr(self, name)) not in allowed:
+                _refuse(name, value, f"one of {', '.join(allowed)}")
+        if not (isinstance(self.floor, int | float) and 0 <= self.floor <= 1):
+            _refuse("floor", self.floor, "a number from 0 to 1")
+        if self.window is not None:
+            if self.window > self.every:
+                _refuse("window", self.window, f"at most every={self.every}")
+            if self.budget is not None and self.window + self.sinks >= self.budget:
+                _refuse("window", self.window, f"with {self.sinks} sinks less than {self.budget}")
+
+    @property
+    def recent(self) -> int:
+        """Last tokens always kept under a budget."""
+        return self.window or min(32, self.every, (self.budget or 2) // 2)
+
+    @property
+    def queries(self) -> int:
+        """Queries to remember; none where nothing is scored by them."""
+        return self.recent if self.budget is not None and self.scorer == "window" else 0
+
+
+def _refuse(name: str, value: Any, expected: str):
+    raise ConfigError(f"recompress.{name}={value!r}, expected {expected}")
+
+
 def parse_budget(text: str) -> int | float:
     """A budget as typed: "1024" entries, or "20%" of the prompt.
 

@@ -15,16 +15,19 @@ import numpy as np
 from jaxtyping import Array
 
 from kvjax import stages
-from kvjax.cache import Cache, with_room
+from kvjax.cache import Cache, forget, with_room
 from kvjax.capacity import held_slots, slot_bytes
 from kvjax.compress import compress, probe_request
-from kvjax.config import CompressionConfig
+from kvjax.config import CompressionConfig, Recompress
+from kvjax.loose import loosen, slots_needed
 from kvjax.programs import (
     answer_program,
     ask_program,
     decode_program,
+    evict_program,
     feed_last_program,
     generate_program,
+    loosen_program,
     prefill_compress_program,
     start_answer_program,
 )
@@ -97,6 +100,7 @@ def generate(
     attention_mask: np.ndarray | None = None,
     cache: Cache | None = None,
     return_cache: bool = False,
+    recompress: Recompress | None = None,
 ) -> Generation:
     """Answer prompts with a compressed cache, in one compiled program.
 
@@ -118,13 +122,15 @@ def generate(
         continue; a cache of one row serves any number of prompts. It is not changed. `config`
         has no effect then.
       return_cache: also hand back the cache with the answer in it, for the next turn.
+      recompress: compress again and again while decoding, so that an answer of any length needs
+        no more memory; the cache is packed then.
 
     Raises:
       ValueError: a wrong argument, named with its value and what was expected.
     """
     request = Request.make(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache,
+        attention_mask, cache, recompress,
     )  # fmt: skip
     if stop:
         return _collect(model, request, return_cache)
@@ -132,10 +138,11 @@ def generate(
         "new_tokens": max_new_tokens,
         "tail_slots": request.tail_slots,
         "whole": return_cache,
+        "recompress": recompress,
     }
     arrays = request.tokens, request.lengths, request.key, request.rules
     if request.cache is None:
-        held = generate_program(model, *arrays, config=config, **common)
+        held = generate_program(model, *arrays, config=request.config, **common)
     else:
         held = answer_program(model, request.cache, *arrays, **common)
     return _generation(model, request, *held)
@@ -155,11 +162,12 @@ def stream(
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
     cache: Cache | None = None,
+    recompress: Recompress | None = None,
 ) -> Iterator[Step]:
     """`generate`, a few tokens at a time: the same arguments, the same tokens."""
     request = Request.make(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache,
+        attention_mask, cache, recompress,
     )  # fmt: skip
     return (step for step, _, _ in _steps(model, request, CHUNK))
 
@@ -200,6 +208,7 @@ def timed_generate(
     eos_ids: int | Sequence[int] | None = None,
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
+    recompress: Recompress | None = None,
 ) -> tuple[Generation, Timings]:
     """`generate` with its phases compiled and timed apart; arguments as there.
 
@@ -208,9 +217,9 @@ def timed_generate(
     """
     request = Request.make(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, (), chat,
-        attention_mask, None,
+        attention_mask, None, recompress,
     )  # fmt: skip
-    phases = Phases()
+    phases, config = Phases(), request.config
     observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
     prompt = request.tokens, request.lengths
 
@@ -222,7 +231,11 @@ def timed_generate(
 
     def answer_all(model, logits, cache, tokens, lengths, key, rules):
         answer = stages.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
-        return stages.decode(model, cache, answer, rules, request.new_tokens - 1)[1]
+        if recompress is None:
+            return stages.decode(model, cache, answer, rules, request.new_tokens - 1)[1]
+        rest = model.config.num_heads, request.new_tokens, config.fraction
+        cache, ratio = loosen(cache, recompress, *rest)
+        return stages.decode_in_segments(model, cache, answer, rules, recompress, ratio)[1]
 
     def read(model, tokens, lengths):
         return stages.prefill(model, tokens, lengths, observe)
@@ -273,8 +286,14 @@ def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Ans
     answer = start_answer_program(
         logits, *prompt, request.key, request.rules, room=request.new_tokens
     )
+    ratio, rule = None, request.recompress
+    if rule is not None:
+        cache, ratio = loosen_program(
+            cache, recompress=rule, heads=model.config.num_heads, new_tokens=request.new_tokens,
+            fraction=request.config.fraction,
+        )  # fmt: skip
     texts = [RunningText(request.tokenizer, request.stop, row) for row in request.contexts]
-    shown = 0
+    shown, segment = 0, 1  # tokens shown, and where the segment began
     while True:
         count = int(answer.count)
         tokens = _drawn(answer.tokens, answer.tokens, shown, count)
@@ -288,13 +307,14 @@ def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Ans
         yield Step(tokens, log_probs, pieces if request.tokenizer else None), answer, cache
         if finished:
             return
+        if rule is not None and count - segment == rule.every:
+            windows, segment = model.config.sliding_windows, count
+            cache = evict_program(cache, ratio, recompress=rule, windows=windows)
+        steps = min(chunk, request.new_tokens - count)
+        if rule is not None:
+            steps = min(steps, segment + rule.every - count)
         tail, next_positions, answer = decode_program(
-            model,
-            cache.without_tail(),
-            cache.tail,
-            answer,
-            request.rules,
-            steps=min(chunk, request.new_tokens - count),
+            model, cache.without_tail(), cache.tail, answer, request.rules, steps=steps
         )
         cache = cache.replace(tail=tail, next_positions=next_positions)
 
@@ -311,7 +331,10 @@ def _collect(model: Any, request: Request, return_cache: bool) -> Generation:
     for _, answer, cache in _steps(model, request, 1 if return_cache else CHUNK):  # noqa: B007
         pass
     kept = stages.kept_entries(cache)
-    cache_out = feed_last_program(model, cache, answer) if return_cache else None
+    cache_out = None
+    if return_cache:
+        cache_out = feed_last_program(model, cache, answer)
+        cache_out = cache_out.replace(tail=forget(cache_out.tail))
     return _generation(model, request, answer, kept, cache_out)
 
 
@@ -342,11 +365,18 @@ def _bytes(model: Any, request: Request) -> dict[str, int]:
     config, (batch, tokens) = model.config, request.tokens.shape
     windows, heads = config.sliding_windows, config.num_kv_heads
     itemsize = model.embed.table_VD[...].dtype.itemsize
+    slots, slot = 0, 2 * config.head_dim * itemsize
     if request.cache is not None:
         tokens = bucket(int(request.cache.prompt_lengths.max()))
         held = request.cache.nbytes
     else:
         slot = slot_bytes(request.config, tokens, config.head_dim, itemsize)
-        held = batch * slot * held_slots(request.config, tokens, windows, heads)
+        slots = held_slots(request.config, tokens, windows, heads)
+        held = batch * slot * slots
+    if (rule := request.recompress) is not None:
+        fresh = request.cache is None
+        slots = slots if fresh else held // (batch * slot)
+        rest = (request.new_tokens, request.config.fraction) if fresh else (0, 1.0)
+        held = batch * slot * slots_needed(slots, heads * len(windows), rule, *rest)
     full = batch * 2 * config.head_dim * itemsize * heads * len(windows) * tokens
     return {"cache_bytes": held, "full_cache_bytes": full}

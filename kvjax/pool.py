@@ -30,6 +30,9 @@ class Pool(struct.PyTreeNode):
       counts: `[B, L, K]` int32, entries of each layer and head.
       regions: [first, end) of each layer where that is the same for every prompt, or None where
         layers lie back to back from run-time starts.
+      starts: `[B, L + 1]` first slot of each layer, and the end, where entries come and go while
+        decoding: a layer then has these slots whatever they hold, in any order. Else None.
+      widest: most slots of a layer where `regions` is None, or None where that is not known.
       scales: `[B, 2, M]` fp32 of quantized entries, keys' and values'; else None.
       dtype: of keys and values before they were quantized.
     """
@@ -39,11 +42,15 @@ class Pool(struct.PyTreeNode):
     positions: Int[Array, "B M"]
     counts: Int[Array, "B L K"]
     regions: tuple[tuple[int, int], ...] | None = struct.field(pytree_node=False, default=None)
+    starts: Int[Array, "B X"] | None = None
+    widest: int | None = struct.field(pytree_node=False, default=None)
     scales: Float[Array, "B 2 M"] | None = None
     dtype: Any = struct.field(pytree_node=False, default=None)
 
     def bounds(self, layer: int) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
         """First slot of a layer, and the first one after it."""
+        if self.starts is not None:
+            return self.starts[:, layer], self.starts[:, layer + 1]
         sizes_BL = self.counts.sum(-1, dtype=jnp.int32)
         if self.regions is not None:
             start_B = jnp.full(sizes_BL.shape[:1], self.regions[layer][0], jnp.int32)
@@ -162,7 +169,7 @@ def kept_mask(pool: Pool, layer: int, tokens: int) -> Bool[Array, "B K T"]:
     """Which tokens each head of a layer holds."""
     start_B, end_B = pool.bounds(layer)
     slots_M = jnp.arange(pool.owners.shape[1])
-    mine_BM = (slots_M >= start_B[:, None]) & (slots_M < end_B[:, None])
+    mine_BM = (slots_M >= start_B[:, None]) & (slots_M < end_B[:, None]) & (pool.owners >= 0)
     batch, kv_heads = pool.counts.shape[0], pool.counts.shape[2]
     mask_BKT = jnp.zeros((batch, kv_heads, tokens), bool)
     rows_B1 = jnp.arange(batch)[:, None]

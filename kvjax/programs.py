@@ -10,12 +10,14 @@ import jax
 from jaxtyping import Array, Float, Int, Key
 
 from kvjax import stages
-from kvjax.cache import Cache, Tail, with_room
-from kvjax.config import CompressionConfig
+from kvjax.cache import Cache, Tail, forget, with_room
+from kvjax.config import CompressionConfig, Recompress
+from kvjax.loose import Ratio, loosen
+from kvjax.recompress import evict
 from kvjax.stages import Answer, Rules
 
 
-@partial(jax.jit, static_argnames=("config", "new_tokens", "tail_slots", "whole"))
+@partial(jax.jit, static_argnames=("config", "new_tokens", "tail_slots", "whole", "recompress"))
 def generate_program(
     model: Any,
     tokens: Int[Array, "B T"],
@@ -27,14 +29,20 @@ def generate_program(
     new_tokens: int,
     tail_slots: int,
     whole: bool,
+    recompress: Recompress | None = None,
 ) -> tuple[Answer, Int[Array, "B L K"], Cache | None]:
     """Prefill, compress and decode; the cache comes back, answer included, where `whole`."""
     logits, cache = stages.prefill_compress(model, tokens, lengths, key, config)
     answer = stages.start_answer(logits, tokens, lengths, key, rules, new_tokens)
-    return _finish(model, with_room(cache, tail_slots), answer, rules, whole)
+    cache, kept = with_room(cache, tail_slots), stages.kept_entries(cache)
+    ratio = None
+    if recompress is not None:
+        heads = model.config.num_heads
+        cache, ratio = loosen(cache, recompress, heads, new_tokens, config.fraction)
+    return _finish(model, cache, kept, answer, rules, whole, recompress, ratio)
 
 
-@partial(jax.jit, static_argnames=("new_tokens", "tail_slots", "whole"))
+@partial(jax.jit, static_argnames=("new_tokens", "tail_slots", "whole", "recompress"))
 def answer_program(
     model: Any,
     cache: Cache,
@@ -46,17 +54,26 @@ def answer_program(
     new_tokens: int,
     tail_slots: int,
     whole: bool,
+    recompress: Recompress | None = None,
 ) -> tuple[Answer, Int[Array, "B L K"], Cache | None]:
     """A question to a cache that the caller holds (never donated: it can be asked again)."""
+    kept = stages.kept_entries(cache)
+    if recompress is not None:
+        cache, _ = loosen(cache, recompress, model.config.num_heads)
     logits, cache = stages.extend_prompt(model, tokens, lengths, with_room(cache, tail_slots))
     answer = stages.start_answer(logits, tokens, lengths, key, rules, new_tokens)
-    return _finish(model, cache, answer, rules, whole)
+    return _finish(model, cache, kept, answer, rules, whole, recompress, None)
 
 
-def _finish(model, cache, answer, rules, whole):
-    kept = stages.kept_entries(cache)
-    cache, answer = stages.decode(model, cache, answer, rules, answer.tokens.shape[1] - 1)
-    return answer, kept, stages.feed_last(model, cache, answer) if whole else None
+def _finish(model, cache, kept, answer, rules, whole, recompress, ratio):
+    if recompress is None:
+        cache, answer = stages.decode(model, cache, answer, rules, answer.tokens.shape[1] - 1)
+    else:
+        cache, answer = stages.decode_in_segments(model, cache, answer, rules, recompress, ratio)
+    if not whole:
+        return answer, kept, None
+    cache = stages.feed_last(model, cache, answer)
+    return answer, kept, cache.replace(tail=forget(cache.tail))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -98,6 +115,26 @@ def decode_program(
     return cache.tail, cache.next_positions, answer
 
 
+@partial(jax.jit, static_argnames=("recompress", "heads", "new_tokens", "fraction"))
+def loosen_program(
+    cache: Cache, *, recompress: Recompress, heads: int, new_tokens: int, fraction: float
+) -> tuple[Cache, Ratio | None]:
+    """The first stage of a stream that is compressed while it is decoded."""
+    return loosen(cache, recompress, heads, new_tokens, fraction)
+
+
+@partial(jax.jit, static_argnames=("recompress", "windows"), donate_argnames="cache")
+def evict_program(
+    cache: Cache,
+    ratio: Ratio | None,
+    *,
+    recompress: Recompress,
+    windows: tuple[int | None, ...],
+) -> Cache:
+    """What such a stream does after every segment; its own cache comes in and goes out."""
+    return evict(cache, ratio, recompress, windows)
+
+
 _PROGRAMS = (
     generate_program,
     answer_program,
@@ -106,6 +143,8 @@ _PROGRAMS = (
     start_answer_program,
     decode_program,
     feed_last_program,
+    loosen_program,
+    evict_program,
 )
 
 

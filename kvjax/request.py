@@ -1,5 +1,6 @@
 """A call of `generate`, checked and turned into arrays."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, no_type_check
 
@@ -9,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, repeat_rows
-from kvjax.config import CompressionConfig
+from kvjax.config import CompressionConfig, Recompress
 from kvjax.prompts import Row, as_rows, bucket, check_context, pad
 from kvjax.rows import check_prompt
 from kvjax.sampling import Sampling
@@ -35,11 +36,12 @@ class Request(struct.PyTreeNode):
     tokenizer: Any = struct.field(pytree_node=False)
     stop: tuple[str, ...] = struct.field(pytree_node=False)
     contexts: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
+    recompress: Recompress | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def make(
         cls, model, prompts, config, new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache,
+        attention_mask, cache, recompress=None,
     ):  # fmt: skip
         if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
             raise ValueError(f"max_new_tokens={new_tokens!r}, expected an integer of at least 1")
@@ -60,6 +62,10 @@ class Request(struct.PyTreeNode):
         )
         tokens, lengths = pad(rows)
         slots = new_tokens
+        if recompress is not None:
+            _check_recompress(recompress, config, cache)
+            slots = min(new_tokens, recompress.every) + 1  # one for the token that is fed last
+            config = dataclasses.replace(config, layout="packed" if config.compresses else None)
         if cache is None:
             check_rows(model, rows, config, new_tokens=new_tokens)
         else:
@@ -78,8 +84,18 @@ class Request(struct.PyTreeNode):
             tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=jax.random.key(seed),
             rules=rules, cache=cache, config=config, new_tokens=new_tokens,
             tail_slots=bucket(slots), tokenizer=tokenizer, stop=stop,
-            contexts=tuple(tuple(row[-CONTEXT:]) for row in rows),
+            contexts=tuple(tuple(row[-CONTEXT:]) for row in rows), recompress=recompress,
         )  # fmt: skip
+
+
+def _check_recompress(rule: Recompress, config: CompressionConfig, cache: Cache | None):
+    if rule.budget is not None:
+        return
+    if cache is not None or not config.keep_ratio or isinstance(config.budget, int):
+        raise ValueError(
+            "recompress.budget=None keeps the prompt's ratio, expected a method with keep_ratio,"
+            " such as prefixkv, its budget a fraction of the prompt, and no cache"
+        )
 
 
 def check_rows(

@@ -22,7 +22,7 @@ from kvjax.config import CompressionConfig
 from kvjax.pool import Pool
 
 _FORMAT = "kvjax-cache-1"
-_POOL = ("entries", "owners", "positions", "counts", "scales")
+_POOL = ("entries", "owners", "positions", "counts", "starts", "scales")
 _SAMPLE = 256  # values of each weight that the fingerprint reads
 
 
@@ -56,6 +56,7 @@ def save_cache(
         "keep_ratio": cache.keep_ratio,
         "layers": len(cache.tail.keys),
         "regions": cache.pool.regions if cache.pool is not None else None,
+        "widest": cache.pool.widest if cache.pool is not None else None,
         "sha256": _digest(arrays),
     }
     part = target.with_name(target.name + ".part")
@@ -115,7 +116,8 @@ def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
     if "pool.entries" in arrays:
         regions = facts["regions"] and tuple(tuple(region) for region in facts["regions"])
         found: dict[str, Any] = {name: arrays.get(f"pool.{name}") for name in _POOL}
-        pool = Pool(**found, regions=regions, dtype=arrays["tail.0.keys"].dtype)
+        widest, dtype = facts.get("widest"), arrays["tail.0.keys"].dtype
+        pool = Pool(**found, regions=regions, widest=widest, dtype=dtype)
     padded = tuple(
         PaddedLayer(**{n: arrays[f"layer.{i}.{n}"] for n in ("keys", "values", "positions")})
         for i in (layers if pool is None else ())

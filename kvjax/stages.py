@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache import Cache, Tail
 from kvjax.compress import Packing, add_layer, finish, make_plan, probe_request
-from kvjax.config import CompressionConfig
+from kvjax.config import CompressionConfig, Recompress
+from kvjax.loose import Ratio
 from kvjax.probe import Probe, ProbeRequest
+from kvjax.recompress import evict
 from kvjax.reconstruction import reconstruction_scores
 from kvjax.sampling import Sampling, Switches, Values, sample
 
@@ -228,7 +230,8 @@ def decode(
 
     def unfinished(state):
         _, _, current = state
-        return (current.count < answer.count + steps) & ~current.done.all()
+        most = jnp.minimum(answer.count + steps, current.tokens.shape[1])
+        return (current.count < most) & ~current.done.all()
 
     def step(state: tuple[Tail, Array, Answer]):
         tail, next_positions, current = state
@@ -242,6 +245,39 @@ def decode(
         unfinished, step, (cache.tail, cache.next_positions, answer)
     )
     return cache.replace(tail=tail, next_positions=next_positions), answer
+
+
+def decode_in_segments(
+    model: Any,
+    cache: Cache,
+    answer: Answer,
+    rules: Rules,
+    recompress: Recompress,
+    ratio: Ratio | None,
+) -> tuple[Cache, Answer]:
+    """The whole answer, with the cache compressed again after every segment.
+
+    The outer loop's state holds the pool; in the inner one, `decode`, it is a constant.
+
+    Args:
+      cache, ratio: from `loosen`; the tail has room for a segment.
+      answer: from `start_answer`.
+    """
+
+    def unfinished(state):
+        current = state[-1]
+        return (current.count < current.tokens.shape[1]) & ~current.done.all()
+
+    def segment(state):
+        pool, tail, next_positions, current = state
+        now = cache.replace(pool=pool, tail=tail, next_positions=next_positions)
+        now, current = decode(model, now, current, rules, recompress.every)
+        now = evict(now, ratio, recompress, model.config.sliding_windows)
+        return now.pool, now.tail, now.next_positions, current
+
+    state = cache.pool, cache.tail, cache.next_positions, answer
+    pool, tail, next_positions, answer = lax.while_loop(unfinished, segment, state)
+    return cache.replace(pool=pool, tail=tail, next_positions=next_positions), answer
 
 
 def feed_last(model: Any, cache: Cache, answer: Answer) -> Cache:

@@ -1,0 +1,211 @@
+"""Pools whose entries come and go while decoding: every layer has a range of slots of its own.
+
+B batch, L layers, K KV heads, N query heads, M slots of the pool, R slots looked at for one layer.
+"""
+
+import math
+from typing import NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from kvjax import budgets
+from kvjax.cache import FROZEN_POINT, Cache, floor_of_product, remember
+from kvjax.config import ConfigError, Recompress
+from kvjax.pool import Pool
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Ratio(struct.PyTreeNode):
+    """What PrefixKV's rule needs to know of the prompt, `[B, L, K]` int32.
+
+    Attributes:
+      kept: entries that each head kept of the prompt.
+      frozen: the first position that may be evicted; what lies before stays for good.
+    """
+
+    kept: Int[Array, "B L K"]
+    frozen: Int[Array, "B L K"]
+
+
+def slots_needed(held: int, heads: int, rule: Recompress, new: int, fraction: float) -> int:
+    """Slots of a row's pool: the budget's, or what the ratio comes to after the answer.
+
+    Args:
+      held: slots that hold the prompt's entries, of all layers and heads.
+      heads: KV heads of all layers together.
+      rule: when and to what.
+      new: tokens to come, and
+      fraction: the part of them that is kept, where the rule keeps the ratio.
+
+    Raises:
+      ConfigError: a budget below what is held.
+    """
+    if rule.budget is None:
+        return held + heads * (math.ceil(fraction * new) + 2)
+    if heads * rule.budget < held:
+        raise ConfigError(
+            f"recompress.budget={rule.budget}, expected at least the {-(-held // heads)} entries"
+            " a head that are held of the prompt"
+        )
+    return heads * rule.budget
+
+
+def loosen(
+    cache: Cache, rule: Recompress, heads: int, new: int = 0, fraction: float = 1.0
+) -> tuple[Cache, Ratio | None]:
+    """The cache with room for what comes, a tail that remembers queries, and the ratio to keep.
+
+    Every layer keeps the slots that it has and gets an equal part of those that are added. Copies
+    the pool, once.
+
+    Args:
+      cache: of a prompt, in either layout; it is not changed.
+      rule: when and to what.
+      heads: query heads N.
+      new, fraction: see `slots_needed`.
+    """
+    pool = cache.pool if cache.pool is not None else pool_of(cache)
+    batch, layers, kv_heads = pool.counts.shape
+    bounds = [pool.bounds(layer) for layer in range(layers)]
+    old_BL = jnp.stack([start for start, _ in bounds], axis=1)
+    held_BL = jnp.stack([end - start for start, end in bounds], axis=1)
+    regions, wanted_BL = None, held_BL
+    pool_slots = pool.owners.shape[1]
+    total = slots_needed(pool.owners.shape[1], layers * kv_heads, rule, new, fraction)
+    if pool.regions is not None and rule.budget is not None:
+        width = total // layers
+        regions = tuple((width * layer, width * (layer + 1)) for layer in range(layers))
+        wanted_BL = jnp.full((batch, layers), width, jnp.int32)
+    ratio = None
+    if rule.budget is None:
+        ratio = _ratio(cache, pool)
+        most_BLK = allowed(ratio.kept, cache.prompt_lengths, new)
+        wanted_BL = jnp.maximum(wanted_BL, most_BLK.sum(-1))
+    every_B = jnp.full((batch,), total, jnp.int32)
+    sizes_BL = budgets.spread(wanted_BL, jnp.full_like(wanted_BL, total), every_B, held_BL)
+    starts = jnp.pad(jnp.cumsum(sizes_BL, axis=1), ((0, 0), (1, 0)))
+    pool = _moved(pool, old_BL, held_BL, starts, total)
+    widest = None if pool.widest is None else pool.widest + total - pool_slots
+    pool = pool.replace(starts=starts, regions=regions, widest=widest)
+    tail = cache.tail
+    if rule.queries:
+        tail = remember(tail, rule.queries, heads)
+    return cache.replace(layers=(), pool=pool, tail=tail, keep_ratio=False), ratio
+
+
+def pool_of(cache: Cache) -> Pool:
+    """The pool of a cache in the padded layout; its empty slots stay empty."""
+    batch, kv_heads, _, head_dim = cache.layers[0].keys.shape
+    owner_K1 = jnp.arange(kv_heads, dtype=jnp.int8)[:, None]
+    entries, owners, positions, regions = [], [], [], []
+    end = 0
+    for layer in cache.layers:
+        both = jnp.concatenate([layer.keys, layer.values], axis=-1)
+        entries.append(both.reshape(batch, -1, 2 * head_dim))
+        owner_BKS = jnp.where(layer.positions >= 0, owner_K1, jnp.int8(-1))
+        owners.append(owner_BKS.reshape(batch, -1))
+        positions.append(layer.positions.reshape(batch, -1))
+        regions.append((end, end + entries[-1].shape[1]))
+        end = regions[-1][1]
+    starts = jnp.array([0, *[last for _, last in regions]], jnp.int32)
+    same = len({last - first for first, last in regions}) == 1
+    return Pool(
+        entries=jnp.concatenate(entries, axis=1),
+        owners=jnp.concatenate(owners, axis=1),
+        positions=jnp.concatenate(positions, axis=1),
+        counts=cache.counts,
+        starts=jnp.broadcast_to(starts, (batch, len(regions) + 1)),
+        regions=tuple(regions) if same else None,
+        dtype=cache.layers[0].keys.dtype,
+    )
+
+
+def _moved(pool: Pool, old_BL, held_BL, starts, total: int) -> Pool:
+    """The pool with `total` slots; slot i of a layer stays its slot i."""
+    slots_M = jnp.arange(total)
+    find = jax.vmap(lambda ends: jnp.searchsorted(ends, slots_M, side="right"))
+    layer_BM = jnp.minimum(find(starts[:, 1:]), old_BL.shape[1] - 1)
+    offset_BM = slots_M - jnp.take_along_axis(starts, layer_BM, axis=1)
+    filled_BM = offset_BM < jnp.take_along_axis(held_BL, layer_BM, axis=1)
+    source_BM = jnp.take_along_axis(old_BL, layer_BM, axis=1) + offset_BM
+    source_BM = jnp.where(filled_BM, source_BM, 0)
+
+    def move(array, empty):
+        taken = jnp.take_along_axis(array, source_BM, axis=1)
+        return jnp.where(filled_BM, taken, jnp.asarray(empty, array.dtype))
+
+    entries = jnp.take_along_axis(pool.entries, source_BM[..., None], axis=1)
+    scales = None
+    if pool.scales is not None:
+        scales = jnp.stack([move(pool.scales[:, half], 0) for half in (0, 1)], axis=1)
+    return pool.replace(
+        entries=jnp.where(filled_BM[..., None], entries, jnp.zeros((), entries.dtype)),
+        owners=move(pool.owners, -1),
+        positions=move(pool.positions, -1),
+        scales=scales,
+    )
+
+
+def _ratio(cache: Cache, pool: Pool) -> Ratio:
+    """The 25 last entries of each head may go, half of them where there are fewer."""
+    kept_BLK = pool.counts
+    may_go_BLK = jnp.where(kept_BLK > FROZEN_POINT, FROZEN_POINT, kept_BLK - kept_BLK // 2)
+    frozen = []
+    for index in range(kept_BLK.shape[1]):
+        layer, may_go_BK = look(pool, index), may_go_BLK[:, index]
+        rank_BKR = jnp.where(layer.owned, layer.positions[:, None] + 1, 0).astype(jnp.uint32)
+        nth_BK = budgets.kth_largest(rank_BKR, may_go_BK)
+        position_BK = jnp.where(may_go_BK > 0, nth_BK, 1).astype(jnp.int32) - 1
+        frozen.append(jnp.where(may_go_BK > 0, position_BK, cache.prompt_lengths[:, None]))
+    return Ratio(kept=kept_BLK, frozen=jnp.stack(frozen, axis=1))
+
+
+def allowed(kept: Int[Array, "B ..."], lengths: Int[Array, " B"], grown) -> Int[Array, "B ..."]:
+    """Entries of a head at the prompt's ratio, `grown` tokens after it (PrefixKV)."""
+    lengths = lengths.reshape(-1, *(1,) * (kept.ndim - 1))
+    grown = jnp.broadcast_to(jnp.asarray(grown, jnp.int32), kept.shape)
+    return kept + grown - floor_of_product(grown, lengths - kept, lengths)
+
+
+# ---------------------------------------------------------------------------- a layer
+class Slots(NamedTuple):
+    """R slots of the pool: their numbers (M: another layer's), owners, positions; the layer's."""
+
+    slots: Int[Array, "B R"]
+    offset: Int[Array, " B"]
+    owned: Bool[Array, "B K R"]
+    positions: Int[Array, "B R"]
+    size: Int[Array, " B"]
+
+
+def look(pool: Pool, index: int) -> Slots:
+    """The slots among which a layer's lie; its own exactly where that is known beforehand."""
+    start_B, end_B = pool.bounds(index)
+    slots = pool.owners.shape[1]
+    if pool.regions is not None:
+        first, last = pool.regions[index]
+        offset_B, width = jnp.full_like(start_B, first), last - first
+    else:
+        width = min(pool.widest or slots, slots)
+        offset_B = jnp.minimum(start_B, slots - width)
+    slots_BR = offset_B[:, None] + jnp.arange(width)
+    mine_BR = (slots_BR >= start_B[:, None]) & (slots_BR < end_B[:, None])
+    owner_BR, positions_BR = (
+        cut(pool, x, index, offset_B, width) for x in (pool.owners, pool.positions)
+    )
+    heads_K1 = jnp.arange(pool.counts.shape[2])[:, None]
+    owned_BKR = mine_BR[:, None] & (owner_BR[:, None] == heads_K1)
+    mine = jnp.where(mine_BR, slots_BR, slots)
+    return Slots(mine, offset_B, owned_BKR, positions_BR, end_B - start_B)
+
+
+def cut(pool: Pool, array: Array, index: int, offset_B, width: int) -> Array:
+    """What the slots that `look` looks at hold."""
+    if pool.regions is not None:
+        first, last = pool.regions[index]
+        return array[:, first:last]
+    return jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, width))(array, offset_B)
