@@ -1,0 +1,269 @@
+"""One compression of a running cache, against float64 numpy and by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from synthetic import probe_of
+
+import kvjax
+from kvjax import CompressionConfig, ConfigError, Recompress
+from kvjax.cache import with_room
+from kvjax.loose import allowed, loosen, slots_needed
+from kvjax.pool import kept_mask
+from kvjax.recompress import evict as evict_
+
+B, T, U, LAYERS, N, K, H = 2, 40, 8, 2, 4, 2, 8
+LENGTHS = np.array([40, 29], np.int32)
+evict = jax.jit(evict_, static_argnums=(2, 3))
+RULE = Recompress(every=U, budget=12, window=4, sinks=2, floor=0.0)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def prompt_cache(method="ada-snapkv", budget=10, layout="packed", sliding=None, **changes):
+    keys, values = ([normal(seed + i, B, T, K, H) for i in range(LAYERS)] for seed in (10, 20))
+    config = CompressionConfig.named(method, budget, layout=layout, **changes)
+    probes = jax.tree.map(jnp.asarray, [probe_of(30 + i, B, T, N, K, H, T) for i in range(LAYERS)])
+    windows = [sliding] * LAYERS
+    return kvjax.compress(
+        keys, values, probes, config, lengths=jnp.asarray(LENGTHS), windows=windows
+    )
+
+
+def with_answer(cache, rule, tokens=U, seed=40):
+    """The loosened cache with `tokens` more in its tail, all but one in the second row."""
+    cache, ratio = loosen(with_room(cache, tokens), rule, N, tokens, 0.5)
+    new = np.broadcast_to(np.arange(tokens), (B, tokens)) + LENGTHS[:, None]
+    new = np.array(new)
+    new[1] = np.where(np.arange(tokens) == tokens - 1, -1, new[1])
+    tail = cache.tail
+    shape = B, K, tokens, H
+    tail = tail.replace(
+        keys=tuple(normal(seed + i, *shape) for i in range(LAYERS)),
+        values=tuple(normal(seed + 5 + i, *shape) for i in range(LAYERS)),
+        positions=jnp.asarray(new),
+        cursor=jnp.asarray(tokens),
+    )
+    if rule.queries:
+        at = new[:, -rule.queries :]
+        queries = [normal(seed + 9 + i, B, rule.queries, N, H) for i in range(LAYERS)]
+        tail = tail.replace(queries=tuple(queries), query_positions=jnp.asarray(at))
+    following = jnp.asarray(LENGTHS + np.array([tokens, tokens - 1]))
+    return cache.replace(tail=tail, next_positions=following), ratio
+
+
+def entries(cache, layer: int, row: int, tail: bool) -> dict:
+    """(head, position) -> key and value, of the pool and, if asked, of the tail."""
+    pool, found = cache.pool, {}
+    start, end = (int(bound[row]) for bound in pool.bounds(layer))
+    for slot in range(start, end):
+        if (owner := int(pool.owners[row, slot])) >= 0:
+            place = owner, int(pool.positions[row, slot])
+            assert place not in found
+            found[place] = np.asarray(pool.entries[row, slot], np.float64)
+    if tail:
+        for slot, position in enumerate(np.asarray(cache.tail.positions[row])):
+            for head in range(K) if position >= 0 else ():
+                both = cache.tail.keys[layer], cache.tail.values[layer]
+                halves = [np.asarray(x[row, head, slot], np.float64) for x in both]
+                found[head, int(position)] = np.concatenate(halves)
+    return found
+
+
+def attention(cache, held: dict, layer: int, row: int, sliding) -> dict:
+    """Mean attention of the remembered queries of the head's group, entry by entry."""
+    queries = np.asarray(cache.tail.queries[layer][row], np.float64)
+    at, total = np.asarray(cache.tail.query_positions[row]), {place: 0.0 for place in held}
+    for head in range(K):
+        mine = [place for place in held if place[0] == head]
+        for w, query_at in enumerate(at):
+            for n in range(head * N // K, (head + 1) * N // K):
+                seen = [
+                    p for p in mine
+                    if p[1] <= query_at >= 0 and (sliding is None or query_at - p[1] < sliding)
+                ]  # fmt: skip
+                logits = np.array([queries[w, n] @ held[p][:H] for p in seen]) / np.sqrt(H)
+                weights = np.exp(logits - logits.max(initial=0))
+                for place, weight in zip(seen, weights / max(weights.sum(), 1e-300), strict=True):
+                    total[place] += weight / (len(at) * N // K)
+    return total
+
+
+def unlikeness(held: dict) -> dict:
+    unit = {p: e[:H] / np.linalg.norm(e[:H]) for p, e in held.items()}
+    anchors = [sum(u for p, u in unit.items() if p[0] == head) for head in range(K)]
+    anchors = [a / np.linalg.norm(a) for a in anchors]
+    return {p: 1 - u @ anchors[p[0]] for p, u in unit.items()}
+
+
+def expected_kept(cache, rule, layer, row, sliding) -> set:
+    """The last tokens and the sinks; of the rest the best, of each head or of all heads."""
+    held, after = entries(cache, layer, row, True), int(cache.next_positions[row])
+    if sliding is not None:
+        held = {p: e for p, e in held.items() if p[1] > after - sliding}
+    if rule.scorer == "window":
+        # Scores count everything that a query could see, whether it can still be seen or not.
+        scores = attention(cache, entries(cache, layer, row, True), layer, row, sliding)
+    else:
+        scores = unlikeness(held)
+    kept = {p for p in held if p[1] >= after - rule.recent or p[1] < rule.sinks}
+    room = K * rule.budget - len(kept)
+    best = sorted(set(held) - kept, key=lambda p: -scores[p])
+    if rule.heads == "ada":
+        return kept | set(best[:room])
+    for head in range(K):
+        kept |= set([p for p in best if p[0] == head][: room // K])
+    return kept
+
+
+@pytest.mark.parametrize("sliding", [None, 20])
+@pytest.mark.parametrize("heads", ["ada", "uniform"])
+@pytest.mark.parametrize("scorer", ["window", "key-diff"])
+def test_one_eviction_matches_float64(scorer, heads, sliding):
+    rule = Recompress(every=U, budget=12, window=4, sinks=2, floor=0.0, scorer=scorer, heads=heads)
+    cache, ratio = with_answer(prompt_cache(sliding=sliding), rule)
+    assert ratio is None
+    after = evict(cache, None, rule, (sliding,) * LAYERS)
+    for layer in range(LAYERS):
+        for row in range(B):
+            before, found = entries(cache, layer, row, True), entries(after, layer, row, False)
+            expected = expected_kept(cache, rule, layer, row, sliding)
+            # With an odd number of entries left to share out, one more goes to some head.
+            assert expected <= set(found)
+            assert len(found) - len(expected) <= 1
+            for place, entry in found.items():
+                np.testing.assert_array_equal(entry, before[place])
+            counts = [sum(head == p[0] for p in found) for head in range(K)]
+            assert after.pool.counts[row, layer].tolist() == counts
+            assert sum(counts) == min(K * rule.budget, len(found))
+    assert (after.tail.positions == -1).all()
+    assert int(after.tail.cursor) == 0
+    assert after.nbytes == cache.nbytes == B * LAYERS * K * 12 * 2 * H * 4
+
+
+def test_eviction_by_hand():
+    """One head, two slots, one new token: the older entry that the query ignores gives way."""
+    keys = np.zeros((1, 4, 1, 2), np.float32)
+    keys[0, :, 0] = [[1, 0], [0, 3], [3, 0], [0, 1]]
+    config = CompressionConfig.named("streaming-llm", 3, sinks=2, recent=1, layout="packed")
+    cache = kvjax.compress([jnp.asarray(keys)], [jnp.asarray(keys * 10)], [kvjax.Probe()], config)
+    assert np.flatnonzero(kept_mask(cache.pool, 0, 4)[0, 0]).tolist() == [0, 1, 3]
+    rule = Recompress(every=2, budget=4, window=1, sinks=0)
+    cache, _ = loosen(with_room(cache, 2), rule, 1)
+    tail = cache.tail.replace(
+        keys=(jnp.array([[[[1.0, 1], [0, 0]]]]),),
+        values=(jnp.array([[[[5.0, 5], [6, 6]]]]),),
+        positions=jnp.array([[4, 5]]),
+        queries=(jnp.array([[[[0.0, 9]]]]),),  # looks along the second axis
+        query_positions=jnp.array([[5]]),
+    )
+    after = evict(cache.replace(tail=tail, next_positions=jnp.array([6])), None, rule, (None,))
+    assert np.flatnonzero(kept_mask(after.pool, 0, 6)[0, 0]).tolist() == [1, 3, 4, 5]
+    # Position 0 lay in slot 0, which is written anew, with what the empty one did not take.
+    assert after.pool.positions[0].tolist() == [4, 1, 3, 5]
+    np.testing.assert_array_equal(after.pool.entries[0, 0], [1, 1, 5, 5])
+    np.testing.assert_array_equal(after.pool.entries[0, 1], [0, 3, 0, 30])
+
+
+def test_the_ratio_by_hand():
+    """PrefixKV: 100 of 400 kept; after 200 more 300 - 150 = 150; and what is frozen stays."""
+    kept, lengths = jnp.array([[100, 400, 0]]), jnp.array([400])
+    assert allowed(kept, lengths, 200).tolist() == [[150, 600, 0]]
+    assert allowed(kept, lengths, 0).tolist() == [[100, 400, 0]]
+    assert slots_needed(100, 4, Recompress(every=8), new=10, fraction=0.25) == 100 + 4 * 5
+    assert slots_needed(40, 4, Recompress(every=8, budget=12), new=10, fraction=1.0) == 48
+
+
+def test_by_ratio_the_earliest_after_the_frozen_point_go():
+    rule = Recompress(every=U)
+    cache, ratio = with_answer(prompt_cache("prefixkv", 0.5), rule)
+    after = evict(cache, ratio, rule, (None,) * LAYERS)
+    gone = 0
+    for layer in range(LAYERS):
+        for row in range(B):
+            before, found = entries(cache, layer, row, True), entries(after, layer, row, False)
+            grown = int(cache.next_positions[row]) - LENGTHS[row]
+            for head in range(K):
+                mine = sorted(p for h, p in before if h == head)
+                kept = int(ratio.kept[row, layer, head])
+                may_go = min(25, kept - kept // 2)
+                assert int(ratio.frozen[row, layer, head]) == mine[: -grown or None][-may_go]
+                room = kept + grown - grown * (LENGTHS[row] - kept) // LENGTHS[row]
+                loose = [p for p in mine if p >= int(ratio.frozen[row, layer, head])]
+                excess = len(mine) - room
+                expected = [p for p in mine if p not in loose[:excess]]
+                assert sorted(p for h, p in found if h == head) == expected
+                gone += excess
+    assert gone > 10
+
+
+def test_what_freed_slots_and_the_tail_hold_changes_nothing():
+    """NaN in every slot that nobody owns, in the holes of the tail, in stale queries."""
+    cache, _ = with_answer(prompt_cache(), RULE)
+    expected = evict(cache, None, RULE, (None,) * LAYERS)
+    hole_BKU1 = (cache.tail.positions < 0)[:, None, :, None]
+    free = (cache.pool.owners < 0)[..., None]
+    assert bool(free.any())
+    assert bool(hole_BKU1.any())
+    stale = (cache.tail.query_positions < 0)[..., None, None]
+
+    def poisoned(arrays, where):
+        return tuple(jnp.where(where, jnp.nan, x) for x in arrays)
+
+    tail = cache.tail.replace(
+        keys=poisoned(cache.tail.keys, hole_BKU1),
+        values=poisoned(cache.tail.values, hole_BKU1),
+        queries=poisoned(cache.tail.queries, stale),
+    )
+    pool = cache.pool.replace(entries=jnp.where(free, jnp.nan, cache.pool.entries))
+    found = evict(cache.replace(tail=tail, pool=pool), None, RULE, (None,) * LAYERS)
+    filled = found.pool.owners >= 0
+    np.testing.assert_array_equal(found.pool.owners, expected.pool.owners)
+    np.testing.assert_array_equal(found.pool.positions, expected.pool.positions)
+    np.testing.assert_array_equal(
+        np.where(filled[..., None], found.pool.entries, 0), np.where(
+            filled[..., None], expected.pool.entries, 0)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("method", ["snapkv", "ada-snapkv", "joint-snapkv", "prefixkv"])
+def test_loosening_moves_every_entry_and_adds_room(method, layout):
+    cache = prompt_cache(method, 0.25, layout)
+    rule = Recompress(every=U, budget=T)
+    loose, _ = loosen(cache, rule, N)
+    packed = prompt_cache(method, 0.25, "packed")
+    for layer in range(LAYERS):
+        for row in range(B):
+            before, after = (entries(c, layer, row, False) for c in (packed, loose))
+            assert before.keys() == after.keys()
+            for place, entry in before.items():
+                np.testing.assert_array_equal(entry, after[place])
+    assert loose.pool.owners.shape == (B, LAYERS * K * rule.budget)
+    ends = np.asarray(loose.pool.starts)
+    assert (np.diff(ends, axis=1) >= 0).all()
+    assert ends[:, 0].tolist() == [0, 0]
+    assert ends[:, -1].tolist() == [LAYERS * K * rule.budget] * B
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every": 1}, "recompress.every=1, expected an integer of at least 2"),
+        ({"budget": 3}, "recompress.budget=3, expected an integer of at least 4"),
+        ({"floor": 2.0}, "recompress.floor=2.0, expected a number from 0 to 1"),
+        ({"window": 9}, "recompress.window=9, expected at most every=8"),
+        ({"budget": 8, "window": 5}, "recompress.window=5, expected with 4 sinks less than 8"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        Recompress(**({"every": 8} | changes))
+
+
+def test_a_budget_below_what_is_held_is_refused():
+    with pytest.raises(ConfigError, match="budget=8, expected at least the 10 entries a head"):
+        loosen(prompt_cache(), Recompress(every=8, budget=8), N)
