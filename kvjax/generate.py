@@ -32,6 +32,7 @@ from kvjax.programs import (
     start_answer_program,
 )
 from kvjax.prompts import Prompts, as_rows, bucket, pad
+from kvjax.reconstruction import instructed
 from kvjax.request import FULL, Request, check_rows
 from kvjax.sampling import Sampling
 from kvjax.stages import Answer
@@ -193,6 +194,7 @@ def compress_prompt(
     )
     check_rows(model, rows, config)
     tokens, lengths = pad(rows)
+    config = instructed(config, tokenizer, model.config.vocab_size)
     return prefill_compress_program(model, tokens, lengths, jax.random.key(seed), config=config)[1]
 
 

@@ -11,6 +11,7 @@ B batch, T prompt tokens, U tokens of a repetition, C tokens of a chunk, W token
 N query heads, K KV heads, G = N // K, H head dim.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import Cache, empty_tail, full_layer, remember
+from kvjax.config import CompressionConfig
 from kvjax.probe import Repeat
 
 # What a tokenizer makes the instructions of: before the first chunk, before the others.
@@ -30,6 +32,21 @@ INSTRUCTIONS = (
 LEAD = 8
 # Tokens of a repetition that are run at once.
 BLOCK = 128
+
+
+def instructed(config: CompressionConfig, tokenizer: Any, vocab_size: int) -> CompressionConfig:
+    """The config with KVzip's instructions as tokens, where it has none and there is a tokenizer.
+
+    Unknown tokens are left out: a vocabulary without these words repeats without being told.
+    """
+    if config.scorer != "kvzip" or config.repeat is not None or tokenizer is None:
+        return config
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    spoken = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in INSTRUCTIONS]
+    first, others = (
+        tuple(token for token in ids if token != unknown and token < vocab_size) for ids in spoken
+    )
+    return dataclasses.replace(config, repeat=(first, others))
 
 
 def reconstruction_scores(

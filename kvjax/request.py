@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, Key
 from kvjax.cache import Cache, repeat_rows
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.prompts import Row, as_rows, bucket, check_context, pad
+from kvjax.reconstruction import instructed
 from kvjax.rows import check_prompt
 from kvjax.sampling import Sampling
 from kvjax.stages import Rules
@@ -61,6 +62,7 @@ class Request(struct.PyTreeNode):
             special=cache is None,
         )
         tokens, lengths = pad(rows)
+        config = instructed(config, tokenizer, model.config.vocab_size)
         slots = new_tokens
         if recompress is not None:
             _check_recompress(recompress, config, cache)

@@ -4,6 +4,21 @@ import numpy as np
 
 from kvjax import Probe
 
+# Every scorer's reading, every allocator and every rule of what is kept, in few methods: for tests
+# that compile a whole model for each.
+TYPICAL = (
+    "ada-pyramid",
+    "prefixkv",
+    "critical-ada-snapkv",
+    "kv-compress",
+    "joint-kvzip",
+    "ada-expected-attention",
+    "chunk-snapkv",
+    "key-diff",
+    "h2o",
+    "random",
+)
+
 
 def probe_of(seed, batch, tokens, heads, kv_heads, head_dim, queries) -> Probe:
     """Of B rows of T tokens, N query and K KV heads; the last W queries."""

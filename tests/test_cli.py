@@ -15,7 +15,7 @@ from kvjax import METHODS, CompressionConfig, Sampling
 from kvjax.cli import main
 from kvjax.cli.commands import batches
 from kvjax.cli.parser import build_parser
-from kvjax.cli.settings import compression
+from kvjax.cli.settings import compression, recompression
 from kvjax.models.weights import load_decoder
 from kvjax.prompts import bucket
 from kvjax.tokenizer import load_tokenizer
@@ -56,14 +56,23 @@ def test_methods_are_listed(run):
     code, out, err = run("methods")
     head, *rows = out.splitlines()
     assert (code, err) == (0, "")
-    assert head.split() == ["NAME", "SCORER", "LAYERS", "HEADS", "ALWAYS", "KEPT", "PAPER"]
+    assert head.split()[:4] == ["NAME", "SCORER", "LAYERS", "HEADS"]
+    assert head.split()[4:] == ["ALWAYS", "KEPT", "READS", "QUESTION", "PREFILLS", "PAPER"]
     assert [row.split()[:4] for row in rows] == [
         [name, method.scorer, method.layers, method.heads] for name, method in METHODS.items()
     ]
     assert all(row.endswith(METHODS[row.split()[0]].paper) for row in rows)
-    kept = {row.split()[0]: row[head.index("ALWAYS") : head.index("PAPER")].strip() for row in rows}
+
+    def column(name: str, following: str) -> dict[str, str]:
+        cut = slice(head.index(name), head.index(following))
+        return {row.split()[0]: row[cut].strip() for row in rows}
+
+    kept = column("ALWAYS", "READS")
     assert kept["streaming-llm"] == "first 4, last 1"
     assert kept["h2o"] == "last half of the budget"
+    question, prefills = column("QUESTION", "PREFILLS"), column("PREFILLS", "PAPER")
+    assert (question["snapkv"], question["ada-kvzip"]) == ("must be seen", "may come later")
+    assert (prefills["snapkv"], prefills["ada-kvzip"]) == ("1", "2 to 3")
 
 
 def test_methods_as_json(run):
@@ -73,6 +82,8 @@ def test_methods_as_json(run):
     assert table["prefixkv"]["heads"] == "shared"
     assert table["prefixkv"]["keep_ratio"] is True
     assert table["snapkv"]["always_kept"] == "the window"
+    assert table["snapkv"]["needs"]["question"] is True
+    assert table["h2o"]["needs"]["all_queries"] is True
 
 
 @pytest.mark.parametrize("flags", [["--version"], ["--help"], ["generate", "--help"]])
@@ -107,11 +118,50 @@ def test_method_flags_reach_the_config(tmp_path):
     assert config("--method", "pyramidkv", "--budget", "12.5%", "--beta", "3") == (
         CompressionConfig.named("pyramidkv", 0.125, beta=3)
     )
+    kept = ["--sinks", "6", "--recent", "9", "--chunk", "5"]
+    assert config("--method", "knorm", "--budget", "64", *kept) == (
+        CompressionConfig.named("knorm", 64, sinks=6, recent=9, chunk=5)
+    )
+    halved = config("--method", "snapkv", "--budget", "64", "--recent", "half")
+    assert halved == CompressionConfig.named("snapkv", 64, recent="half")
     stored = config("--method", "prefixkv", "--profile", str(profile))
     assert stored == CompressionConfig.named("prefixkv", profile=(0.5, 0.25, 1.0, 0.0))
 
 
+def test_flags_of_compression_while_decoding():
+    def rule(*flags):
+        return recompression(
+            build_parser().parse_args(["generate", "--model", "m", "--prompt", "x", *flags])
+        )
+
+    assert rule() is None
+    assert rule("--recompress-every", "64") == kvjax.Recompress(every=64)
+    flags = ["--recompress-budget", "256", "--recompress-scorer", "key-diff"]
+    expected = kvjax.Recompress(every=64, budget=256, scorer="key-diff")
+    assert rule("--recompress-every", "64", *flags) == expected
+    with pytest.raises(ValueError, match=r"^--recompress-budget needs --recompress-every N$"):
+        rule(*flags)
+
+
 # ------------------------------------------------------------------------- generate
+def test_compression_while_decoding(run, one, model, prompt):
+    flags = [*one, "--method", "ada-snapkv", "--budget", 8, "--recompress-every", 2]
+    flags += ["--recompress-budget", 12]
+    code, streamed, _ = run(*flags)
+    assert code == 0
+    _, out, _ = run(*flags, "--json")
+    report = json.loads(out.splitlines()[-1])
+    rule = kvjax.Recompress(every=2, budget=12)
+    config = CompressionConfig.named("ada-snapkv", 8)
+    expected = kvjax.generate(model, [prompt], config, max_new_tokens=NEW, recompress=rule)
+    assert report["tokens"] == expected.tokens == [[int(token) for token in streamed.split()]]
+    assert report["cache_bytes"] == expected.cache_bytes == 12 * 2 * 2 * HEAD
+    assert report["recompress"] == {
+        "every": 2, "budget": 12, "scorer": "window", "window": None, "sinks": 4, "heads": "ada",
+        "floor": 0.2,
+    }  # fmt: skip
+
+
 def test_json_and_streamed_tokens_agree(run, one, model, prompt):
     flags = [*one, "--method", "ada-snapkv", "--budget", 8]
     code, streamed, err = run(*flags)

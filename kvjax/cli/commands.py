@@ -20,7 +20,7 @@ from kvjax.cli.files import (
     read_prompts,
     read_text,
 )
-from kvjax.cli.settings import announce, compression, resolved, sampling
+from kvjax.cli.settings import announce, compression, recompression, resolved, sampling
 from kvjax.config import CompressionConfig
 from kvjax.methods import METHODS, Method
 from kvjax.prompts import as_rows, bucket
@@ -34,20 +34,32 @@ def methods(arguments: argparse.Namespace) -> None:
     """`kvjax methods`."""
     if arguments.json:
         table = {
-            name: dataclasses.asdict(method) | {"always_kept": _always_kept(method)}
+            name: dataclasses.asdict(method)
+            | {"always_kept": _always_kept(method), "needs": dataclasses.asdict(method.needs)}
             for name, method in METHODS.items()
         }
         print(json.dumps(table))
         return
-    rows = [("NAME", "SCORER", "LAYERS", "HEADS", "ALWAYS KEPT", "PAPER")]
-    rows += [
-        (name, method.scorer, method.layers, method.heads, _always_kept(method), method.paper)
-        for name, method in METHODS.items()
-    ]
+    rows = [_HEADS, *(_row(name, method) for name, method in METHODS.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join(cells).rstrip())
+
+
+_HEADS = (
+    "NAME", "SCORER", "LAYERS", "HEADS", "ALWAYS KEPT", "READS", "QUESTION", "PREFILLS", "PAPER"
+)  # fmt: skip
+
+
+def _row(name: str, method: Method) -> tuple[str, ...]:
+    """What the table says of a method."""
+    needs, always = method.needs, _always_kept(method)
+    question = "must be seen" if needs.question else "may come later"
+    return (
+        name, method.scorer, method.layers, method.heads, always, needs.reads, question,
+        needs.passes, method.paper,
+    )  # fmt: skip
 
 
 def _always_kept(method: Method) -> str:
@@ -126,6 +138,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "sampling": rules,
         "seed": arguments.seed,
         "eos_ids": () if arguments.ignore_eos else arguments.eos,
+        "recompress": recompression(arguments),
     }
     # This checks the whole call, and runs nothing until it is asked for a step.
     steps = kvjax.stream(model, rows, config, stop=arguments.stop, **call)
@@ -135,6 +148,8 @@ def generate(arguments: argparse.Namespace) -> None:
         report = _measured(model, rows, config, arguments.stop, call)
         report |= {"prompt_tokens": lengths, "max_new_tokens": arguments.max_new_tokens}
         report |= {"dtype": arguments.dtype, "seed": arguments.seed} | dataclasses.asdict(rules)
+        rule = call["recompress"]
+        report["recompress"] = dataclasses.asdict(rule) if rule else None
         print(json.dumps(report | resolved(config, lengths)))
     elif len(rows) == 1:
         _show_as_drawn(steps)

@@ -40,6 +40,10 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _recent(text: str) -> int | str:
+    return text if text in ("window", "half") else whole(1)(text)
+
+
 def build_parser() -> Parser:
     """The parser of `kvjax`; the chosen command is the attribute `run` of what it returns."""
     parser = Parser(prog="kvjax", description="KV-cache compression in JAX and Flax.")
@@ -200,6 +204,9 @@ def _method_flags(parser: Parser) -> None:
     add("--group", choices=("mean", "max"), help="over the query heads of a KV head (mean)")
     add("--layout", choices=("padded", "packed"), help="of the cache (packed where it saves bytes)")
     add("--quantize", choices=("int8",), help="store what is kept in 8 bits (the model's dtype)")
+    add("--sinks", type=whole(0), metavar="N", help="first tokens always kept (the method's)")
+    add("--recent", type=_recent, metavar="N", help="last tokens always kept (the method's)")
+    add("--chunk", type=whole(1), metavar="N", help="tokens kept or evicted together (1)")
     add("--reduce", choices=("mean", "sum"), help="over the window's queries (mean)")
     add(
         "--profile",
@@ -219,6 +226,23 @@ def _answer_flags(parser: Parser) -> None:
     add("--min-p", type=float, default=0.0, metavar="P", help="0 for all tokens (0)")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 for none (1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
+    add(
+        "--recompress-every",
+        type=whole(2),
+        metavar="N",
+        help="compress again every N tokens of the answer, so that it needs no more memory",
+    )
+    add(
+        "--recompress-budget",
+        type=whole(4),
+        metavar="N",
+        help="entries a KV head of prompt and answer together (the prompt's ratio, with prefixkv)",
+    )
+    add(
+        "--recompress-scorer",
+        choices=("window", "key-diff"),
+        help="what the last queries look at, or keys unlike the others (window)",
+    )
     ends = group.add_mutually_exclusive_group()
     ends.add_argument(
         "--eos",

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvjax.cli.files import read_profile
-from kvjax.config import CompressionConfig, parse_budget
+from kvjax.config import CompressionConfig, Recompress, parse_budget
 from kvjax.rows import largest
 from kvjax.sampling import Sampling
 
 _OPTIONAL = (
-    "window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout", "quantize"
+    "window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout",
+    "quantize", "sinks", "recent", "chunk",
 )  # fmt: skip
 
 
@@ -24,6 +25,16 @@ def compression(arguments: argparse.Namespace) -> CompressionConfig:
         settings["profile"] = read_profile(arguments.profile)
     budget = None if arguments.budget is None else parse_budget(arguments.budget)
     return CompressionConfig.named(arguments.method, budget=budget, **settings)
+
+
+def recompression(arguments: argparse.Namespace) -> Recompress | None:
+    """What the flags of compression while decoding ask for."""
+    names = "every", "budget", "scorer"
+    given = {name: getattr(arguments, f"recompress_{name}") for name in names}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if settings and "every" not in settings:
+        raise ValueError(f"--recompress-{next(iter(settings))} needs --recompress-every N")
+    return Recompress(**settings) if settings else None
 
 
 def sampling(arguments: argparse.Namespace) -> Sampling:
@@ -58,6 +69,9 @@ def announce(config: CompressionConfig, lengths: Sequence[int]) -> None:
         "method": True,
         "budget": config.budget is not None,
         "window": _observes(config),
+        "sinks": config.compresses and config.sinks > 0,
+        "recent": config.compresses and config.recent != "window",
+        "chunk": config.chunk > 1,
         "reduce": pooled,
         "pool": pooled,
         "kernel": pooled and config.pool != "none",

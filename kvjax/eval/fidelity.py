@@ -39,6 +39,18 @@ METHODS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "h2o": ("h2o", {}, "h2o_sum"),
     "streaming-llm": ("streaming-llm", {}, "streaming"),
     "random": ("random", {}, "random_w8"),
+    "tova": ("tova", {"window": 1}, "tova"),
+    "knorm": ("knorm", {"recent": 8}, "knorm_w8"),
+    "key-diff": ("key-diff", {"recent": 8}, "keydiff_w8"),
+    "expected-attention": ("expected-attention", {"recent": 8}, "expected_w8"),
+    "ada-expected-attention": ("ada-expected-attention", {"recent": 1}, "adakv_expected"),
+    "chunk-snapkv": ("chunk-snapkv", {"chunk": 8}, "chunkkv_snapkv"),
+    "critical-ada-snapkv": ("critical-ada-snapkv", {}, None),
+    "kv-compress": ("kv-compress", {}, None),
+    "joint-snapkv": ("joint-snapkv", {}, None),
+    "kvzip": ("kvzip", {}, None),
+    "ada-kvzip": ("ada-kvzip", {}, None),
+    "joint-kvzip": ("joint-kvzip", {}, None),
 }
 # How far the mean NLL may lie above kvpress's, and whether also below (None: nothing to compare).
 LIMITS = {"snapkv": 1e-3, "streaming-llm": 1e-3, "ada-snapkv": 1e-3, "h2o": 3e-3, "random": 3e-3}

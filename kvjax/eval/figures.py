@@ -126,16 +126,24 @@ def accuracy(
     shares: Mapping[str, Mapping[str, Float[np.ndarray, " points"]]],
     budgets: Sequence[str],
 ) -> Path:
-    """Share right against the budget: a panel a protocol, a line a method."""
-    figure, axes = _figure(10, 3.6, ncols=len(shares), sharey=True, squeeze=False)
+    """Share right: a panel a protocol, a row a method, a column a budget; the best on top."""
+    last = list(shares.values())[-1]
+    names = sorted(last, key=lambda name: -float(last[name].mean()))
+    size = 2.3 * len(shares) + 2, 0.23 * len(names) + 0.9
+    figure, axes = _figure(*size, ncols=len(shares), sharey=True, squeeze=False)
     for axis, (protocol, methods) in zip(axes[0], shares.items(), strict=True):
-        for name, values in methods.items():
-            style = {"color": _INK, "ls": ":"} if name == "full" else {"marker": "o", "ms": 3}
-            axis.plot(range(len(budgets)), values, label=name, lw=1.3, **style)
+        grid = np.stack([methods[name] for name in names])
+        axis.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1.25)
+        for row, column in np.ndindex(*grid.shape):
+            share = grid[row, column]
+            ink = "white" if share > 0.8 else _INK
+            axis.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=ink)
         axis.set_xticks(range(len(budgets)), budgets)
-        axis.set(title=protocol, xlabel="entries kept")
-    axes[0, 0].set(ylabel="answers right", ylim=(-0.02, 1.02))
-    axes[0, -1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.set_yticks(range(len(names)), names)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_title(protocol, fontsize=9)
+    figure.supxlabel("entries kept; in the cells: answers right", fontsize=8)
     return _save(figure, path)
 
 

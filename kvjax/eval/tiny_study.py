@@ -1,11 +1,12 @@
 """The small model, measured: what it can do, how its heads differ, what each method costs it.
 
-    python -m kvjax.eval.tiny_study [--count 200] [--out docs] [--model DIR]
+    python -m kvjax.eval.tiny_study [--count 200] [--out docs] [--model DIR] [--data DIR]
 
-Writes three tables to `tiny_study.md` and three pictures to `images/`: accuracy per task and
-length with the full cache; entries that each head needs for 90 % of its attention; every method at
-50, 25, 10 and 5 % under both protocols, with bootstrap 95 % intervals. About 25 minutes on two
-cores. The last line on stdout is one JSON object.
+Writes tables to `tiny_study.md` and pictures to `images/`: accuracy per task and length with the
+full cache; entries that each head needs for 90 % of its attention; every method at 50, 25, 10 and
+5 % under both protocols, with bootstrap 95 % intervals; every method against `ada-snapkv` prompt by
+prompt; and what they add to the NLL of stories, where the data folder with stories260K is there.
+About 40 minutes on two cores. The last line on stdout is one JSON object.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from kvjax import tiny
 from kvjax.eval import figures
 from kvjax.eval.dispersion import entries_needed
 from kvjax.eval.retrieval import PROTOCOLS, Outcome, ask, interval
+from kvjax.eval.study_tables import differences, mean_interval, paired_markdown, stories
 from kvjax.tiny.questions import QUESTIONS, questions
 
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
@@ -95,11 +97,45 @@ def full_markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compare_methods(
+    model, length: int, count: int, images: Path, report: dict[str, Any]
+) -> tuple[list[str], str]:
+    """Tables of every task and protocol, and the paired comparison; adds to the report."""
+    report["methods"], report["paired"] = {}, {}
+    bar = tqdm([(p, t) for p in PROTOCOLS for t in STUDIED], desc="methods", disable=None)
+    tables: dict[str, dict[str, dict[str, list[Outcome]]]] = {name: {} for name in PROTOCOLS}
+    for protocol, task in bar:
+        table = tables[protocol][task] = methods_table(model, task, length, count, protocol)
+        report["methods"].setdefault(task, {})[protocol] = {
+            name: _shares(outcomes).tolist() for name, outcomes in table.items()
+        }
+    names = ["full", *(name for name in kvjax.METHODS if name != "full")]
+    titles = {
+        title: {
+            name: np.mean([_shares(table[name]) for table in tables[protocol].values()], axis=0)
+            for name in names
+        }
+        for protocol, title in PROTOCOLS.items()
+    }
+    figures.accuracy(images / "methods.png", titles, [f"{budget:.0%}" for budget in BUDGETS])
+    cells = [markdown(t, p, tables[p][t]) for t in STUDIED for p in PROTOCOLS]
+    column = BUDGETS.index(0.25)
+    for name, gaps in differences(tables["after"], column).items():
+        report["paired"][name] = [float(gaps.mean()), *mean_interval(gaps)]
+    return cells, paired_markdown(tables["after"], column, BUDGETS[column])
+
+
+def _shares(outcomes: list[Outcome]) -> np.ndarray:
+    """Share right at each budget; the full cache has one for all."""
+    return np.resize([float(outcome.right.mean()) for outcome in outcomes], len(BUDGETS))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=tiny.WEIGHTS, help="a run's model/")
     parser.add_argument("--count", type=int, default=200, help="prompts a cell (200)")
     parser.add_argument("--length", type=int, default=512, help="tokens of the methods' prompts")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="of stories260K")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
     if not figures.available():
@@ -113,19 +149,12 @@ def main() -> int:
     counts = entries_needed(model, prompts)
     figures.dispersion(images / "dispersion.png", counts, 1024)
     report: dict[str, Any] = {"full": full, "entries_for_90": counts.round(2).tolist()}
-    report["methods"] = {}
-    sections.append(f"## Every method, prompts of {options.length} tokens\n")
-    bar = tqdm([(t, p) for t in STUDIED for p in PROTOCOLS], desc="methods", disable=None)
-    shares: dict[str, dict[str, np.ndarray]] = {protocol: {} for protocol in PROTOCOLS}
-    for task, protocol in bar:
-        table = methods_table(model, task, options.length, options.count, protocol)
-        sections.append(markdown(task, protocol, table))
-        for name, outcomes in table.items():
-            right = np.resize([float(o.right.mean()) for o in outcomes], len(BUDGETS))
-            report["methods"].setdefault(task, {}).setdefault(protocol, {})[name] = right.tolist()
-            shares[protocol][name] = shares[protocol].get(name, 0) + right / len(STUDIED)
-    titles = {PROTOCOLS[protocol]: rows for protocol, rows in shares.items()}
-    figures.accuracy(images / "methods.png", titles, [f"{budget:.0%}" for budget in BUDGETS])
+    cells, pairs = compare_methods(model, options.length, options.count, images, report)
+    sections += ["## Against ada-snapkv\n\n" + pairs]
+    sections += [f"## Every method, prompts of {options.length} tokens\n", *cells]
+    if (options.data / "stories260K").is_dir():
+        text, report["stories"] = stories(options.data, BUDGETS)
+        sections.append("## Stories\n\n" + text)
     header = (
         "# The small model, measured\n\n"
         "Written by `python -m kvjax.eval.tiny_study"
