@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BELOW = {"config", "methods", "pool", "cache", "probe", "kernels"}  # what compression may build on
-COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress"}
+COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
 ENGINE |= {"calibrate", "reconstruction"}
 LOADING = {"models", "tokenizer", "load", "convert"}
