@@ -3,12 +3,12 @@
 import bisect
 import dataclasses
 import itertools
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from kvjax.tiny.tasks import TASKS
 from kvjax.tiny.vocabulary import BOS, EOS, SYMBOLS, VOCABULARY
+from kvjax.toml import read_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,33 +182,5 @@ def _check(stage: Stage, context: int) -> None:
 
 
 def load_settings(path: str | Path) -> Settings:
-    """Read a settings file.
-
-    Raises:
-      ValueError: not TOML, an unknown or missing key, a value of the wrong type or range.
-      OSError: it cannot be read.
-    """
-    try:
-        keys = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML ({error})") from None
-    fields = {field.name: field.type for field in dataclasses.fields(Settings)}
-    unknown, missing = sorted(keys.keys() - fields.keys()), sorted(fields.keys() - keys.keys())
-    if unknown or missing:
-        which = f"unknown key {unknown[0]}" if unknown else f"missing key {missing[0]}"
-        raise ValueError(f"{path}: {which}, expected {', '.join(fields)}")
-    try:
-        return Settings(**{name: _typed(name, keys[name], fields[name]) for name in fields})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    listed = kind in (tuple[int, ...], tuple[float, ...], tuple[str, ...])
-    inner = kind.__args__[0] if listed else kind
-    entries = value if listed and isinstance(value, list) else [value]
-    allowed = (int, float) if inner is float else (inner,)
-    if listed != isinstance(value, list) or not all(type(entry) in allowed for entry in entries):
-        what = f"a list of {inner.__name__}" if listed else f"one {inner.__name__}"
-        raise ValueError(f"{name} = {value!r}, expected {what}")
-    return tuple(map(inner, entries)) if listed else inner(value)
+    """Read a settings file; ValueError and OSError as `kvjax.toml.read_settings` raises them."""
+    return read_settings(path, Settings)
