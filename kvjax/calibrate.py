@@ -105,7 +105,8 @@ def calibrate(
         total=len(rows), desc="calibrate", unit="prompt", disable=None if progress else True
     ) as bar:
         for chosen in _batches(lengths, batch):
-            cache = compress_prompt(model, [rows[row] for row in chosen], config, seed=seed)
+            these = [rows[row] for row in chosen]
+            cache = compress_prompt(model, these, config, tokenizer=tokenizer, seed=seed)
             counts_BLK = np.asarray(cache.counts)
             tokens = np.array([lengths[row] for row in chosen])
             by_prompt[chosen] = counts_BLK.mean(-1) / tokens[:, None]

@@ -24,7 +24,7 @@ class CompressionConfig:
       budget: entries RETAINED per KV head, on average over heads and layers, the always-kept ones
         included: an int, or a float in (0, 1] for that fraction of each row's prompt (rounded
         down, at least 2). None for `full`, and for a `profile` that is taken as it is.
-      scorer, layers, heads, sinks, recent, keep_ratio, output_aware, chunk: see
+      scorer, layers, heads, sinks, recent, keep_ratio, output_aware, chunk, epsilon: see
         `kvjax.methods.Method`. "global" and "joint" divide a budget among layers and heads at
         once, so they stand for both.
       window: observation window, in tokens, below the budget; None for min(32, budget // 2), and
@@ -65,6 +65,7 @@ class CompressionConfig:
     keep_ratio: bool = False
     output_aware: bool = False
     chunk: int = 1
+    epsilon: float = 0.0
     window: int | None = None
     reduce: Literal["mean", "sum"] = "mean"
     pool: Literal["max", "average", "none"] = "max"
@@ -120,8 +121,10 @@ class CompressionConfig:
             _fail(self, "kernel", "an odd integer")
         if self.quantize is not None and self.layout == "padded":
             _fail(self, "quantize", "None with layout='padded'")
-        if not (isinstance(self.floor, int | float) and 0 <= self.floor <= 1):
-            _fail(self, "floor", "a number from 0 to 1")
+        for name in ("floor", "epsilon"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                _fail(self, name, "a number from 0 to 1")
         self._check_budget()
         self._check_profile()
 

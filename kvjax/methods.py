@@ -73,6 +73,7 @@ class Method:
         importance times what their values do to the output (CriticalKV).
       chunk: tokens that are kept or evicted together, as far as the budget divides (ChunkKV); 1
         for each on its own.
+      epsilon: added to expected attention before values weigh it.
       paper: the source.
     """
 
@@ -84,6 +85,7 @@ class Method:
     keep_ratio: bool = False
     output_aware: bool = False
     chunk: int = 1
+    epsilon: float = 0.0
     paper: str
 
     @property
@@ -146,7 +148,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             scorer="expected-attention", sinks=4, recent=1, paper=_EXPECTED
         ),
         "ada-expected-attention": Method(
-            scorer="expected-attention", heads="ada", sinks=4, recent=1, paper=_EXPECTED
+            scorer="expected-attention",
+            heads="ada",
+            sinks=4,
+            recent=1,
+            epsilon=0.01,
+            paper=_EXPECTED,
         ),
         "kvzip": Method(
             scorer="kvzip", layers="global", heads="global", sinks=4, recent=1, paper=_KVZIP

@@ -18,6 +18,7 @@ from kvjax.config import CompressionConfig
 from kvjax.kernels.window_scores import window_scores
 from kvjax.probe import Probe
 from kvjax.rows import Rows, eligible
+from kvjax.sharding import across_group, by_device
 
 # Tokens that expected attention looks at together: between keys and scores lies an array that is
 # G times as large as the keys, in fp32.
@@ -65,7 +66,9 @@ def score(layer: Layer) -> Float[Array, "B K T"]:
       ValueError: the probe lacks what the scorer reads.
     """
     scores_BKT = jnp.where(layer.real, _SCORERS[layer.config.scorer](layer), 0.0)
-    return by_chunk(scores_BKT, layer) if layer.config.chunk > 1 else scores_BKT
+    if layer.config.chunk == 1:
+        return scores_BKT
+    return jnp.where(layer.real, by_chunk(scores_BKT, layer), 0.0)
 
 
 # ---------------------------------------------------------------------------- attention seen
@@ -102,24 +105,23 @@ def _tova(layer: Layer) -> Float[Array, "B K T"]:
 
     With `heads="shared"` the mean is taken where heads are, so nothing is lost here.
     """
-    return _before(layer, _observed(layer, power=1, group="mean"))
+    return _before(layer, _observed(layer, power=1, group="mean", queries=1))
 
 
-def _observed(layer: Layer, *, power, group) -> Float[Array, "B X T"]:
-    """Column sums of the softmax over a row's observation window."""
-    rows, queries_BWNH = layer.rows, layer.read("queries")
+def _observed(layer: Layer, *, power, group, queries: int = 0) -> Float[Array, "B X T"]:
+    """Column sums of the softmax over a row's observation window, or its last `queries` queries."""
+    rows, queries_BWNH = layer.rows, layer.read("queries")[:, -queries:]
     back_W = jnp.arange(queries_BWNH.shape[1], 0, -1)  # the last query is 1 from the end
     observed_BW = back_W <= rows.window[:, None]
     positions_BW = jnp.where(observed_BW, rows.lengths[:, None] - back_W, -1)
-    return window_scores(
-        queries_BWNH,
-        positions_BW,
-        layer.keys,
-        rows.lengths,
-        window=layer.window,
-        power=power,
-        group=group,
-    )
+
+    def observe(*arrays):
+        sums = window_scores(*arrays, window=layer.window, power=power, group=group)
+        return across_group(sums, group)
+
+    heads = "K" if group else "N"
+    prompt = queries_BWNH, positions_BW, layer.keys, rows.lengths
+    return by_device(observe, f"BWNH,BW,BTKH,B->B{heads}T", *prompt)
 
 
 def _before(layer: Layer, scores: Float[Array, "B X T"]) -> Float[Array, "B X T"]:
@@ -143,8 +145,9 @@ def _expected(layer: Layer) -> Float[Array, "B K T"]:
 
         E exp(q . k / sqrt(H)) = exp(m . k / sqrt(H) + k' C k / 2H).
 
-    The softmax of the exponents over all entries but the sinks, the mean over the group, times
-    |v|: the expected part of the entry in the output.
+    The importance is (p + epsilon) |v|: p is the softmax of the exponents over what can be seen but
+    the sinks, the mean over the group. Below epsilon values count for more than expectations, whose
+    scale differs from head to head; without it heads of large values take `ada`'s whole budget.
     """
     kv_heads = layer.keys.shape[2]
     mean_BNH, cov_BNHI = layer.read("future_mean"), layer.read("future_cov")
@@ -160,14 +163,16 @@ def _expected(layer: Layer) -> Float[Array, "B K T"]:
         return linear_BKGS + square_BKGS / (2 * head_dim)
 
     s_BKGT = _in_blocks(exponents, layer.keys)
-    after_B1T = jnp.arange(layer.keys.shape[1]) >= layer.rows.sinks[:, None, None]
-    counted_B11T = (layer.real & after_B1T)[:, None]
-    s_BKGT = jnp.where(counted_B11T, s_BKGT, -jnp.inf)
+    tokens = layer.keys.shape[1]
+    counted_BT = eligible(layer.rows, tokens, layer.window)
+    counted_BT &= jnp.arange(tokens) >= layer.rows.sinks[:, None]
+    s_BKGT = jnp.where(counted_BT[:, None, None], s_BKGT, -jnp.inf)
     peak = s_BKGT.max(-1, keepdims=True)
     p_BKGT = jnp.exp(s_BKGT - jnp.where(peak == -jnp.inf, 0.0, peak))
     total = p_BKGT.sum(-1, keepdims=True)
     p_BKT = (p_BKGT / jnp.where(total > 0, total, 1.0)).mean(2)
-    return jnp.where(layer.real & after_B1T, p_BKT * _norm(layer.values), 0.0)
+    importance_BKT = (p_BKT + layer.config.epsilon) * _norm(layer.values)
+    return jnp.where(counted_BT[:, None], importance_BKT, 0.0)
 
 
 def _in_blocks(function: Callable[[Array], Array], k_BTKH: Array) -> Array:
