@@ -26,7 +26,7 @@ from kvjax.tiny.questions import questions
 from kvjax.tiny.vocabulary import ID, text
 
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
-SHOWN = ("snapkv", "ada-snapkv", "prefixkv", "ada-prefixkv", "h2o", "streaming-llm", "random")
+SHOWN = ("snapkv", "ada-snapkv", "prefixkv", "ada-prefixkv", "ada-kvzip", "h2o", "streaming-llm")
 Runs = dict[tuple[str, float], Outcome]  # by method and budget
 
 
@@ -65,15 +65,15 @@ def show_table(runs: Runs, title: str, entry_bytes: int) -> None:
     full = runs["full", 1.0]
     held = full.kept.sum(axis=(1, 2)).mean() * entry_bytes / 1024
     print(f"{title}: answers right (full cache {full.right.mean():.0%}, {held:.0f} KiB a prompt)")
-    print(f"  {'kept':<14}" + "".join(f"{budget:>9.0%}" for budget in BUDGETS))
+    print(f"  {'kept':<23}" + "".join(f"{budget:>9.0%}" for budget in BUDGETS))
     for name in kvjax.METHODS:
         if name != "full":
             shares = [runs[name, budget].right.mean() for budget in BUDGETS]
-            print(f"  {name:<14}" + "".join(f"{share:>9.0%}" for share in shares))
+            print(f"  {name:<23}" + "".join(f"{share:>9.0%}" for share in shares))
     some = [runs["snapkv", budget].kept for budget in BUDGETS]
-    print(f"  {'entries/head':<14}" + "".join(f"{kept.mean():>9.1f}" for kept in some))
+    print(f"  {'entries/head':<23}" + "".join(f"{kept.mean():>9.1f}" for kept in some))
     sizes = [kept.sum(axis=(1, 2)).mean() * entry_bytes / 1024 for kept in some]
-    print(f"  {'KiB/prompt':<14}" + "".join(f"{size:>9.1f}" for size in sizes) + "\n")
+    print(f"  {'KiB/prompt':<23}" + "".join(f"{size:>9.1f}" for size in sizes) + "\n")
 
 
 def needles(item: Item) -> tuple[list[tuple[int, int]], tuple[int, int]]:

@@ -66,9 +66,9 @@ def show_table(model, documents: list[dict], budget: int | float):
         full = full or scores
         held = result.kept * heads * entry / 1024
         rows.append((name, result.delta, result.agree, result.kept, held))
-    print(f"{'method':<14} {'delta NLL':>10} {'agreement':>10} {'entries/head':>13} {'KiB':>8}")
+    print(f"{'method':<23} {'delta NLL':>10} {'agreement':>10} {'entries/head':>13} {'KiB':>8}")
     for name, delta, agree, kept, held in rows:
-        print(f"{name:<14} {delta:>+10.4f} {agree:>10.1%} {kept:>13.1f} {held:>8.1f}")
+        print(f"{name:<23} {delta:>+10.4f} {agree:>10.1%} {kept:>13.1f} {held:>8.1f}")
     print("\nprefixkv goes on evicting while the text grows (the paper's rule); the others do not.")
 
 
