@@ -60,7 +60,7 @@ LIMITS |= dict.fromkeys(
     ),
     3e-3,
 )
-# kvpress keeps whole chunks, so fewer entries than the budget; its last entries may go under Ada-KV.
+# kvpress keeps whole chunks, so fewer entries, and under Ada-KV not always the last token.
 ONE_SIDED = ("ada-snapkv", "chunk-snapkv", "ada-expected-attention")
 
 
