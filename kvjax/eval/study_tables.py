@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
@@ -106,6 +107,7 @@ def stories(data: Path, budgets: Sequence[float]) -> tuple[str, dict[str, list[f
     kept: list[set[str]] = [set() for _ in budgets]
     for name in tqdm([name for name in kvjax.METHODS if name != "full"], desc="stories"):
         cells = []
+        jax.clear_caches()  # a process maps so many compiled programs and no more
         for place, budget in enumerate(budgets):
             config = kvjax.CompressionConfig.named(name, budget, keep_ratio=False)
             scores, result = evaluate(model, documents, config, full)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -152,6 +153,7 @@ def main() -> int:
     cells, pairs = compare_methods(model, options.length, options.count, images, report)
     sections += ["## Against ada-snapkv\n\n" + pairs]
     sections += [f"## Every method, prompts of {options.length} tokens\n", *cells]
+    jax.clear_caches()
     if (options.data / "stories260K").is_dir():
         text, report["stories"] = stories(options.data, BUDGETS)
         sections.append("## Stories\n\n" + text)
