@@ -54,6 +54,7 @@ bench: setup  ## speed on this machine, about 25 minutes on two cores
 	$(BENCH) generate --repeats 3 --out docs/benchmarks
 	$(BENCH) decode --methods snapkv/padded,snapkv/packed,ada-snapkv/packed --repeats 9 --out docs/benchmarks
 	$(BENCH) scores --out docs/benchmarks
+	$(BENCH) budgets --out docs/benchmarks
 
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -245,7 +245,7 @@ def _shortest_prefixes(scores, eligible, room, least, budget):
     """
     curves, axes = scores.shape[1:-1], scores.ndim - 1
     flat = (scores.shape[0], -1)
-    ranked = -jnp.sort(-jnp.where(eligible, jnp.maximum(scores, 0.0), 0.0), axis=-1)
+    ranked = -jnp.sort(-jnp.where(eligible & (scores > 0), scores, 0.0), axis=-1)  # NaN is 0
     mass = jnp.cumsum(ranked, axis=-1)
     whole = jnp.where(mass[..., -1:] > 0, mass[..., -1:], 1.0)
     before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1) / whole

@@ -9,7 +9,7 @@ import pytest
 
 import kvjax
 from kvjax import CompressionConfig
-from kvjax.bench import decode, report
+from kvjax.bench import budgets, decode, report
 from kvjax.bench.presets import preset, random_model
 from kvjax.bench.report import Settings
 from kvjax.bench.timing import bandwidth, timed
@@ -71,6 +71,44 @@ def test_a_full_cache_holds_the_prompt():
     assert cache.nbytes == 4 * 4 * 64 * 2 * 16 * 4  # layers, heads, tokens, K and V, H, fp32
 
 
+def test_budgets_are_shared_out_alike(monkeypatch):
+    """Everybody gives away the same, and the two ways to sort come to bisection's sizes."""
+    shape, call = preset("1m", 64), {"budget": 16, "batch": 2, "prompt": 64, "repeats": 1}
+    rows = {row["what"]: row for row in budgets.measure(shape, **call)}
+    assert {row["entries"] for row in rows.values()} == {2 * 4 * 4 * 16}
+    assert all(row["total"] == 4 * row["seconds"] > 0 for row in rows.values())
+    assert rows["uniform"]["results"] == rows["prefix"]["results"] == 2 * 4 * 4
+    assert rows["ada"]["results"] == rows["joint"]["results"] == 2 * 4 * 4 * 4
+    assert rows["selection, after any"]["results"] == 2 * 4 * 4 * 64
+    assert rows["joint"]["temporaries"] > 2 * 4 * 4 * 64 * 4
+
+    def backwards(values, count):
+        return budgets._argsort(-values, count)
+
+    monkeypatch.setattr(budgets.lax, "top_k", backwards)
+    with pytest.raises(RuntimeError, match="ada, top_k: other sizes than by bisection"):
+        budgets.measure(shape, **call)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "batches", "prompt", "budget"),
+    [
+        ("decode", "100m", (1, 4), 2048, 256),
+        ("budgets", "llama-3-8b", (1,), 131_072, 1024),
+    ],
+)
+def test_what_flags_come_to_that_are_not_given(
+    run, monkeypatch, kind, model, batches, prompt, budget
+):
+    calls = []
+    monkeypatch.setattr(report, "run", lambda *call: calls.append(call))
+    assert run("bench", kind)[0] == run("bench", kind, "--model", "1m", "--prompt", 64)[0] == 0
+    for (named, settings, out), changed in zip(calls, (False, True), strict=True):
+        assert (named, out, settings.batches, settings.budget) == (kind, None, batches, budget)
+        expected = ("1m", 64) if changed else (model, prompt)
+        assert (settings.model, settings.prompt) == expected
+
+
 @pytest.mark.parametrize("kind", report.KINDS)
 def test_reports(run, tmp_path, kind):
     flags = ["--model", "1m", "--batch", "1", "--prompt", 64, "--new", 3, "--budget", 16]
@@ -80,7 +118,10 @@ def test_reports(run, tmp_path, kind):
     last = json.loads(out.splitlines()[-1])
     assert json.loads((tmp_path / f"bench_{kind}_cpu_1m.json").read_text()) == last
     names = [row.get("method") or row["what"] for row in last["rows"]]
-    if kind == "scores":
+    if kind == "budgets":
+        assert len(names) == 8
+        assert last["machine"]["peak_rss"] > 1e8
+    elif kind == "scores":
         first = ["prefill attention", "window scores", "accumulated scores"]
         assert names == [*first, "ada-snapkv/packed/int8"]
     else:

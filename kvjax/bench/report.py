@@ -13,12 +13,16 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from kvjax.bench import decode, generate, scores
+from kvjax.bench import budgets, decode, generate, scores
 from kvjax.bench.presets import default_dtype, preset, random_model
 from kvjax.bench.timing import bandwidth
 from kvjax.config import CompressionConfig
 
-KINDS = ("decode", "scores", "generate")
+KINDS = ("decode", "scores", "generate", "budgets")
+# What flags come to that are not given: a small model whole, or a large one's scores alone.
+_WHOLE = {"model": "100m", "batch": "1,4", "prompt": 2048, "budget": 256}
+_ALONE = {"model": "llama-3-8b", "batch": "1", "prompt": 131_072, "budget": 1024}
+DEFAULTS = {kind: _ALONE if kind == "budgets" else _WHOLE for kind in KINDS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,11 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
         for batch in tqdm(settings.batches, desc=kind, disable=None):
             found = scores.measure(config, configs[1:], batch=batch, dtype=dtype, **call)
             rows += [{"batch": batch} | row for row in found]
+    elif kind == "budgets":
+        for batch in tqdm(settings.batches, desc=kind, disable=None):
+            found = budgets.measure(config, budget=settings.budget, batch=batch, **call)
+            rows += [{"batch": batch} | row for row in found]
+        machine["peak_rss"] = budgets.peak_rss()
     else:
         model = random_model(config)
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
@@ -161,6 +170,15 @@ _COLUMNS: dict[str, _Columns] = {
         ("ms", lambda row: f"{row['seconds'] * 1e3:.2f}"),
         ("of attention", lambda row: f"{row['of_attention']:.1%}"),
         ("GB/s", lambda row: f"{row['rate'] / 1e9:.1f}"),
+    ),
+    "budgets": (
+        ("batch", lambda row: str(row["batch"])),
+        ("shared out by", lambda row: row["what"]),
+        ("ms, all layers", lambda row: f"{row['total'] * 1e3:.2f}"),
+        ("ms a layer", lambda row: f"{row['seconds'] * 1e3:.3f}"),
+        ("temporaries, MB", lambda row: f"{row['temporaries'] / 1e6:.1f}"),
+        ("results, MB", lambda row: f"{row['results'] / 1e6:.3f}"),
+        ("entries", lambda row: str(row["entries"])),
     ),
 }
 

@@ -80,17 +80,19 @@ def convert(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- bench
 def bench(arguments: argparse.Namespace) -> None:
     """`kvjax bench`."""
-    from kvjax.bench.report import Settings, run
+    from kvjax.bench.report import DEFAULTS, Settings, run
 
-    batches = arguments.batch.split(",")
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    chosen: dict[str, Any] = DEFAULTS[arguments.kind] | given
+    batches = chosen["batch"].split(",")
     if not all(batch.isdecimal() and int(batch) for batch in batches):
-        raise ValueError(f"--batch {arguments.batch}, expected integers of at least 1, as in 1,4")
+        raise ValueError(f"--batch {chosen['batch']}, expected integers of at least 1, as in 1,4")
     settings = Settings(
-        model=arguments.model,
+        model=chosen["model"],
         batches=tuple(map(int, batches)),
-        prompt=arguments.prompt,
+        prompt=chosen["prompt"],
         new=arguments.new,
-        budget=arguments.budget,
+        budget=chosen["budget"],
         methods=tuple(filter(None, arguments.methods.split(","))),
         owners=arguments.owners,
         repeats=arguments.repeats,

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.presets import PRESETS
-from kvjax.bench.report import KINDS
-from kvjax.cli import calibrate, commands
+from kvjax.bench.report import DEFAULTS, KINDS
+from kvjax.cli import calibrate, commands, evaluate
 from kvjax.methods import METHODS
 
 _LARGEST = 2**31 - 1  # what an int32 holds
@@ -85,6 +85,9 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--json", action="store_true", help="print one JSON line a text, in order")
 
+    sub = command(evaluate.run, "eval", "Evaluate methods on tasks, example by example")
+    evaluate.add_flags(sub)
+
     sub = command(calibrate.run, "calibrate", "Measure a layer profile for PrefixKV")
     _model_flags(sub)
     _calibration_flags(sub)
@@ -139,12 +142,22 @@ def _calibration_flags(parser: Parser) -> None:
 
 def _bench_flags(parser: Parser) -> None:
     add = parser.add_argument
-    add("kind", choices=KINDS, help="decode steps, what scoring adds to a layer, or the whole path")
-    add("--model", default="100m", metavar="M", help=f"{', '.join(PRESETS)} (100m), random weights")
-    add("--batch", default="1,4", metavar="N,N", help="rows (1,4)")
-    add("--prompt", type=whole(64), default=2048, metavar="N", help="tokens (2048)")
+    add(
+        "kind",
+        choices=KINDS,
+        help="decode steps, what scoring adds to a layer, the whole path, or only what sharing a"
+        " budget out takes of random scores",
+    )
+    small, large = DEFAULTS["decode"], DEFAULTS["budgets"]
+
+    def either(name: str) -> str:
+        return f"({small[name]}; {large[name]} of budgets)"
+
+    add("--model", metavar="M", help=f"{', '.join(PRESETS)}, random weights {either('model')}")
+    add("--batch", metavar="N,N", help=f"rows {either('batch')}")
+    add("--prompt", type=whole(64), metavar="N", help=f"tokens {either('prompt')}")
     add("--new", type=whole(2), default=64, metavar="N", help="tokens to decode (64)")
-    add("--budget", type=whole(2), default=256, metavar="N", help="entries a KV head (256)")
+    add("--budget", type=whole(2), metavar="N", help=f"entries a KV head {either('budget')}")
     add(
         "--methods",
         default="snapkv/padded,snapkv/packed,ada-snapkv/padded,ada-snapkv/packed,h2o,prefixkv",

@@ -1,0 +1,63 @@
+"""`kvjax eval`. Slow imports are made where they are needed."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import kvjax
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `kvjax eval`."""
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="TOML, such as configs/eval/tiny.toml")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="one JSON line an example; a run that was stopped goes on from what is there",
+    )
+    add(
+        "--distributed",
+        action="store_true",
+        help="share the documents among processes: on a TPU slice, under Slurm, or by the"
+        " environment",
+    )
+    add("--json", action="store_true", help="print one JSON object: examples run, found, failed")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`kvjax eval`."""
+    from kvjax import tiny
+    from kvjax.eval.pod import join
+    from kvjax.eval.runner import Workers, evaluate
+    from kvjax.eval.settings import load_eval_settings
+
+    settings = load_eval_settings(arguments.config)
+    text = Path(arguments.config).read_text(encoding="utf-8")
+    workers = join() if arguments.distributed else Workers()
+    quiet = workers.index > 0 or not sys.stderr.isatty()
+    directory = tiny.WEIGHTS if settings.model == "tiny" else settings.model
+    model, tokenizer = kvjax.load(directory, dtype=settings.dtype, progress=not quiet)
+    if tokenizer is None:
+        raise ValueError(f"model = {settings.model!r} has no tokenizer, expected one")
+    counts = evaluate(
+        settings,
+        arguments.out,
+        text,
+        model=model,
+        tokenizer=tokenizer,
+        workers=workers,
+        progress=not quiet,
+    )
+    if workers.index == 0:
+        _say(counts, arguments)
+
+
+def _say(counts: dict[str, int], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(json.dumps(counts | {"out": str(arguments.out)}))
+    else:
+        print(f"{arguments.out}: {counts['run']} run, {counts['found']} found, "
+              f"{counts['failed']} failed; kvjax report {arguments.out}")  # fmt: skip

@@ -1,0 +1,331 @@
+"""`kvjax eval`: every method at every budget on every task, example by example, resumable.
+
+    tasks -> documents -> batches of one bucket -> answers under each config -> rows on disk
+
+A batch holds documents whose padded lengths are the same, and a short last one is filled up, so
+that each method compiles once a bucket. Where the question is unseen, a batch is compressed once
+and all its questions are asked of that cache. Every process takes its share of the documents,
+writes a file of its own (`kvjax.eval.journal`) and needs no other process.
+"""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import kvjax
+from kvjax.capacity import slot_bytes
+from kvjax.config import CompressionConfig
+from kvjax.eval.journal import Journal, key_of
+from kvjax.eval.settings import EvalSettings
+from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
+from kvjax.prompts import bucket
+from kvjax.reconstruction import instructed
+
+FULL = CompressionConfig.named("full")
+# Tokens left for a chat template around the prompt.
+CHAT_TOKENS = 64
+# Tasks whose answers are compared with the model's own from the full cache.
+OWN = ("rouge",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Which of how many processes this is; it takes every count-th document."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One ask of one document, as tokens.
+
+    Attributes:
+      task, length: which task, and how long its prompts may be.
+      document, ask: from `kvjax.eval.tasks`.
+      context: tokens that are compressed alone under "unseen".
+      rest: tokens of the question and what leads to the answer.
+    """
+
+    task: str
+    length: int
+    document: Document
+    ask: Ask
+    context: tuple[int, ...]
+    rest: tuple[int, ...]
+
+
+def evaluate(
+    settings: EvalSettings,
+    out: str | Path,
+    text: str,
+    *,
+    model: Any,
+    tokenizer: Any,
+    workers: Workers = Workers(),
+    progress: bool = True,
+) -> dict[str, int]:
+    """Run what is not there yet; rows go to `out`.
+
+    Args:
+      settings: what to run.
+      out: the folder of results.
+      text: the settings file, a copy of which says what the results are of.
+      model, tokenizer: from `kvjax.load`.
+      workers: which process this is.
+      progress: whether to show a bar on stderr.
+
+    Returns:
+      Examples that were run, that were there already, and that failed.
+
+    Raises:
+      ValueError: a folder of other settings, or that cannot be written; a task that lacks a file.
+    """
+    counts = {"run": 0, "found": 0, "failed": 0}
+    configs = settings.configs()
+    with Journal(out, text, workers.index) as journal:
+        questions = list(_questions(settings, tokenizer, workers))
+        total = len(questions) * len(configs) * len(settings.protocols)
+        bar = tqdm(total=total, desc="eval", unit="answer", disable=not progress or workers.index)
+        for protocol in settings.protocols:
+            for batch in batches(questions, settings.batch):
+                for (_, budget), config in configs.items():
+                    config = instructed(config, tokenizer, model.config.vocab_size)
+                    run = _Run(model, tokenizer, config, protocol, settings)
+                    for wave in waves(batch):
+                        found = run.missing(batch, wave, budget, journal.done)
+                        journal.write(found)
+                        asked = sum(question is not None for question in wave)
+                        counts["run"] += len(found)
+                        counts["found"] += asked - len(found)
+                        counts["failed"] += sum(row["error"] is not None for row in found)
+                        bar.update(asked)
+        bar.close()
+    return counts
+
+
+# ---------------------------------------------------------------------------- questions
+def _questions(settings: EvalSettings, tokenizer: Any, workers: Workers) -> Iterator[Question]:
+    for name in settings.tasks:
+        for length in settings.lengths:
+            given = TaskSettings(
+                tokenizer=tokenizer,
+                length=length,
+                count=settings.count,
+                seed=settings.seed,
+                data=settings.data or None,
+                haystack=settings.haystack or None,
+                reserve=CHAT_TOKENS if settings.chat else 0,
+                depths=settings.depths,
+                questions=settings.questions,
+                continuation=settings.continuation,
+            )
+            for index, document in enumerate(TASKS[name].documents(given)):
+                if index % workers.count != workers.index:
+                    continue
+                for ask in document.asks:
+                    context, rest = as_tokens(document, ask, tokenizer, settings.chat)
+                    yield Question(name, length, document, ask, context, rest)
+
+
+def as_tokens(
+    document: Document, ask: Ask, tokenizer: Any, chat: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of the context, and of question and lead; both protocols see the same ones.
+
+    With `chat` the context and the question are the user's turn, the lead begins the answer.
+    """
+    before, after, special = document.context, ask.question + ask.lead, True
+    if ask.metric == "perplexity":
+        after += ask.answers[0]
+    elif chat:
+        mark = "\x1f"  # no text has it
+        turn = [{"role": "user", "content": before + mark + ask.question}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, after = text.split(mark)
+        after, special = after + ask.lead, False
+    first = tokenizer(before, add_special_tokens=special)["input_ids"]
+    rest = tokenizer(after, add_special_tokens=False)["input_ids"]
+    if ask.metric == "perplexity":  # one text, however it falls into words
+        whole = tokenizer(before + after, add_special_tokens=special)["input_ids"]
+        if whole[: len(first)] == first:
+            rest = whole[len(first) :]
+    return tuple(first), tuple(rest)
+
+
+def batches(questions: Sequence[Question], size: int) -> Iterator[list[list[Question]]]:
+    """At most `size` documents of one task and bucket at once, each with all its questions."""
+    documents: dict[tuple, list[Question]] = defaultdict(list)
+    for question in questions:
+        documents[question.task, question.length, question.document.id].append(question)
+    groups: dict[tuple, list[list[Question]]] = defaultdict(list)
+    for (task, length, _), asked in documents.items():
+        groups[task, length, bucket(len(asked[0].context))].append(asked)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def waves(batch: Sequence[Sequence[Question]]) -> Iterator[list[Question | None]]:
+    """A question of each document at a time, None where it has no more; answers of one length."""
+    for place in range(max(map(len, batch))):
+        asked = [mine[place] if place < len(mine) else None for mine in batch]
+        for new in sorted({question.ask.new_tokens for question in asked if question}):
+            yield [q if q is not None and q.ask.new_tokens == new else None for q in asked]
+
+
+def _label(question: Question, run: "_Run", budget: str) -> dict[str, Any]:
+    return {
+        "task": question.task,
+        "length": question.length,
+        "protocol": run.protocol,
+        "method": run.config.method,
+        "budget": budget,
+        "document": question.document.id,
+        "ask": question.ask.id,
+        "prompt_tokens": len(question.context) + len(question.rest),
+        "answers": list(question.ask.answers),
+        "metric": question.ask.metric,
+        "facts": dict(question.ask.facts),
+    }
+
+
+# ---------------------------------------------------------------------------- answers
+@dataclasses.dataclass
+class _Run:
+    """One config over one batch of documents; the batch is compressed when it is first asked."""
+
+    model: Any
+    tokenizer: Any
+    config: CompressionConfig
+    protocol: str
+    settings: EvalSettings
+    cache: Any = None
+
+    def missing(
+        self,
+        batch: Sequence[Sequence[Question]],
+        wave: Sequence[Question | None],
+        budget: str,
+        done: Container[tuple],
+    ) -> list[dict[str, Any]]:
+        """Rows of the questions that are not done; nothing runs where all are."""
+        labels = [_label(question, self, budget) if question else None for question in wave]
+        todo = [label is not None and key_of(label) not in done for label in labels]
+        if not any(todo):
+            return []
+        answers = self.answer(batch, wave)
+        both = zip(labels, answers, todo, strict=True)
+        return [label | row for label, row, new in both if label is not None and new]
+
+    def answer(
+        self, batch: Sequence[Sequence[Question]], wave: Sequence[Question | None]
+    ) -> list[dict[str, Any]]:
+        """A row's results each; where all together fail, each alone, and who fails says why."""
+        try:
+            return self._together(batch, wave)
+        except (ValueError, RuntimeError) as error:
+            if len(wave) == 1:
+                return [_nothing(error)]
+        found = []
+        for mine, question in zip(batch, wave, strict=True):
+            alone = dataclasses.replace(self, cache=None)
+            found += alone.answer([mine], [question]) if question else [{}]
+        return found
+
+    def _together(self, batch, wave) -> list[dict[str, Any]]:
+        begin = time.perf_counter()
+        asked = [question for question in wave if question]
+        if asked[0].ask.metric == "perplexity":
+            return self._scored(wave)
+        # Who is not asked now, and places of a batch that is short, repeat another's question.
+        whole = [question or asked[0] for question in wave]
+        missing = self.settings.batch - len(whole)
+        padded = [*batch, *[batch[-1]] * missing], [*whole, *whole[-1:] * missing]
+        out = self._generate(*padded)
+        seconds = (time.perf_counter() - begin) / len(asked)
+        own = None
+        if asked[0].task in OWN:
+            own = dataclasses.replace(self, config=FULL, cache=None)._generate(*padded)
+        return [
+            self._judged(out, index, question, own) | {"seconds": seconds} if question else {}
+            for index, question in enumerate(wave)
+        ]
+
+    def _scored(self, wave: Sequence[Question | None]) -> list[dict[str, Any]]:
+        """The likelihood of what follows, in place of an answer."""
+        asked = [question for question in wave if question]
+        begin, size = time.perf_counter(), self.settings.batch
+        whole = [*asked, *asked[-1:] * (size - len(asked))]
+        found = kvjax.score(
+            self.model,
+            [[*question.context, *question.rest] for question in whole],
+            [len(question.context) for question in whole],
+            self.config,
+            seed=self.settings.seed,
+        )
+        seconds = (time.perf_counter() - begin) / len(asked)
+        shape = self.model.config
+        heads = shape.num_layers * shape.num_kv_heads
+        rows = []
+        for question, scored in zip(asked, found, strict=False):
+            itemsize = self.model.embed.table_VD[...].dtype.itemsize
+            entry = slot_bytes(self.config, len(question.context), shape.head_dim, itemsize)
+            whole_entry = 2 * shape.head_dim * itemsize
+            rows.append(
+                _EMPTY
+                | {
+                    "nll": float(np.mean(scored.nll)),
+                    "kept": scored.kept / heads,
+                    "bytes": scored.kept * entry,
+                    "full_bytes": len(question.context) * heads * whole_entry,
+                    "seconds": seconds,
+                }
+            )
+        following = iter(rows)
+        return [next(following) if question else {} for question in wave]
+
+    def _generate(self, batch, questions: Sequence[Question]) -> kvjax.Generation:
+        """Greedy answers: the prompt at once, or the context alone and then the question."""
+        seed = self.settings.seed
+        call: dict[str, Any] = {"max_new_tokens": questions[0].ask.new_tokens, "seed": seed}
+        if self.protocol == "seen" or not questions[0].rest:  # the context simply goes on
+            prompts = [[*question.context, *question.rest] for question in questions]
+            return kvjax.generate(self.model, prompts, self.config, **call)
+        if self.cache is None:
+            contexts = [list(mine[0].context) for mine in batch]
+            self.cache = kvjax.compress_prompt(self.model, contexts, self.config, seed=seed)
+        rest = [list(question.rest) for question in questions]
+        return kvjax.generate(self.model, rest, cache=self.cache, **call)
+
+    def _judged(self, out, index: int, question: Question, own) -> dict[str, Any]:
+        def text_of(generation: kvjax.Generation) -> str:
+            return self.tokenizer.decode(generation.tokens[index], skip_special_tokens=True)
+
+        kept_LK, ask, text = np.asarray(out.kept[index]), question.ask, text_of(out)
+        answers = ask.answers if own is None else (text_of(own),)
+        rows = len(out.tokens)
+        return _EMPTY | {
+            "prediction": text,
+            "answers": list(answers),
+            "score": METRICS[ask.metric](text, answers, ask.classes),
+            "kept": float(kept_LK.mean()),
+            "kept_LK": kept_LK.tolist(),
+            "bytes": out.cache_bytes // rows,
+            "full_bytes": out.full_cache_bytes // rows,
+        }
+
+
+_EMPTY: dict[str, Any] = dict.fromkeys(
+    ("prediction", "score", "nll", "kept", "kept_LK", "bytes", "full_bytes", "seconds", "error")
+)
+
+
+def _nothing(error: Exception) -> dict[str, Any]:
+    return _EMPTY | {"error": str(error).split("\n")[0]}
