@@ -8,7 +8,7 @@ import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.presets import PRESETS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, commands, evaluate
+from kvjax.cli import calibrate, commands, evaluate, inspect, report
 from kvjax.methods import METHODS
 
 _LARGEST = 2**31 - 1  # what an int32 holds
@@ -87,6 +87,12 @@ def build_parser() -> Parser:
 
     sub = command(evaluate.run, "eval", "Evaluate methods on tasks, example by example")
     evaluate.add_flags(sub)
+
+    sub = command(report.run, "report", "Make a page of an evaluation's results")
+    report.add_flags(sub)
+
+    sub = command(inspect.run, "inspect", "Show what each head keeps of a prompt, as a page")
+    inspect.add_flags(sub)
 
     sub = command(calibrate.run, "calibrate", "Measure a layer profile for PrefixKV")
     _model_flags(sub)

@@ -1,0 +1,107 @@
+"""`kvjax inspect`. Slow imports are made where they are needed."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kvjax
+from kvjax.config import CompressionConfig, parse_budget
+from kvjax.methods import METHODS
+
+_METHODS = "snapkv,ada-snapkv,prefixkv,ada-prefixkv,kvzip,streaming-llm"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `kvjax inspect`."""
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="as on the Hugging Face hub (the bundled model)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of weights and cache (float32)",
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="F", help="the whole file as it is, in UTF-8")
+    add("--chat", action="store_true", help="apply the model's chat template")
+    add("--methods", default=_METHODS, metavar="A,B", help=f"of {', '.join(METHODS)} (%(default)s)")
+    add(
+        "--budget",
+        default="25%",
+        metavar="N|P%",
+        help="entries kept per KV head, or a percentage of the prompt (25%%)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the method random (0)")
+    add("-o", "--out", default="inspect.html", metavar="FILE", help="(%(default)s)")
+    add("--json", action="store_true", help="print one JSON object: file, tokens, entries kept")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`kvjax inspect`."""
+    from kvjax import tiny
+    from kvjax.cli.files import check_length, read_text
+    from kvjax.eval.inspect import pieces, write_inspection
+    from kvjax.prompts import as_rows
+
+    configs = _configs(arguments.methods, arguments.budget)
+    given = arguments.prompt_file
+    text = arguments.prompt if given is None else read_text(given)
+    directory = arguments.model or tiny.WEIGHTS
+    model, tokenizer = kvjax.load(directory, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    if tokenizer is None:
+        raise ValueError(f"{directory} has no tokenizer, expected one")
+    [row] = as_rows(
+        text, tokenizer=tokenizer, vocab_size=model.config.vocab_size, chat=arguments.chat
+    )
+    check_length(row, given or "--prompt", model.config.max_position_embeddings)
+    kept = _masks(model, tokenizer, row, configs, arguments.seed)
+    name = Path(directory).name if arguments.model else "the bundled one"
+    facts = {
+        "model": name,
+        "budget": arguments.budget,
+        "tokens": len(row),
+        "shape": f"{model.config.num_layers} layers of {model.config.num_kv_heads} KV heads",
+    }
+    written = write_inspection(
+        arguments.out, pieces(row, tokenizer), kept, "What each head kept", facts
+    )
+    means = {name: float(mask.sum(axis=-1).mean()) for name, mask in kept.items()}
+    if arguments.json:
+        print(json.dumps({"file": str(written), "tokens": len(row), "kept": means}))
+        return
+    for name, mean in means.items():
+        print(f"{name}: {mean:.1f} of {len(row)} entries a head")
+    print(written)
+
+
+def _configs(methods: str, budget: str) -> dict[str, CompressionConfig]:
+    names = list(dict.fromkeys(filter(None, (name.strip() for name in methods.split(",")))))
+    if not names:
+        raise ValueError(f"--methods {methods!r} is empty, expected some of {', '.join(METHODS)}")
+    parsed = parse_budget(budget)
+    return {name: CompressionConfig.named(name, parsed) for name in names}
+
+
+def _masks(
+    model: Any,
+    tokenizer: Any,
+    row: Sequence[int],
+    configs: dict[str, CompressionConfig],
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """`[L, K, T]` which tokens each head keeps, by method."""
+    from tqdm import tqdm
+
+    masks = {}
+    with tqdm(configs.items(), desc="inspect", unit="method", disable=None) as bar:
+        for name, config in bar:
+            bar.set_postfix_str(name)
+            cache = kvjax.compress_prompt(model, row, config, tokenizer=tokenizer, seed=seed)
+            masks[name] = np.asarray(cache.kept_mask(len(row))[0])
+    return masks
