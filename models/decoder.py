@@ -14,7 +14,6 @@ from kvjax.models.attention import Attention
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import MLP, RMSNorm, in_parts, parameter
 from kvjax.probe import Probe, ProbeRequest
-from kvjax.sharding import constrain
 
 
 class Embedding(nnx.Module):
@@ -24,7 +23,7 @@ class Embedding(nnx.Module):
         self.table_VD = parameter(rngs, (config.vocab_size, config.hidden_size), 1, dtype)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return constrain(jnp.take(self.table_VD[...], tokens_BT, axis=0, mode="clip"), "BTD")
+        return jnp.take(self.table_VD[...], tokens_BT, axis=0, mode="clip")
 
 
 class Layer(nnx.Module):
@@ -60,7 +59,7 @@ class Layer(nnx.Module):
         """New tokens against the cache; their keys and values are written to its tail."""
         out_BTD, cache = self.attention.extend(self.attention_norm(x_BTD), positions, cache)
         x_BTD = x_BTD + out_BTD
-        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "BTD"), cache
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
 class Decoder(nnx.Module):

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# What compression may build on.
-BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "sharding", "split"}
+BELOW = {"config", "methods", "pool", "cache", "probe", "kernels"}  # what compression may build on
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
 ENGINE |= {"calibrate", "reconstruction"}
@@ -20,12 +19,10 @@ ALLOWED = {
     "config": {"methods"},
     "pool": set(),
     "probe": set(),
-    "sharding": set(),
-    "cache": {"pool", "kernels", "sharding"},
-    "split": {"cache", "pool", "kernels", "sharding"},
+    "cache": {"pool", "kernels"},
     "extend": {"cache"},
     "saved": {"cache", "pool", "config"},
-    "models": {"cache", "kernels", "probe", "sharding", "split"},
+    "models": {"cache", "kernels", "probe"},
     **dict.fromkeys(COMPRESSION, BELOW | COMPRESSION),
     **dict.fromkeys(ENGINE, BELOW | COMPRESSION | ENGINE),  # the model comes as an argument
     "tokenizer": set(),
