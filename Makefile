@@ -43,8 +43,8 @@ fidelity: setup  ## agreement with kvpress on 200 documents (needs ../shared/dat
 stories: setup  ## stories continued from every method's cache (needs ../shared/data)
 	$(RUN) -m kvjax.eval.stories
 
-study: setup  ## the bundled model, measured, about 15 minutes
-	$(RUN) -m kvjax.eval.tiny_study
+study: setup  ## the bundled model, measured, about 20 minutes
+	$(RUN) -m kvjax.eval.tiny_study --count 100
 
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
