@@ -84,7 +84,7 @@ def test_one_prompt_is_its_own_profile(model, prompts, alone):
 def test_heads_and_prompts_are_averaged_by_hand(model, monkeypatch):
     """Heads that keep different numbers, under a budget of 6 entries."""
 
-    def keep(model, rows, config, *, seed):
+    def keep(model, rows, config, *, tokenizer, seed):
         assert (rows, seed) == ([[5] * 10, [6] * 12], 7)
         counts_BLK = np.array([[[9, 3], [1, 11]], [[8, 6], [0, 10]]])
         return SimpleNamespace(counts=counts_BLK)
@@ -201,7 +201,7 @@ def flags(sharpened, samples) -> list[str]:
 
 def test_generate_takes_what_calibrate_wrote(run, flags, sharpened, samples, model, prompts):
     code, out, err = run(*flags, "--budget", "50%", "--batch", 2, "--json")
-    assert (code, err) == (0, "method=prefixkv budget=50% group=mean\n")
+    assert (code, err) == (0, "method=prefixkv budget=50% sinks=1 recent=1 group=mean\n")
     report = json.loads(out.splitlines()[-1])
     measured = calibrate(model, prompts, HALF, batch=2)
     path = samples.with_name("profile.json")

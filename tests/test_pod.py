@@ -93,5 +93,10 @@ def test_half_an_environment_is_named(monkeypatch, environment, message):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+
+    def nothing_found(**_):  # this process has used JAX, so the real one would refuse first
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(pod.jax.distributed, "initialize", nothing_found)
     with pytest.raises(ValueError, match=message):
         pod.join()
