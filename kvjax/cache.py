@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.kernels.decode_attention import decode_attention, merge, pool_attention
 from kvjax.pool import Pool, kept_mask
+from kvjax.sharding import constrain
 
 # PrefixKV (upstream's constant, from Elastic Cache): decoding evicts from this far before the
 # end of the prompt's kept entries; what lies before stays for good.
@@ -265,6 +266,7 @@ def write_layer(
 
     def put(arrays: tuple[Array, ...], block: Array) -> tuple[Array, ...]:
         new = lax.dynamic_update_slice(arrays[layer], block.transpose(0, 2, 1, 3), start)
+        new = constrain(new, "BKTH")
         return (*arrays[:layer], new, *arrays[layer + 1 :])
 
     return tail.replace(keys=put(tail.keys, keys), values=put(tail.values, values))

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax import budgets
+from kvjax import budgets, sharding
 from kvjax.cache import Cache, PaddedLayer, empty_tail, full_layer, pack
 from kvjax.capacity import capacity, layer_capacity, packs, pool_shape
 from kvjax.config import WINDOWED, CompressionConfig
-from kvjax.pool import Pool, empty_pool, put_layer
+from kvjax.pool import Pool, empty_pool
 from kvjax.probe import Probe, ProbeRequest, Repeat
 from kvjax.rows import Rows, eligible, largest, make_rows, protected
 from kvjax.scores import READS, Layer, output_aware, score
+from kvjax.split import put_layer
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -193,7 +194,8 @@ def add_layer(
     key = _each(lambda key: jax.random.fold_in(key, index), plan.key)
     layer = Layer(probe, keys, values, plan.rows, plan.config, key, plan.windows[index])
     norms = probe.output_norms if plan.config.output_aware else None
-    scored = Scored(keys=keys, values=values, scores=score(layer), output_norms=norms)
+    scores_BKT = sharding.constrain(score(layer), "BKT")
+    scored = Scored(keys=keys, values=values, scores=scores_BKT, output_norms=norms)
     if plan.sizes is None:
         return kept.replace(layers=(*kept.layers, scored))
     return _pack(kept, index, scored, plan.sizes[:, index], plan)
@@ -260,7 +262,8 @@ def _pack(
     if pool is None:
         slots, regions = pool_shape(config, tokens, windows, kv_heads)
         quantize = config.quantize is not None
-        pool = empty_pool(layer.keys, len(windows), slots, regions, quantize)
+        parts = sharding.parts()
+        pool = empty_pool(layer.keys, len(windows), slots, regions, quantize, parts)
     room = kv_heads * layer_capacity(config, tokens, index, windows)
     room = min(room, pool.entries.shape[1])
     if pool.regions is None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kvjax import stages
@@ -21,6 +21,7 @@ from kvjax.compress import compress, probe_request
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.loose import loosen, slots_needed
 from kvjax.programs import (
+    Program,
     answer_program,
     ask_program,
     decode_program,
@@ -35,6 +36,7 @@ from kvjax.prompts import Prompts, as_rows, bucket, pad
 from kvjax.reconstruction import instructed
 from kvjax.request import FULL, Request, check_rows
 from kvjax.sampling import Sampling
+from kvjax.sharding import place
 from kvjax.stages import Answer
 from kvjax.text import RunningText, cut_at_stop
 
@@ -102,6 +104,7 @@ def generate(
     cache: Cache | None = None,
     return_cache: bool = False,
     recompress: Recompress | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Answer prompts with a compressed cache, in one compiled program.
 
@@ -125,10 +128,13 @@ def generate(
       return_cache: also hand back the cache with the answer in it, for the next turn.
       recompress: compress again and again while decoding, so that an answer of any length needs
         no more memory; the cache is packed then.
+      mesh: with axes `data` and `model`, to split the model and the batch over; where the model
+        lies by default (`kvjax.load(mesh=)`).
 
     Raises:
       ValueError: a wrong argument, named with its value and what was expected.
     """
+    model = place(model, mesh)
     request = Request.make(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
         attention_mask, cache, recompress,
@@ -164,8 +170,10 @@ def stream(
     attention_mask: np.ndarray | None = None,
     cache: Cache | None = None,
     recompress: Recompress | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[Step]:
     """`generate`, a few tokens at a time: the same arguments, the same tokens."""
+    model = place(model, mesh)
     request = Request.make(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
         attention_mask, cache, recompress,
@@ -181,6 +189,7 @@ def compress_prompt(
     tokenizer: Any = None,
     seed: int = 0,
     attention_mask: np.ndarray | None = None,
+    mesh: Mesh | None = None,
 ) -> Cache:
     """Compress documents once, to ask many questions of (`generate(cache=...)`).
 
@@ -192,6 +201,7 @@ def compress_prompt(
         attention_mask=attention_mask,
         vocab_size=model.config.vocab_size,
     )
+    model = place(model, mesh)
     check_rows(model, rows, config)
     tokens, lengths = pad(rows)
     config = instructed(config, tokenizer, model.config.vocab_size)
@@ -262,7 +272,7 @@ class Phases:
     def run(self, phase: str, function: Callable, *arrays: Any) -> Any:
         """Compile `function` for `arrays`, run it to its end, and note both times."""
         began = time.perf_counter()
-        compiled = jax.jit(function).lower(*arrays).compile()
+        compiled = Program(function).lower(*arrays).compile()
         ready = time.perf_counter()
         out = jax.block_until_ready(compiled(*arrays))
         self.seconds["compile"] += ready - began
@@ -302,7 +312,7 @@ def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Ans
         log_probs = _drawn(answer.log_probs, answer.tokens, shown, count)
         pieces = [text.add(row) for text, row in zip(texts, tokens, strict=True)]
         shown = count
-        answer = answer.replace(done=answer.done | jnp.array([text.stopped for text in texts]))
+        answer = answer.replace(done=answer.done | np.array([text.stopped for text in texts]))
         finished = count >= request.new_tokens or bool(answer.done.all())
         if finished:
             pieces = [piece + text.flush() for piece, text in zip(pieces, texts, strict=True)]

@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax import stages
+from kvjax import sharding, stages
 from kvjax.cache import with_room
 from kvjax.config import CompressionConfig
+from kvjax.programs import Program
 from kvjax.prompts import as_rows, pad
 from kvjax.request import FULL, check_rows
 
@@ -118,7 +119,7 @@ def _key(seed: int | Sequence[int], texts: int) -> Key[Array, "*row"]:
     return jax.vmap(jax.random.key)(jnp.array(list(seed), jnp.uint32))
 
 
-@partial(jax.jit, static_argnames=("config", "positions"))
+@partial(Program, static_argnames=("config", "positions"))
 def _score_program(
     model: Any,
     prompt: Int[Array, "B P"],
@@ -155,7 +156,7 @@ def _score_program(
         for head, rest in zip(first, later, strict=True)
     )
     kept = cache.kept_mask(prompt.shape[1]) if positions else None
-    return nll_BT, top1_BT, cache.counts, kept
+    return sharding.replicated((nll_BT, top1_BT, cache.counts, kept))
 
 
 def _judge(

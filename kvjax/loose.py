@@ -12,10 +12,10 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from kvjax import budgets
+from kvjax import budgets, sharding
 from kvjax.cache import FROZEN_POINT, Cache, floor_of_product, remember
 from kvjax.config import ConfigError, Recompress
-from kvjax.pool import Pool
+from kvjax.pool import Pool, dealt
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -68,7 +68,7 @@ def loosen(
       heads: query heads N.
       new, fraction: see `slots_needed`.
     """
-    pool = cache.pool if cache.pool is not None else pool_of(cache)
+    pool = dealt(cache.pool, 1) if cache.pool is not None else pool_of(cache)
     batch, layers, kv_heads = pool.counts.shape
     bounds = [pool.bounds(layer) for layer in range(layers)]
     old_BL = jnp.stack([start for start, _ in bounds], axis=1)
@@ -91,6 +91,7 @@ def loosen(
     pool = _moved(pool, old_BL, held_BL, starts, total)
     widest = None if pool.widest is None else pool.widest + total - pool_slots
     pool = pool.replace(starts=starts, regions=regions, widest=widest)
+    pool = dealt(pool, sharding.parts())
     tail = cache.tail
     if rule.queries:
         tail = remember(tail, rule.queries, heads)

@@ -35,6 +35,8 @@ class Pool(struct.PyTreeNode):
       widest: most slots of a layer where `regions` is None, or None where that is not known.
       scales: `[B, 2, M]` fp32 of quantized entries, keys' and values'; else None.
       dtype: of keys and values before they were quantized.
+      parts: devices that the slots are dealt out to: slot j, in the order above, is slot j // parts
+        of device j % parts, and the arrays are one device's slots after the other's.
     """
 
     entries: Float[Array, "B M E"] | Int8[Array, "B M E"]
@@ -46,6 +48,7 @@ class Pool(struct.PyTreeNode):
     widest: int | None = struct.field(pytree_node=False, default=None)
     scales: Float[Array, "B 2 M"] | None = None
     dtype: Any = struct.field(pytree_node=False, default=None)
+    parts: int = struct.field(pytree_node=False, default=1)
 
     def bounds(self, layer: int) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
         """First slot of a layer, and the first one after it."""
@@ -70,9 +73,14 @@ def empty_pool(
     slots: int,
     regions: tuple[tuple[int, int], ...] | None,
     quantize: bool = False,
+    parts: int = 1,
 ) -> Pool:
-    """A pool without entries, for keys of this shape and dtype, which may be quantized to int8."""
+    """A pool without entries, for keys of this shape and dtype, which may be quantized to int8.
+
+    Of `parts` devices each has equally many slots.
+    """
     batch, _, kv_heads, head_dim = like.shape
+    slots += -slots % parts
     if kv_heads > jnp.iinfo(jnp.int8).max:
         raise ValueError(f"keys have {kv_heads} heads, expected at most 127 (owners are int8)")
     return Pool(
@@ -83,6 +91,34 @@ def empty_pool(
         regions=regions,
         scales=jnp.zeros((batch, 2, slots), jnp.float32) if quantize else None,
         dtype=jnp.dtype(like.dtype),
+        parts=parts,
+    )
+
+
+def dealt(pool: Pool, parts: int) -> Pool:
+    """The same entries dealt out to `parts` devices; slots are added up to a multiple of it.
+
+    One part is all slots in order. From several to several copies the pool twice.
+    """
+    if parts == pool.parts:
+        return pool
+    if pool.parts > 1 and parts > 1:
+        pool = dealt(pool, 1)
+    more = -pool.owners.shape[1] % parts
+
+    def deal(x: Array, axis: int, empty: int = 0) -> Array:
+        widths = [(0, more if at == axis else 0) for at in range(x.ndim)]
+        x = jnp.pad(x, widths, constant_values=empty)
+        halves = (-1, parts) if parts > 1 else (pool.parts, -1)
+        split = x.reshape(*x.shape[:axis], *halves, *x.shape[axis + 1 :])
+        return split.swapaxes(axis, axis + 1).reshape(x.shape)
+
+    return pool.replace(
+        entries=deal(pool.entries, 1),
+        owners=deal(pool.owners, 1, -1),
+        positions=deal(pool.positions, 1, -1),
+        scales=None if pool.scales is None else deal(pool.scales, 2),
+        parts=parts,
     )
 
 
@@ -167,6 +203,7 @@ def _written(pool: Pool, layer: int, old: list[Array], new: list[Array], filled_
 
 def kept_mask(pool: Pool, layer: int, tokens: int) -> Bool[Array, "B K T"]:
     """Which tokens each head of a layer holds."""
+    pool = dealt(pool, 1)
     start_B, end_B = pool.bounds(layer)
     slots_M = jnp.arange(pool.owners.shape[1])
     mine_BM = (slots_M >= start_B[:, None]) & (slots_M < end_B[:, None]) & (pool.owners >= 0)

@@ -18,7 +18,7 @@ from kvjax import budgets
 from kvjax.cache import Cache
 from kvjax.config import Recompress
 from kvjax.loose import Ratio, Slots, allowed, cut, look
-from kvjax.pool import Pool, quantized
+from kvjax.pool import Pool, dealt, quantized
 
 
 def evict(
@@ -34,8 +34,8 @@ def evict(
       rule: when and to what.
       windows: each layer's sliding window.
     """
-    pool = cache.pool
-    assert pool is not None  # `loosen` made one
+    assert cache.pool is not None  # `loosen` made one
+    parts, pool = cache.pool.parts, dealt(cache.pool, 1)
     for index, window in enumerate(windows):
         layer = look(pool, index)
         if ratio is not None:
@@ -45,7 +45,7 @@ def evict(
         pool = _reuse(pool, cache, layer, index, keep_BKS)
     tail = cache.tail
     fresh = {"positions": jnp.full_like(tail.positions, -1), "cursor": jnp.zeros_like(tail.cursor)}
-    return cache.replace(pool=pool, tail=tail.replace(**fresh))
+    return cache.replace(pool=dealt(pool, parts), tail=tail.replace(**fresh))
 
 
 def _held(cache: Cache, layer: Slots, window: int | None):

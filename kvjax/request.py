@@ -15,6 +15,7 @@ from kvjax.prompts import Row, as_rows, bucket, check_context, pad
 from kvjax.reconstruction import instructed
 from kvjax.rows import check_prompt
 from kvjax.sampling import Sampling
+from kvjax.sharding import known, mesh_of
 from kvjax.stages import Rules
 
 FULL = CompressionConfig.named("full")
@@ -82,12 +83,13 @@ class Request(struct.PyTreeNode):
             eos=jnp.array([*eos, -1], jnp.int32),
             switches=sampling.switches,
         )
-        return cls(
+        request = cls(
             tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=jax.random.key(seed),
             rules=rules, cache=cache, config=config, new_tokens=new_tokens,
             tail_slots=bucket(slots), tokenizer=tokenizer, stop=stop,
             contexts=tuple(tuple(row[-CONTEXT:]) for row in rows), recompress=recompress,
         )  # fmt: skip
+        return known(request, mesh_of(model))
 
 
 def _check_recompress(rule: Recompress, config: CompressionConfig, cache: Cache | None):

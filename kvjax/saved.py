@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from kvjax.cache import Cache, PaddedLayer, Tail
 from kvjax.config import CompressionConfig
-from kvjax.pool import Pool
+from kvjax.pool import Pool, dealt
 
 _FORMAT = "kvjax-cache-1"
 _POOL = ("entries", "owners", "positions", "counts", "starts", "scales")
@@ -49,6 +49,8 @@ def save_cache(
       config: how it was compressed, for the record.
     """
     target = Path(path)
+    if cache.pool is not None:
+        cache = cache.replace(pool=dealt(cache.pool, 1))
     arrays = {name: np.asarray(value) for name, value in _arrays(cache).items()}
     facts = {
         "model": fingerprint(model),

@@ -18,6 +18,7 @@ from kvjax.config import CompressionConfig
 from kvjax.kernels.window_scores import window_scores
 from kvjax.probe import Probe
 from kvjax.rows import Rows, eligible
+from kvjax.sharding import across_group, by_device
 
 # Tokens that expected attention looks at together: between keys and scores lies an array that is
 # G times as large as the keys, in fp32.
@@ -113,15 +114,14 @@ def _observed(layer: Layer, *, power, group, queries: int = 0) -> Float[Array, "
     back_W = jnp.arange(queries_BWNH.shape[1], 0, -1)  # the last query is 1 from the end
     observed_BW = back_W <= rows.window[:, None]
     positions_BW = jnp.where(observed_BW, rows.lengths[:, None] - back_W, -1)
-    return window_scores(
-        queries_BWNH,
-        positions_BW,
-        layer.keys,
-        rows.lengths,
-        window=layer.window,
-        power=power,
-        group=group,
-    )
+
+    def observe(*arrays):
+        sums = window_scores(*arrays, window=layer.window, power=power, group=group)
+        return across_group(sums, group)
+
+    heads = "K" if group else "N"
+    prompt = queries_BWNH, positions_BW, layer.keys, rows.lengths
+    return by_device(observe, f"BWNH,BW,BTKH,B->B{heads}T", *prompt)
 
 
 def _before(layer: Layer, scores: Float[Array, "B X T"]) -> Float[Array, "B X T"]:

@@ -5,6 +5,7 @@ is an argument: a pytree with `embed`, `layers`, `logits`, `extend` and `config`
 inlines these stages into one program, or jits them apart.
 """
 
+import math
 from typing import Any, no_type_check
 
 import jax
@@ -13,6 +14,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kvjax import sharding
 from kvjax.cache import Cache, Tail
 from kvjax.compress import Packing, add_layer, finish, make_plan, probe_request
 from kvjax.config import CompressionConfig, Recompress
@@ -108,7 +110,9 @@ def prefill_compress(
       config: what is kept.
     """
     batch, width = tokens.shape
-    groups = _groups(batch, width)
+    shards = math.gcd(batch, sharding.parts((sharding.DATA,)))
+    groups = _groups(batch // shards, width)
+    tokens, lengths = sharding.constrain(tokens, "BT"), sharding.constrain(lengths, "B")
     if groups == 1:
         return _prefill_compress(model, tokens, lengths, key, config)
 
@@ -117,11 +121,20 @@ def prefill_compress(
         return _prefill_compress(model, tokens, lengths, *(own or [key]), config)
 
     per_row = (tokens, lengths, key) if key.ndim else (tokens, lengths)
-    split = [x.reshape(groups, batch // groups, *x.shape[1:]) for x in per_row]
-    # Everything has a row's axis, but for the cursor of the tail.
-    return jax.tree.map(
-        lambda x: x.reshape(batch, *x.shape[2:]) if x.ndim > 1 else x[0], lax.map(one, tuple(split))
-    )
+
+    def deal(x: Array) -> Array:
+        if shards == 1:
+            return x.reshape(groups, batch // groups, *x.shape[1:])
+        # Every group has rows of each device of the data axis.
+        return x.reshape(batch // groups, groups, *x.shape[1:]).swapaxes(0, 1)
+
+    def collect(x: Array) -> Array:
+        if x.ndim <= 1:  # everything has a row's axis, but for the cursor of the tail
+            return x[0]
+        x = x if shards == 1 else x.swapaxes(0, 1)
+        return x.reshape(batch, *x.shape[2:])
+
+    return jax.tree.map(collect, lax.map(one, tuple(map(deal, per_row))))
 
 
 def _groups(batch: int, tokens: int) -> int:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Cache, attend, write_layer
+from kvjax.cache import Cache, write_layer
 from kvjax.kernels.prefill_attention import prefill_attention
 from kvjax.kernels.prefill_attention.training import training_attention
 from kvjax.kernels.window_scores import accumulated_scores
@@ -20,6 +20,8 @@ from kvjax.models.config import ModelConfig
 from kvjax.models.layers import RMSNorm, parameter, rope_frequencies, rotate, with_bias
 from kvjax.models.observe import expected_queries, last_queries, output_norms
 from kvjax.probe import Probe, ProbeRequest
+from kvjax.sharding import by_device, constrain
+from kvjax.split import attend
 
 
 class Attention(nnx.Module):
@@ -67,14 +69,19 @@ class Attention(nnx.Module):
             )
             probe = probe.replace(future_mean=mean, future_cov=cov)
         q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions_BT)
-        out_BTNH, lse_BNT = prefill_attention(q_BTNH, k_BTKH, v_BTKH, lengths, window=self.window)
+        prompt = q_BTNH, k_BTKH, v_BTKH, lengths
+        read = partial(prefill_attention, window=self.window)
+        out_BTNH, lse_BNT = by_device(read, "BTNH,BTKH,BTKH,B->BTNH,BNT", *prompt)
         if request.queries:
             probe = probe.replace(queries=last_queries(q_BTNH, lengths, request.queries))
         if request.column_sums:
-            sums = accumulated_scores(q_BTNH, k_BTKH, lse_BNT, lengths, window=self.window)
+            count = partial(accumulated_scores, window=self.window)
+            seen = q_BTNH, k_BTKH, lse_BNT, lengths
+            sums = by_device(count, "BTNH,BTKH,BNT,B->BNT", *seen)
             probe = probe.replace(column_sums=sums)
         if request.output_norms:
-            probe = probe.replace(output_norms=output_norms(v_BTKH, self.o_XD[...]))
+            norms = by_device(output_norms, "BTKH,XD->BKT", v_BTKH, self.o_XD[...])
+            probe = probe.replace(output_norms=norms)
         return self._output(out_BTNH), k_BTKH, v_BTKH, probe
 
     def extend(
@@ -94,7 +101,7 @@ class Attention(nnx.Module):
         v_BTKH = with_bias(x_BTD @ self.v_DY[...], self.v_bias_Y).reshape(heads)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        return q_BTNH, k_BTKH, v_BTKH
+        return constrain(q_BTNH, "BTNH"), constrain(k_BTKH, "BTKH"), constrain(v_BTKH, "BTKH")
 
     def _rotate(self, q_BTNH, k_BTKH, positions_BT):
         frequencies = rope_frequencies(self.config)
@@ -102,4 +109,4 @@ class Attention(nnx.Module):
 
     def _output(self, out_BTNH):
         out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-        return with_bias(out_BTX @ self.o_XD[...], self.o_bias_D)
+        return constrain(with_bias(out_BTX @ self.o_XD[...], self.o_bias_D), "BTD")

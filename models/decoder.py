@@ -14,6 +14,7 @@ from kvjax.models.attention import Attention
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import MLP, RMSNorm, in_parts, parameter
 from kvjax.probe import Probe, ProbeRequest
+from kvjax.sharding import constrain
 
 
 class Embedding(nnx.Module):
@@ -23,7 +24,7 @@ class Embedding(nnx.Module):
         self.table_VD = parameter(rngs, (config.vocab_size, config.hidden_size), 1, dtype)
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.table_VD[...], tokens_BT, axis=0, mode="clip")
+        return constrain(jnp.take(self.table_VD[...], tokens_BT, axis=0, mode="clip"), "BTD")
 
 
 class Layer(nnx.Module):
@@ -59,7 +60,7 @@ class Layer(nnx.Module):
         """New tokens against the cache; their keys and values are written to its tail."""
         out_BTD, cache = self.attention.extend(self.attention_norm(x_BTD), positions, cache)
         x_BTD = x_BTD + out_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "BTD"), cache
 
 
 class Decoder(nnx.Module):

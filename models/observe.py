@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kvjax.sharding import across_group
+
 # Values whose part in the output is looked at together: D numbers each, for every query head.
 BLOCK = 1024
 
@@ -84,4 +86,5 @@ def output_norms(
     block = BLOCK if tokens % BLOCK == 0 else tokens
     blocks = v_BTKH.reshape(batch, -1, block, kv_heads, head_dim).swapaxes(0, 1)
     norms_XKBS = lax.map(of_block, blocks)
-    return norms_XKBS.transpose(2, 1, 0, 3).reshape(batch, kv_heads, tokens)
+    norms_BKT = norms_XKBS.transpose(2, 1, 0, 3).reshape(batch, kv_heads, tokens)
+    return across_group(norms_BKT, "mean")

@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from kvjax import sharding
 from kvjax.models.config import ModelConfig, load_config
 from kvjax.models.decoder import Decoder
 
@@ -116,7 +118,11 @@ class _Stored(NamedTuple):
 
 
 def load_decoder(
-    directory: str | Path, *, dtype: DTypeLike = jnp.float32, progress: bool = True
+    directory: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    progress: bool = True,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Load a checkpoint in the layout of the Hugging Face hub.
 
@@ -125,9 +131,11 @@ def load_decoder(
         `model.safetensors.index.json` and its shards; weights in bfloat16, float16 or float32.
       dtype: of the weights in memory: float32, bfloat16 or float16.
       progress: whether to show a progress bar on stderr.
+      mesh: with axes `data` and `model`: each weight goes straight to the devices that hold a part
+        of it, and a host reads the parts of its own devices and nothing else.
 
     Returns:
-      The decoder, its weights on JAX's default device.
+      The decoder, its weights on the mesh, or on JAX's default device.
 
     Raises:
       ValueError: the config is not supported, or a file or tensor is missing, unexpected, damaged,
@@ -140,6 +148,8 @@ def load_decoder(
     if dtype.name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype.name!r}")
     config = load_config(directory)
+    if mesh is not None:
+        mesh = sharding.fitted(mesh, config.num_heads, config.num_kv_heads)
     specs = tensor_specs(config)
     source, stored = _read_headers(Path(directory))
     _check(config, specs, source, stored)
@@ -154,22 +164,41 @@ def load_decoder(
             with safe_open(path, framework="np") as file:
                 for name in file.offset_keys():
                     if name in specs and stored[name].path == path:
-                        value = _load_tensor(file, name, specs[name], dtype, path)
+                        value = _load_tensor(file, name, specs[name], dtype, path, mesh)
                         parameter_at(decoder, specs[name].attribute).set_value(value)
                         _free_host_copy(value)
                         bar.update(math.prod(value.shape) * _DTYPES[stored[name].dtype])
     return decoder
 
 
-def _load_tensor(file: Any, name: str, spec: TensorSpec, dtype: np.dtype, path: Path) -> jax.Array:
+def _load_tensor(
+    file: Any, name: str, spec: TensorSpec, dtype: np.dtype, path: Path, mesh: Mesh | None
+) -> jax.Array:
     """Read, cast, lay out and place one tensor."""
-    array = _lay_out(_read_tensor(file, name), spec, dtype)
-    if dtype.name == "float16" and not np.isfinite(array).all():
-        raise ValueError(
-            f"{path}: tensor {name!r} has values beyond float16's 65504, "
-            "expected dtype float32 or bfloat16"
-        )
-    return jax.device_put(array)
+
+    def checked(raw: np.ndarray) -> np.ndarray:
+        array = _lay_out(raw, spec, dtype)
+        if dtype.name == "float16" and not np.isfinite(array).all():
+            raise ValueError(
+                f"{path}: tensor {name!r} has values beyond float16's 65504, "
+                "expected dtype float32 or bfloat16"
+            )
+        return array
+
+    if mesh is None:
+        return jax.device_put(checked(_read_tensor(file, name)))
+    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or ()
+        bounds = tuple((cut.start, cut.stop) for cut in index)
+        if bounds not in parts:
+            in_file = index[::-1] if spec.transposed else index
+            parts[bounds] = checked(_read_part(file, name, in_file))
+        return parts[bounds]
+
+    placed = sharding.named(spec.axes, spec.shape, mesh)
+    return jax.make_array_from_callback(spec.shape, placed, part)
 
 
 def _free_host_copy(value: jax.Array) -> None:
@@ -184,6 +213,10 @@ def _free_host_copy(value: jax.Array) -> None:
 
 def _read_tensor(file: Any, name: str) -> np.ndarray:
     return file.get_tensor(name)
+
+
+def _read_part(file: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    return file.get_slice(name)[index]
 
 
 def _lay_out(raw: np.ndarray, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BELOW = {"config", "methods", "pool", "cache", "probe", "kernels"}  # what compression may build on
+# What compression may build on.
+BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "sharding", "split"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
 ENGINE |= {"calibrate", "reconstruction"}
@@ -19,10 +20,12 @@ ALLOWED = {
     "config": {"methods"},
     "pool": set(),
     "probe": set(),
-    "cache": {"pool", "kernels"},
+    "sharding": set(),
+    "cache": {"pool", "kernels", "sharding"},
+    "split": {"cache", "pool", "kernels", "sharding"},
     "extend": {"cache"},
     "saved": {"cache", "pool", "config"},
-    "models": {"cache", "kernels", "probe"},
+    "models": {"cache", "kernels", "probe", "sharding", "split"},
     **dict.fromkeys(COMPRESSION, BELOW | COMPRESSION),
     **dict.fromkeys(ENGINE, BELOW | COMPRESSION | ENGINE),  # the model comes as an argument
     "tokenizer": set(),
