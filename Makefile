@@ -24,10 +24,14 @@ $(AHEAD)/.installed: constraints.txt $(VENV)/.installed
 	-$(VENV)/bin/python -m pip install --quiet --no-compile --no-deps --upgrade --target $(AHEAD) \
 		-c constraints.txt jax-cuda13-pjrt jax-cuda13-plugin jax-triton libtpu triton && touch $@
 
+# lm-evaluation-harness, for the tests of kvjax's adapter; they are skipped where it cannot be had.
+$(VENV)/.eval: constraints.txt $(VENV)/.installed
+	-$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,eval]' && touch $@
+
 demo: setup  ## questions about long prompts, answered from every method's cache
 	$(RUN) -m kvjax.demo
 
-test: setup $(AHEAD)/.installed  ## the whole test suite
+test: setup $(AHEAD)/.installed $(VENV)/.eval  ## the whole test suite
 	PYTHONPATH=$(AHEAD) $(RUN) -m pytest -n auto --dist loadfile
 
 lint: setup  ## ruff: rules and format

@@ -348,7 +348,8 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raise ValueError unless `out` can be made, or is an empty directory."""
     found = next(path for path in (out, *out.parents) if path.exists())
     if not found.is_dir():
         raise ValueError(f"out {out} cannot be made: {found} is not a directory")
@@ -379,7 +380,7 @@ def convert_llama2c(checkpoint: str | Path, vocabulary: str | Path, out: str | P
             checkpoint's; `out` is a file or is not empty.
     """
     out = Path(out).resolve()
-    _check_out(out)
+    check_out(out)
     model = _Checkpoint(Path(checkpoint))
     pieces = _read_vocabulary(Path(vocabulary))
     _check_vocabulary(Path(vocabulary), pieces, model)

@@ -3,7 +3,9 @@
 B batch, T padded tokens after the prefix, C tokens of a block, V vocabulary.
 """
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +22,8 @@ from kvjax.config import CompressionConfig
 from kvjax.programs import Program
 from kvjax.prompts import as_rows, pad
 from kvjax.request import FULL, check_rows
+
+Document = tuple[list[int], int]  # tokens, prefix
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,28 @@ def score(
         )
         for index, count in enumerate(counts)
     ]
+
+
+def batches(
+    documents: Sequence[Document], size: int
+) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """Indices of at most `size` documents at once, and what `kvjax.score` pads them to.
+
+    A program is compiled for each shape. So documents are grouped by the octaves of their prefix
+    and of what follows, every batch of a group has one shape, and the last one is filled up with a
+    repeated document.
+    """
+    lengths = [(prefix, len(tokens) - prefix) for tokens, prefix in documents]
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, (prefix, rest) in enumerate(lengths):
+        groups[(prefix - 1).bit_length(), (rest - 1).bit_length()].append(index)
+    for group in groups.values():
+        count = math.ceil(len(group) / size)
+        rows = math.ceil(len(group) / count)
+        pad_to = max(lengths[i][0] for i in group), max(lengths[i][1] for i in group)
+        for start in range(0, len(group), rows):
+            part = group[start : start + rows]
+            yield part + part[-1:] * (rows - len(part)), pad_to
 
 
 def _key(seed: int | Sequence[int], texts: int) -> Key[Array, "*row"]:

@@ -182,7 +182,7 @@ def place(model: Any, mesh: Mesh | None) -> Any:
     def put(path, x):
         names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
         name = next(name for name in reversed(names) if re.search(r"_[A-Z]+$", name))
-        return jax.device_put(x, named(parameter_axes(name), x.shape, mesh))
+        return put_whole(x, named(parameter_axes(name), x.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(put, model)
 
@@ -199,9 +199,23 @@ def known(tree: Any, mesh: Mesh | None) -> Any:
         placed = getattr(x, "sharding", None)
         if isinstance(placed, NamedSharding) and placed.mesh == mesh:
             return x
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+        return put_whole(x, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(put, tree)
+
+
+def put_whole(x: Any, placed: NamedSharding) -> Array:
+    """An array that every host has, as one on a mesh.
+
+    `jax.device_put` would have all processes compare it, also those that this mesh is not of.
+    """
+    if placed.is_fully_addressable:
+        return jax.device_put(x, placed)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = put_whole(jax.random.key_data(x), placed)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, placed, lambda index: x[index])
 
 
 # ---------------------------------------------------------------------------- device by device

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import kvjax
+import kvjax.tiny
 from kvjax import METHODS, CompressionConfig, Sampling
 from kvjax.cli import main
-from kvjax.cli.commands import batches
 from kvjax.cli.parser import build_parser
 from kvjax.cli.settings import compression, recompression
+from kvjax.likelihood import batches
 from kvjax.models.weights import load_decoder
 from kvjax.prompts import bucket
 from kvjax.tokenizer import load_tokenizer
@@ -359,6 +360,25 @@ def test_convert_round_trip(run, stories, shared_data, tmp_path):
     code, out, err = run(*flags)
     assert (code, out) == (2, "")
     assert "not empty" in err
+
+
+@pytest.mark.parametrize("split", [(), ("--split", "2")])
+def test_convert_to_orbax(run, tmp_path, split, model):
+    source = tmp_path / "source"
+    shutil.copytree(MODEL, source)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(kvjax.tiny.WEIGHTS / file, source / file)
+    flags = ["convert", "--to", "orbax", source, tmp_path / "out", "--dtype", "float32", *split]
+    assert run(*flags)[:2] == (0, f"{tmp_path / 'out'}\n")
+    loaded, tokenizer = kvjax.load(tmp_path / "out")
+    np.testing.assert_array_equal(loaded.embed.table_VD[...], model.embed.table_VD[...])
+    assert tokenizer("note")["input_ids"] == load_tokenizer(source)("note")["input_ids"]
+    code, out, err = run(*flags)
+    assert (code, out) == (2, "")
+    assert "not empty" in err
+    (source / "model.safetensors").unlink()
+    assert run("convert", "--to", "orbax", source, tmp_path / "other")[0] == 2
+    assert not (tmp_path / "other").exists()
 
 
 # ------------------------------------------------------------------------- ends

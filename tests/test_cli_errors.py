@@ -51,7 +51,9 @@ def assert_refused(result: tuple[int, str, str], *named: str) -> None:
         (["score", "--model", MODEL, "--tokens", str(ROOT)], "Is a directory"),
         (["score", "--model", MODEL, "--tokens", "x", "--positions"], "--json"),
         (["score", "--model", MODEL, "--tokens", "x", "--batch", "0"], "--batch: '0'"),
-        (["convert", "a"], "VOCABULARY"),
+        (["convert", "a"], "OUT"),
+        (["convert", "a", "b"], "VOCABULARY is missing"),
+        (["convert", "--to", "orbax", "a", "b", "c"], "VOCABULARY b, expected a Hugging Face"),
         (["convert", "/nowhere", "b", "c"], "/nowhere cannot be read"),
     ],
 )

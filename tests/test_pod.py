@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 
+from kvjax.cli import main
 from kvjax.eval import pod
 from kvjax.eval.journal import key_of, read_rows
 
@@ -17,17 +21,56 @@ tasks = ["tiny/multikey"]
 methods = ["ada-snapkv"]
 budgets = ["25%"]
 lengths = [144]
-count = 5
-batch = 3
+protocols = ["seen"]
+count = 6
+batch = 2
 """
+ROWS = 6  # one question each
 
 
-def start(config, out, **environment) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "e.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    """Results of one process on one device."""
+    out = config.parent / "alone"
+    assert main(["eval", "--config", str(config), "--out", str(out)]) == 0
+    return out
+
+
+def start(config, out, count, devices=1, split=None) -> list[subprocess.Popen]:
+    """`kvjax eval` in so many processes, each with so many virtual devices."""
     line = [sys.executable, "-m", "kvjax.cli", "eval", "--config", config, "--out", out, "--json"]
-    line += ["--distributed"] * bool(environment)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    line += ["--distributed", *(["--split", str(split)] if split else [])]
+    given = {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}", 1),
+        "KVJAX_PROCESSES": str(count),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+    }
     pipe = subprocess.PIPE
-    return subprocess.Popen(line, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return [
+        subprocess.Popen(
+            line, env=os.environ | given | {"KVJAX_PROCESS": str(index)}, stdout=pipe, stderr=pipe,
+            text=True,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def finish(processes) -> list[dict | None]:
+    """What each printed last."""
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        printed = [line for line in out.splitlines() if line.startswith("{")]
+        found.append(json.loads(printed[-1]) if printed else None)
+    return found
 
 
 def free_port() -> int:
@@ -36,37 +79,74 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rows(out) -> dict:
-    return {key_of(row): row | {"seconds": None} for row in read_rows([out])}
+def assert_same(out, alone):
+    """Entries kept, predictions and all else; log-probabilities within 1e-5."""
+    mine, theirs = ({key_of(row): row for row in read_rows([folder])} for folder in (out, alone))
+    assert mine.keys() == theirs.keys()
+    assert len(theirs) == ROWS
+    for key, row in theirs.items():
+        assert mine[key]["log_prob"] == pytest.approx(
+            row["log_prob"], abs=5e-5
+        )  # of some five tokens
+        same = {"seconds": None, "log_prob": None}
+        assert mine[key] | same == row | same
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
-    config = tmp_path / "e.toml"
-    config.write_text(CONFIG)
-    alone = start(config, tmp_path / "alone")
-    where = f"127.0.0.1:{free_port()}"
-    both = [
-        start(
-            config,
-            tmp_path / "both",
-            KVJAX_PROCESSES="2",
-            KVJAX_PROCESS=str(index),
-            JAX_COORDINATOR_ADDRESS=where,
-        )
-        for index in (0, 1)
-    ]
-    printed = []
-    for process in (alone, *both):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        printed.append(out)
-    assert json.loads(printed[0].splitlines()[-1])["run"] == 5
-    assert json.loads(printed[1].splitlines()[-1])["run"] == 3
-    assert printed[2] == ""  # only process 0 speaks
-    files = sorted(path.name for path in (tmp_path / "both").glob("*.jsonl"))
-    assert files == ["results-00000.jsonl", "results-00001.jsonl"]
-    assert len(rows(tmp_path / "alone")) == 5
-    assert rows(tmp_path / "both") == rows(tmp_path / "alone")
+@pytest.mark.parametrize(
+    ("count", "devices", "split", "teams", "first"),
+    [
+        pytest.param(4, 2, 2, 4, 2, id="four hosts, the model split within each"),
+        pytest.param(2, 4, 8, 1, ROWS, id="two hosts that share one model"),
+    ],
+)
+def test_processes_give_what_one_gives(
+    config, alone, tmp_path, count, devices, split, teams, first
+):
+    out = tmp_path / "out"
+    said = finish(start(config, out, count, devices, split))
+    assert said[0] == {"run": first, "found": 0, "failed": 0, "out": str(out)}
+    assert said[1:] == [None] * (count - 1)  # only process 0 speaks
+    files = sorted(path.name for path in out.glob("*.jsonl"))
+    assert files == [f"results-{team:05}.jsonl" for team in range(teams)]
+    assert_same(out, alone)
+
+
+def test_a_killed_process_is_made_up_for(config, alone, tmp_path, run):
+    """Its rows stay, another run does the rest, and the report is that of one process."""
+    out = tmp_path / "out"
+    processes = start(config, out, 2)
+    second = out / "results-00001.jsonl"
+    while not (second.exists() and second.read_bytes().count(b"\n")):
+        assert processes[1].poll() is None
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGKILL)
+    processes[1].communicate()
+    whole = sum(1 for _ in read_rows([out]))
+    processes[0].kill()  # as a scheduler does with what is left of a job
+    processes[0].communicate()
+    assert 0 < whole < ROWS
+    code, said, _ = run("eval", "--config", config, "--out", out, "--json")
+    assert code == 0
+    assert json.loads(said)["found"] >= whole
+    assert_same(out, alone)
+    for name, folder in (("merged", out), ("single", alone)):
+        assert run("report", folder, "-o", tmp_path / name)[0] == 0
+    reports = [(tmp_path / name / "report.csv").read_text() for name in ("merged", "single")]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("split", [0, 3, 12])
+def test_a_split_that_fits_no_process_is_named(split):
+    with pytest.raises(ValueError, match=rf"--split {split}, expected a divisor of the 8 devices"):
+        pod.workers(split)
+
+
+def test_a_process_of_eight_devices():
+    two = pod.workers(2)
+    assert (two.index, two.count, two.member) == (0, 1, 0)
+    assert dict(two.mesh.shape) == {"data": 4, "model": 2}
+    found = np.array([True, False])
+    np.testing.assert_array_equal(two.agreed(found), found)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import kvjax
 from kvjax import tiny
 from kvjax.eval import runner
 from kvjax.eval.journal import key_of, read_rows
-from kvjax.eval.runner import Workers, as_tokens, batches, evaluate, waves
+from kvjax.eval.pod import Workers
+from kvjax.eval.runner import as_tokens, batches, evaluate, waves
 from kvjax.eval.settings import EvalSettings, load_eval_settings
 from kvjax.eval.tasks import TASKS, Ask, Document, TaskSettings
 

@@ -6,8 +6,7 @@ import json
 import logging
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ from kvjax.cli.files import (
 )
 from kvjax.cli.settings import announce, compression, recompression, resolved, sampling
 from kvjax.config import CompressionConfig
+from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
 from kvjax.prompts import as_rows, bucket
 from kvjax.request import check_rows
 
-Document = tuple[list[int], int]  # tokens, prefix
 
-
-# ---------------------------------------------------------------------------- methods, convert
+# ---------------------------------------------------------------------------- methods
 def methods(arguments: argparse.Namespace) -> None:
     """`kvjax methods`."""
     if arguments.json:
@@ -68,13 +66,6 @@ def _always_kept(method: Method) -> str:
     names = {"window": "the window", "half": "last half of the budget"}
     recent = names.get(str(method.recent), f"last {method.recent}")
     return f"first {method.sinks}, {recent}" if method.sinks else recent
-
-
-def convert(arguments: argparse.Namespace) -> None:
-    """`kvjax convert`."""
-    from kvjax.convert import convert_llama2c
-
-    print(convert_llama2c(arguments.checkpoint, arguments.vocabulary, arguments.out))
 
 
 # ---------------------------------------------------------------------------- bench
@@ -289,28 +280,6 @@ def _check_documents(places: dict[str, Document], model: Any, config: Compressio
     # What is left to check depends on a prefix's length alone.
     prefixes = {prefix: tokens[:prefix] for tokens, prefix in places.values()}
     check_rows(model, list(prefixes.values()), config)
-
-
-def batches(
-    documents: Sequence[Document], size: int
-) -> Iterator[tuple[list[int], tuple[int, int]]]:
-    """Indices of at most `size` documents at once, and what `kvjax.score` pads them to.
-
-    A program is compiled for each shape. So documents are grouped by the octaves of their prefix
-    and of what follows, every batch of a group has one shape, and the last one is filled up with a
-    repeated document.
-    """
-    lengths = [(prefix, len(tokens) - prefix) for tokens, prefix in documents]
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, (prefix, rest) in enumerate(lengths):
-        groups[(prefix - 1).bit_length(), (rest - 1).bit_length()].append(index)
-    for group in groups.values():
-        count = math.ceil(len(group) / size)
-        rows = math.ceil(len(group) / count)
-        pad_to = max(lengths[i][0] for i in group), max(lengths[i][1] for i in group)
-        for start in range(0, len(group), rows):
-            part = group[start : start + rows]
-            yield part + part[-1:] * (rows - len(part)), pad_to
 
 
 def _summary(scored: Sequence[kvjax.Scored]) -> str:

@@ -24,22 +24,34 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="share the documents among processes: on a TPU slice, under Slurm, or by the"
         " environment",
     )
+    add(
+        "--split",
+        type=int,
+        metavar="N",
+        help="devices that each copy of the model is split over; where a process has more of them,"
+        " its batches are split over its copies, where it has fewer, processes share one (each"
+        " process uses its first device alone)",
+    )
     add("--json", action="store_true", help="print one JSON object: examples run, found, failed")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """`kvjax eval`."""
     from kvjax import tiny
-    from kvjax.eval.pod import join
-    from kvjax.eval.runner import Workers, evaluate
+    from kvjax.eval.pod import join, workers
+    from kvjax.eval.runner import evaluate
     from kvjax.eval.settings import load_eval_settings
 
     settings = load_eval_settings(arguments.config)
     text = Path(arguments.config).read_text(encoding="utf-8")
-    workers = join() if arguments.distributed else Workers()
-    quiet = workers.index > 0 or not sys.stderr.isatty()
+    if arguments.distributed:
+        join()
+    mine = workers(arguments.split)
+    quiet = not (mine.speaks and sys.stderr.isatty())
     directory = tiny.WEIGHTS if settings.model == "tiny" else settings.model
-    model, tokenizer = kvjax.load(directory, dtype=settings.dtype, progress=not quiet)
+    model, tokenizer = kvjax.load(
+        directory, dtype=settings.dtype, progress=not quiet, mesh=mine.mesh
+    )
     if tokenizer is None:
         raise ValueError(f"model = {settings.model!r} has no tokenizer, expected one")
     counts = evaluate(
@@ -48,10 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
         text,
         model=model,
         tokenizer=tokenizer,
-        workers=workers,
+        workers=mine,
         progress=not quiet,
     )
-    if workers.index == 0:
+    if mine.speaks:
         _say(counts, arguments)
 
 

@@ -8,7 +8,7 @@ import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.presets import PRESETS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, commands, evaluate, inspect, report
+from kvjax.cli import calibrate, commands, convert, evaluate, inspect, report
 from kvjax.methods import METHODS
 
 _LARGEST = 2**31 - 1  # what an int32 holds
@@ -98,10 +98,8 @@ def build_parser() -> Parser:
     _model_flags(sub)
     _calibration_flags(sub)
 
-    sub = command(commands.convert, "convert", "Make a Hugging Face directory of a llama2.c model")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="such as stories15M.bin")
-    sub.add_argument("vocabulary", metavar="VOCABULARY", help="such as tokenizer.bin")
-    sub.add_argument("out", metavar="OUT", help="a directory that is new or empty")
+    sub = command(convert.run, "convert", "Make a Hugging Face directory, or an Orbax checkpoint")
+    convert.add_flags(sub)
 
     sub = command(commands.bench, "bench", "Measure speed on this machine")
     _bench_flags(sub)

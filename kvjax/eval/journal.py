@@ -1,7 +1,7 @@
 """Results on disk: one JSON line an example, whole or not there, each once.
 
     OUT/config.toml          the settings that made them
-    OUT/results-00000.jsonl  one line an example, of process 0
+    OUT/results-00000.jsonl  one line an example, of the first team of processes
 
 A run that was killed is run again with the same command: it reads what is there, drops a last line
 that is not whole, and does the rest.
@@ -24,22 +24,26 @@ def key_of(row: Mapping[str, Any]) -> tuple:
 
 
 class Journal:
-    """The results file of one process; a context manager.
+    """The results file of one team; a context manager.
 
     Args:
       folder: made where it is missing.
       settings: the text of the settings file; a folder of other settings is refused.
-      process: this process's number.
+      team: its number.
+      writes: whether this process of the team writes; the others only remember what is done.
     """
 
-    def __init__(self, folder: str | Path, settings: str, process: int = 0):
+    def __init__(self, folder: str | Path, settings: str, team: int = 0, *, writes: bool = True):
         self.folder = Path(folder)
-        self.path = self.folder / f"results-{process:05}.jsonl"
-        _claim(self.folder, settings, process)
-        _repair(self.path)
-        # What any process has finished need not be done again, whatever their number was then.
-        self.done = {key_of(row) for row in read_rows([self.folder])}
-        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
+        self.path = self.folder / f"results-{team:05}.jsonl"
+        self.done: set[tuple] = set()
+        self._file = None
+        if writes:
+            _claim(self.folder, settings, team)
+            _repair(self.path)
+            # What any team has finished need not be done again, whatever their number was then.
+            self.done = {key_of(row) for row in read_rows([self.folder])}
+            self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
 
     def __enter__(self) -> "Journal":
         return self
@@ -54,13 +58,15 @@ class Journal:
             if (key := key_of(row)) not in self.done:
                 self.done.add(key)
                 lines += json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        self._file.write(lines)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.write(lines)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_rows(folders: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
@@ -83,15 +89,15 @@ def read_rows(folders: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _claim(folder: Path, settings: str, process: int) -> None:
+def _claim(folder: Path, settings: str, team: int) -> None:
     """Make the folder this run's, or find that it is."""
     config = folder / CONFIG
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not config.exists():
-            if any(folder.iterdir()) and process == 0 and not any(folder.glob("results*.jsonl")):
+            if any(folder.iterdir()) and team == 0 and not any(folder.glob("results*.jsonl")):
                 raise ValueError(f"--out {folder} has other files in it, expected a new folder")
-            part = folder / f"{CONFIG}.{process}.part"
+            part = folder / f"{CONFIG}.{team}.part"
             part.write_text(settings, encoding="utf-8")
             os.replace(part, config)
     except OSError as error:

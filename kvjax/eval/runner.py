@@ -4,8 +4,8 @@
 
 A batch holds documents whose padded lengths are the same, and a short last one is filled up, so
 that each method compiles once a bucket. Where the question is unseen, a batch is compressed once
-and all its questions are asked of that cache. Every process takes its share of the documents,
-writes a file of its own (`kvjax.eval.journal`) and needs no other process.
+and all its questions are asked of that cache. Every team of processes (`kvjax.eval.pod`) takes its
+share of the documents, writes a file of its own (`kvjax.eval.journal`) and needs no other team.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import kvjax
 from kvjax.capacity import slot_bytes
 from kvjax.config import CompressionConfig
 from kvjax.eval.journal import Journal, key_of
+from kvjax.eval.pod import ALONE, Workers
 from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
 from kvjax.prompts import bucket
@@ -32,14 +33,6 @@ FULL = CompressionConfig.named("full")
 CHAT_TOKENS = 64
 # Tasks whose answers are compared with the model's own from the full cache.
 OWN = ("rouge",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """Which of how many processes this is; it takes every count-th document."""
-
-    index: int = 0
-    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +61,7 @@ def evaluate(
     *,
     model: Any,
     tokenizer: Any,
-    workers: Workers = Workers(),
+    workers: Workers = ALONE,
     progress: bool = True,
 ) -> dict[str, int]:
     """Run what is not there yet; rows go to `out`.
@@ -78,7 +71,7 @@ def evaluate(
       out: the folder of results.
       text: the settings file, a copy of which says what the results are of.
       model, tokenizer: from `kvjax.load`.
-      workers: which process this is.
+      workers: which process this is; the model lies on its mesh.
       progress: whether to show a bar on stderr.
 
     Returns:
@@ -89,22 +82,31 @@ def evaluate(
     """
     counts = {"run": 0, "found": 0, "failed": 0}
     configs = settings.configs()
-    with Journal(out, text, workers.index) as journal:
+    with Journal(out, text, workers.index, writes=workers.member == 0) as journal:
         questions = list(_questions(settings, tokenizer, workers))
-        total = len(questions) * len(configs) * len(settings.protocols)
-        bar = tqdm(total=total, desc="eval", unit="answer", disable=not progress or workers.index)
+        keys = [
+            (q.task, q.length, protocol, method, budget, q.document.id, q.ask.id)
+            for q in questions
+            for protocol in settings.protocols
+            for method, budget in configs
+        ]
+        found = workers.agreed(np.array([key in journal.done for key in keys], bool))
+        journal.done |= {key for key, done in zip(keys, found, strict=True) if done}
+        bar = tqdm(
+            total=len(keys), desc="eval", unit="answer", disable=not (progress and workers.speaks)
+        )
         for protocol in settings.protocols:
             for batch in batches(questions, settings.batch):
                 for (_, budget), config in configs.items():
                     config = instructed(config, tokenizer, model.config.vocab_size)
                     run = _Run(model, tokenizer, config, protocol, settings)
                     for wave in waves(batch):
-                        found = run.missing(batch, wave, budget, journal.done)
-                        journal.write(found)
+                        rows = run.missing(batch, wave, budget, journal.done)
+                        journal.write(rows)
                         asked = sum(question is not None for question in wave)
-                        counts["run"] += len(found)
-                        counts["found"] += asked - len(found)
-                        counts["failed"] += sum(row["error"] is not None for row in found)
+                        counts["run"] += len(rows)
+                        counts["found"] += asked - len(rows)
+                        counts["failed"] += sum(row["error"] is not None for row in rows)
                         bar.update(asked)
         bar.close()
     return counts
@@ -315,6 +317,7 @@ class _Run:
             "prediction": text,
             "answers": list(answers),
             "score": METRICS[ask.metric](text, answers, ask.classes),
+            "log_prob": float(np.sum(out.log_probs[index])),
             "kept": float(kept_LK.mean()),
             "kept_LK": kept_LK.tolist(),
             "bytes": out.cache_bytes // rows,
@@ -323,8 +326,11 @@ class _Run:
 
 
 _EMPTY: dict[str, Any] = dict.fromkeys(
-    ("prediction", "score", "nll", "kept", "kept_LK", "bytes", "full_bytes", "seconds", "error")
-)
+    (
+        "prediction", "score", "log_prob", "nll", "kept", "kept_LK", "bytes", "full_bytes",
+        "seconds", "error",
+    )
+)  # fmt: skip
 
 
 def _nothing(error: Exception) -> dict[str, Any]:
