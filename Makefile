@@ -50,6 +50,10 @@ stories: setup  ## stories continued from every method's cache (needs ../shared/
 study: setup  ## the bundled model, measured, about 20 minutes
 	$(RUN) -m kvjax.eval.tiny_study --count 100
 
+report: setup  ## the bundled model evaluated on its own tasks, docs/report, about 15 minutes
+	$(RUN) -m kvjax.cli eval --config configs/eval/tiny.toml --out build/results/tiny
+	$(RUN) -m kvjax.cli report build/results/tiny -o docs/report
+
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
@@ -63,4 +67,4 @@ bench: setup  ## speed on this machine, about 25 minutes on two cores
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test lint types fidelity stories study compile-matrix bench clean
+.PHONY: help setup demo test lint types fidelity stories study report compile-matrix bench clean
