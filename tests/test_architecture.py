@@ -31,6 +31,8 @@ ALLOWED = {
     "tokenizer": set(),
     "toml": set(),
     "convert": set(),
+    "image_config": set(),
+    "images": {"image_config"},
     "load": {"models", "tokenizer"},
 }
 # What sits on top may import everything; nothing else imports it.
