@@ -118,8 +118,8 @@ def _read_config(path: Path) -> tuple[ModelConfig, Any]:
         fields = dict(facts["config"])
         scaling = fields["rope_scaling"]
         fields["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
-        for name in ("sliding_windows", "eos_token_ids"):
-            fields[name] = tuple(fields[name])
+        for name in ("sliding_windows", "eos_token_ids", "mrope_section"):
+            fields[name] = None if fields.get(name) is None else tuple(fields[name])
         return ModelConfig(**fields), jnp.dtype(facts["dtype"])
     except OSError:
         raise ValueError(f"{path} cannot be read, expected what save_orbax wrote") from None
