@@ -19,11 +19,9 @@ from kvjax.extend import append, claim, claimed_positions, decode_attention
 from kvjax.generate import (
     Generation,
     Step,
-    Timings,
     compress_prompt,
     generate,
     stream,
-    timed_generate,
 )
 from kvjax.likelihood import Scored, score
 from kvjax.load import load
@@ -32,6 +30,7 @@ from kvjax.probe import Probe
 from kvjax.programs import compilations
 from kvjax.sampling import Sampling
 from kvjax.saved import load_cache, save_cache
+from kvjax.timed import Timings, timed_generate
 
 __version__ = "0.1.0"
 

@@ -55,7 +55,7 @@ class Seen(struct.PyTreeNode):
 
     def put(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Embedded tokens, with features where an image is."""
-        if self.features is None:
+        if self.features is None or self.places is None:
             return x_BTD
         taken_BTD = jnp.take(self.features, jnp.maximum(self.places, 0), axis=0)
         return jnp.where(self.places[..., None] >= 0, taken_BTD.astype(x_BTD.dtype), x_BTD)

@@ -78,6 +78,7 @@ class Attention(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
         shift_B = None
         if rotary is not None:
+            assert self.config.mrope_section is not None  # what makes it differ from positions
             positions = pair_positions(rotary.positions, self.config.mrope_section)
             shift_B = rotary.shift
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)

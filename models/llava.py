@@ -1,8 +1,10 @@
 """LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744): a decoder that sees through CLIP and a projector.
 
-I images, P patches, E values of a patch, C width of the tower, D model dim, X features of all
-images, F the projector's width.
+I images, S pixels of a side, P patches, E values of a patch, C width of the tower, D model dim,
+X features of all images, F the projector's width.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,8 @@ class Llava(Decoder):
       vision_config: of the tower and the projector.
       dtype: of the weights, the activations and the cache.
       rngs: for random weights.
+
+    `image_config`, how pictures are made into pixels, is for the caller to set (`kvjax.load` does).
     """
 
     def __init__(
@@ -55,15 +59,23 @@ class Llava(Decoder):
     ):
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.vision_config = vision_config
+        self.image_config: Any = None
         self.tower = Clip(vision_config, dtype=dtype, rngs=rngs)
         self.projector = Projector(vision_config, dtype=dtype, rngs=rngs)
 
-    def see(self, patches_IPE: Float[Array, "I P E"]) -> Float[Array, "X D"]:
-        """Features of all images, one image after the other, in the decoder's space."""
+    def see(self, pixels: Float[Array, "I 3 S S"]) -> Float[Array, "X D"]:
+        """Features of all images, one image after the other, in the decoder's space.
+
+        `pixels` are after the image processor: colour, row, column.
+        """
 
         def project(patches):
             return self.projector(self.tower(patches))
 
+        size, side = self.vision_config.patch_size, self.vision_config.image_size
+        cut = pixels.reshape(-1, 3, side // size, size, side // size, size)
+        cut = cut.transpose(0, 2, 4, 1, 3, 5)  # image, the patch's row and column, what is in it
+        patches_IPE = cut.reshape(cut.shape[0], self.vision_config.patches, -1)
         if patches_IPE.shape[0] <= IMAGES:
             features_IPD = project(patches_IPE)
         else:

@@ -44,9 +44,12 @@ class Layer(nnx.Module):
         self.hidden_act = config.hidden_act
         norm = partial(LayerNorm, c, config.layer_norm_eps, dtype=dtype)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        for name in ("q", "k", "v"):
-            setattr(self, f"{name}_CX", parameter(rngs, (c, c), c, dtype))
-            setattr(self, f"{name}_bias_X", nnx.Param(jnp.zeros((c,), dtype)))
+        self.q_CX = parameter(rngs, (c, c), c, dtype)
+        self.k_CX = parameter(rngs, (c, c), c, dtype)
+        self.v_CX = parameter(rngs, (c, c), c, dtype)
+        self.q_bias_X = nnx.Param(jnp.zeros((c,), dtype))
+        self.k_bias_X = nnx.Param(jnp.zeros((c,), dtype))
+        self.v_bias_X = nnx.Param(jnp.zeros((c,), dtype))
         self.o_XC = parameter(rngs, (c, c), c, dtype)
         self.o_bias_C = nnx.Param(jnp.zeros((c,), dtype))
         self.up_CF = parameter(rngs, (c, f), c, dtype)
