@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.images import clip_pixels, load_image
-from kvjax.prompts import Prompts, as_rows, is_one
-from kvjax.seen import Images
+from kvjax.image_config import QwenImages
+from kvjax.images import clip_pixels, load_image, qwen_patches
+from kvjax.prompts import Prompts, as_rows, bucket, is_one
+from kvjax.seen import Images, Rotary
 
+# Families that have more around an image's token than the end of its line (LLaVA).
+_MARKED = {"<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>"}
 Pictures = Sequence[Any] | Sequence[Sequence[Any]]
 
 
@@ -103,9 +107,9 @@ def placeholder(model: Any, tokenizer: Any) -> str:
 
 
 def with_placeholders(model: Any, tokenizer: Any, text: str, images: int) -> str:
-    """The text, with placeholders in front of it where it has none: a line each (LLaVA)."""
+    """The text, with placeholders in front of it where it has none, as the model's family does."""
     mark = placeholder(model, tokenizer)
-    return text if mark in text else f"{mark}\n" * images + text
+    return text if mark in text else _MARKED.get(mark, f"{mark}\n") * images + text
 
 
 @dataclass(frozen=True)
@@ -114,23 +118,31 @@ class Looked:
 
     Attributes:
       rows: token ids of each prompt.
+      model: that is going to read them.
       pixels: of all images, as the model's `see` reads them; None without images.
-      token: that stands for a feature.
+      grids: time steps, rows and columns of patches of each image, where they decide rotary
+        positions (M-RoPE).
     """
 
     rows: list[list[int]]
+    model: Any
     pixels: Any = None
-    token: int = -1
+    grids: Int[np.ndarray, "I 3"] | None = None
 
     def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
         """What stands where in the rows as they are padded; None without images."""
         if self.pixels is None:
             return None
+        token, width = self.model.vision_config.image_token_id, tokens.shape[1]
         lengths = np.array([len(row) for row in self.rows])
-        mine_BT = (tokens == self.token) & (np.arange(tokens.shape[1]) < lengths[:, None])
+        mine_BT = (tokens == token) & (np.arange(width) < lengths[:, None])
         count_BT = np.cumsum(mine_BT.reshape(-1), dtype=np.int32).reshape(tokens.shape)
         places_BT = np.where(mine_BT, count_BT - 1, -1).astype(np.int32)
-        return Images(pixels=jnp.asarray(self.pixels), places=jnp.asarray(places_BT))
+        rotary = None
+        if self.grids is not None:
+            rotary = Rotary(*self.model.rotary_positions(self.rows, self.grids, width))
+        arrays = Images(pixels=self.pixels, places=places_BT, rotary=rotary)
+        return jax.tree.map(jnp.asarray, arrays)
 
 
 def look(
@@ -147,27 +159,33 @@ def look(
       ValueError: another number of such tokens in a prompt.
     """
     if not hasattr(model, "see"):
-        return Looked(list(map(list, rows)))
+        return Looked(list(map(list, rows)), model)
     token = model.vision_config.image_token_id
     pictures = [[] for _ in rows] if pictures is None else pictures
     every = [picture for given in pictures for picture in given]
-    pixels, sizes = _clip(model, every) if every else (None, [])
+    pixels, grids, sizes = _pixels(model, every) if every else (None, None, [])
     left, expanded = iter(sizes), []
     for index, (row, given) in enumerate(zip(rows, pictures, strict=True)):
         mine = [next(left) for _ in given]
         expanded.append(_expanded(list(row), mine, token, index))
-    return Looked(expanded, pixels, token)
+    return Looked(expanded, model, pixels, grids)
 
 
-def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
-    """What a CLIP tower reads of pictures, and how many features each has."""
+def _pixels(model: Any, pictures: Sequence[Any]) -> tuple[Any, np.ndarray | None, list[int]]:
+    """What the tower reads of pictures, their grids, and how many features each has."""
+    if isinstance(model.image_config, QwenImages):
+        patches, merged = qwen_patches(pictures, model.image_config), model.vision_config.merged
+        # Pictures of about as many patches share a program.
+        total = -(-bucket(len(patches.pixels)) // merged) * merged
+        sizes = (patches.grids.prod(-1) // merged).tolist()
+        return model.lay_out(*patches, total), patches.grids, sizes
     pixels, side = clip_pixels(pictures, model.image_config), model.vision_config.image_size
     if pixels.shape[2:] != (side, side):
         raise ValueError(
             f"the checkpoint's image processor makes pictures of {pixels.shape[2]} by"
             f" {pixels.shape[3]} pixels, expected its tower's {side} by {side}"
         )
-    return pixels, [model.vision_config.features] * len(pictures)
+    return pixels, None, [model.vision_config.features] * len(pictures)
 
 
 def _expanded(row: list[int], sizes: Sequence[int], token: int, index: int) -> list[int]:
