@@ -31,7 +31,9 @@ ALLOWED = {
     "images": {"image_config"},
     "models": {"cache", "kernels", "probe", "seen", "sharding", "split"},
     **dict.fromkeys(COMPRESSION, BELOW | COMPRESSION),
-    **dict.fromkeys(ENGINE, BELOW | COMPRESSION | ENGINE | IMAGES),  # the model comes as an argument
+    **dict.fromkeys(
+        ENGINE, BELOW | COMPRESSION | ENGINE | IMAGES
+    ),  # the model comes as an argument
     "tokenizer": set(),
     "toml": set(),
     "convert": set(),
