@@ -7,7 +7,7 @@ T tokens of a prompt, B prompts.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 from flax import struct
@@ -28,14 +28,14 @@ class QwenPatches(struct.PyTreeNode):
       order: `[U]` where a picture's tokens, row by row, come out of the tower.
     """
 
-    pixels: Float[np.ndarray, "P E"]
-    places: Int[np.ndarray, "P 2"]
-    windows: Int[np.ndarray, " P"]
-    frames: Int[np.ndarray, " P"]
-    order: Int[np.ndarray, " U"]
+    pixels: Float[Any, "P E"]
+    places: Int[Any, "P 2"]
+    windows: Int[Any, " P"]
+    frames: Int[Any, " P"]
+    order: Int[Any, " U"]
 
 
-def merged_tokens(grids: Int[np.ndarray, "I 3"], merge_size: int) -> Int[np.ndarray, " I"]:
+def merged_tokens(grids: Int[Any, "I 3"], merge_size: int) -> Int[np.ndarray, " I"]:
     """Tokens of each image, from its time steps, rows and columns of patches."""
     return np.prod(grids, axis=-1) // merge_size**2
 
