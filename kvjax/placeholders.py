@@ -3,8 +3,9 @@
 B batch, T tokens, I images of the batch, one after the other as their tokens stand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from kvjax.images import clip_pixels, load_image, qwen_patches
 from kvjax.prompts import Prompts, as_rows, bucket, is_one
 from kvjax.seen import Images, Rotary
 
-# Families that have more around an image's token than the end of its line (LLaVA).
-_MARKED = {"<|image_pad|>": "<|vision_start|><|image_pad|><|vision_end|>"}
 Pictures = Sequence[Any] | Sequence[Sequence[Any]]
 
 
@@ -107,9 +106,14 @@ def placeholder(model: Any, tokenizer: Any) -> str:
 
 
 def with_placeholders(model: Any, tokenizer: Any, text: str, images: int) -> str:
-    """The text, with placeholders in front of it where it has none, as the model's family does."""
+    """The text, with placeholders in front of it where it has none.
+
+    A line each (LLaVA), or each between the tokens that such a model has around an image (Qwen).
+    """
     mark = placeholder(model, tokenizer)
-    return text if mark in text else _MARKED.get(mark, f"{mark}\n") * images + text
+    around = getattr(model.vision_config, "around", None)
+    before, after = ("", "\n") if around is None else tokenizer.convert_ids_to_tokens(list(around))
+    return text if mark in text else f"{before}{mark}{after}" * images + text
 
 
 @dataclass(frozen=True)
@@ -118,31 +122,29 @@ class Looked:
 
     Attributes:
       rows: token ids of each prompt.
-      model: that is going to read them.
       pixels: of all images, as the model's `see` reads them; None without images.
-      grids: time steps, rows and columns of patches of each image, where they decide rotary
-        positions (M-RoPE).
+      token: that stands for a feature.
+      rotary: rotary positions of rows padded to a width, and the shift after them (M-RoPE).
     """
 
     rows: list[list[int]]
-    model: Any
     pixels: Any = None
-    grids: Int[np.ndarray, "I 3"] | None = None
+    token: int = -1
+    rotary: Callable[[list[list[int]], int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
         """What stands where in the rows as they are padded; None without images."""
         if self.pixels is None:
             return None
-        token, width = self.model.vision_config.image_token_id, tokens.shape[1]
         lengths = np.array([len(row) for row in self.rows])
-        mine_BT = (tokens == token) & (np.arange(width) < lengths[:, None])
+        mine_BT = (tokens == self.token) & (np.arange(tokens.shape[1]) < lengths[:, None])
         count_BT = np.cumsum(mine_BT.reshape(-1), dtype=np.int32).reshape(tokens.shape)
         places_BT = np.where(mine_BT, count_BT - 1, -1).astype(np.int32)
         rotary = None
-        if self.grids is not None:
-            rotary = Rotary(*self.model.rotary_positions(self.rows, self.grids, width))
-        arrays = Images(pixels=self.pixels, places=places_BT, rotary=rotary)
-        return jax.tree.map(jnp.asarray, arrays)
+        if self.rotary is not None:
+            positions_BT3, shift_B = self.rotary(self.rows, tokens.shape[1])
+            rotary = Rotary(jnp.asarray(positions_BT3), jnp.asarray(shift_B))
+        return Images(jax.tree.map(jnp.asarray, self.pixels), jnp.asarray(places_BT), rotary)
 
 
 def look(
@@ -159,33 +161,42 @@ def look(
       ValueError: another number of such tokens in a prompt.
     """
     if not hasattr(model, "see"):
-        return Looked(list(map(list, rows)), model)
+        return Looked(list(map(list, rows)))
     token = model.vision_config.image_token_id
     pictures = [[] for _ in rows] if pictures is None else pictures
     every = [picture for given in pictures for picture in given]
-    pixels, grids, sizes = _pixels(model, every) if every else (None, None, [])
+    pixels: Any = None
+    sizes: list[int] = []
+    rotary = None
+    if every and isinstance(model.image_config, QwenImages):
+        pixels, sizes, rotary = _qwen(model, every)
+    elif every:
+        pixels, sizes = _clip(model, every)
     left, expanded = iter(sizes), []
     for index, (row, given) in enumerate(zip(rows, pictures, strict=True)):
         mine = [next(left) for _ in given]
         expanded.append(_expanded(list(row), mine, token, index))
-    return Looked(expanded, model, pixels, grids)
+    return Looked(expanded, pixels, token, rotary)
 
 
-def _pixels(model: Any, pictures: Sequence[Any]) -> tuple[Any, np.ndarray | None, list[int]]:
-    """What the tower reads of pictures, their grids, and how many features each has."""
-    if isinstance(model.image_config, QwenImages):
-        patches, merged = qwen_patches(pictures, model.image_config), model.vision_config.merged
-        # Pictures of about as many patches share a program.
-        total = -(-bucket(len(patches.pixels)) // merged) * merged
-        sizes = (patches.grids.prod(-1) // merged).tolist()
-        return model.lay_out(*patches, total), patches.grids, sizes
+def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
+    """What a CLIP tower reads of pictures, and how many features each has."""
     pixels, side = clip_pixels(pictures, model.image_config), model.vision_config.image_size
     if pixels.shape[2:] != (side, side):
         raise ValueError(
             f"the checkpoint's image processor makes pictures of {pixels.shape[2]} by"
             f" {pixels.shape[3]} pixels, expected its tower's {side} by {side}"
         )
-    return pixels, None, [model.vision_config.features] * len(pictures)
+    return pixels, [model.vision_config.features] * len(pictures)
+
+
+def _qwen(model: Any, pictures: Sequence[Any]) -> tuple[Any, list[int], Callable]:
+    """What Qwen's tower reads of pictures, how many features each has, and where they turn."""
+    patches, merged = qwen_patches(pictures, model.image_config), model.vision_config.merged
+    sizes = (np.prod(patches.grids, axis=-1) // merged).tolist()
+    # Pictures of nearly as many patches share a program.
+    laid_out = model.lay_out(*patches, total=bucket(sum(sizes)) * merged)
+    return laid_out, sizes, partial(model.rotary_positions, grids=patches.grids)
 
 
 def _expanded(row: list[int], sizes: Sequence[int], token: int, index: int) -> list[int]:
