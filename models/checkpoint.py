@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from kvjax import sharding
 from kvjax.models.config import ModelConfig, RopeScaling
 from kvjax.models.decoder import Decoder
-from kvjax.models.weights import parameter_at, tensor_specs
+from kvjax.models.weights import check_reads_text, parameter_at, tensor_specs
 
 FORMAT = "kvjax-orbax-1"
 CONFIG = "kvjax.json"
@@ -39,8 +39,9 @@ def save_orbax(model: Decoder, directory: str | Path) -> Path:
       The directory.
 
     Raises:
-      ValueError: a directory that holds a checkpoint already.
+      ValueError: a directory that holds a checkpoint already, or a model that sees.
     """
+    check_reads_text(model)
     folder = Path(directory).absolute()
     if (folder / "weights").exists():
         raise ValueError(f"directory {folder} holds weights already, expected none")

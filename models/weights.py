@@ -288,6 +288,15 @@ def parameter_at(decoder: Decoder, attribute: str) -> nnx.Param:
     return node
 
 
+def check_reads_text(model: Decoder) -> None:
+    """Raise ValueError where a decoder has a tower, whose weights would not be written."""
+    if hasattr(model, "see"):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose tower is not written, expected a decoder of"
+            " text alone"
+        )
+
+
 def read_headers(folder: Path) -> tuple[Path, dict[str, Stored]]:
     """The file that lists a checkpoint's tensors, and every tensor without its data."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
