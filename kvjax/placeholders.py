@@ -124,12 +124,14 @@ class Looked:
       rows: token ids of each prompt.
       pixels: of all images, as the model's `see` reads them; None without images.
       token: that stands for a feature.
+      shapes: rows and columns of patches of each image, as far as each has a token.
       rotary: rotary positions of rows padded to a width, and the shift after them (M-RoPE).
     """
 
     rows: list[list[int]]
     pixels: Any = None
     token: int = -1
+    shapes: Sequence[tuple[int, int]] = ()
     rotary: Callable[[list[list[int]], int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
@@ -167,36 +169,42 @@ def look(
     every = [picture for given in pictures for picture in given]
     pixels: Any = None
     sizes: list[int] = []
+    shapes: list[tuple[int, int]] = []
     rotary = None
     if every and isinstance(model.image_config, QwenImages):
-        pixels, sizes, rotary = _qwen(model, every)
+        pixels, sizes, shapes, rotary = _qwen(model, every)
     elif every:
-        pixels, sizes = _clip(model, every)
+        pixels, sizes, shapes = _clip(model, every)
     left, expanded = iter(sizes), []
     for index, (row, given) in enumerate(zip(rows, pictures, strict=True)):
         mine = [next(left) for _ in given]
         expanded.append(_expanded(list(row), mine, token, index))
-    return Looked(expanded, pixels, token, rotary)
+    return Looked(expanded, pixels, token, shapes, rotary)
 
 
-def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
-    """What a CLIP tower reads of pictures, and how many features each has."""
+def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int], list]:
+    """What a CLIP tower reads of pictures, how many features each has, and its patches."""
     pixels, side = clip_pixels(pictures, model.image_config), model.vision_config.image_size
     if pixels.shape[2:] != (side, side):
         raise ValueError(
             f"the checkpoint's image processor makes pictures of {pixels.shape[2]} by"
             f" {pixels.shape[3]} pixels, expected its tower's {side} by {side}"
         )
-    return pixels, [model.vision_config.features] * len(pictures)
+    patches = side // model.vision_config.patch_size
+    count = len(pictures)
+    return pixels, [model.vision_config.features] * count, [(patches, patches)] * count
 
 
-def _qwen(model: Any, pictures: Sequence[Any]) -> tuple[Any, list[int], Callable]:
-    """What Qwen's tower reads of pictures, how many features each has, and where they turn."""
+def _qwen(model: Any, pictures: Sequence[Any]) -> tuple[Any, list[int], list, Callable]:
+    """What Qwen's tower reads of pictures, the features of each, as a grid, where they turn."""
     patches, merged = qwen_patches(pictures, model.image_config), model.vision_config.merged
     sizes = (np.prod(patches.grids, axis=-1) // merged).tolist()
     # Pictures of nearly as many patches share a program.
     laid_out = model.lay_out(*patches, total=bucket(sum(sizes)) * merged)
-    return laid_out, sizes, partial(model.rotary_positions, grids=patches.grids)
+    shapes = [
+        tuple(n // model.vision_config.merge_size for n in g[1:]) for g in patches.grids.tolist()
+    ]
+    return laid_out, sizes, shapes, partial(model.rotary_positions, grids=patches.grids)
 
 
 def _expanded(row: list[int], sizes: Sequence[int], token: int, index: int) -> list[int]:
