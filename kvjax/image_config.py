@@ -218,8 +218,12 @@ _QWEN_SIZES = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", 
 ImageConfig = ClipImages | QwenImages
 
 
-def load_image_config(directory: str | Path) -> ImageConfig:
+def load_image_config(directory: str | Path, kind: type[ImageConfig] | None = None) -> ImageConfig:
     """Read `preprocessor_config.json`, or `image_processor` of `processor_config.json`.
+
+    Args:
+      directory: of the checkpoint.
+      kind: that the model needs; any by default.
 
     Raises:
       ValueError: neither file is there, or one is damaged or of a processor that is not
@@ -233,10 +237,10 @@ def load_image_config(directory: str | Path) -> ImageConfig:
         mapping = json.loads(path.read_text(encoding="utf-8"))
         expect(isinstance(mapping, dict), "the file", "a JSON object", mapping)
         mapping = mapping.get("image_processor", mapping)
-        kind = mapping.get("image_processor_type", mapping.get("feature_extractor_type"))
-        name = str(kind).removesuffix("Fast").removesuffix("Pil")
-        known = f"one of {', '.join(_CLIP + _QWEN)}"
-        expect(name in _CLIP + _QWEN, "image_processor_type", known, kind)
+        found = mapping.get("image_processor_type", mapping.get("feature_extractor_type"))
+        names = {kind: _CLIP + _QWEN, ClipImages: _CLIP, QwenImages: _QWEN}[kind]
+        name = str(found).removesuffix("Fast").removesuffix("Pil")
+        expect(name in names, "image_processor_type", f"one of {', '.join(names)}", found)
         return (ClipImages if name in _CLIP else QwenImages).from_hf(mapping)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -3,18 +3,21 @@
 B batch, T tokens, I images of the batch, one after the other as their tokens stand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.images import clip_pixels, load_image
-from kvjax.prompts import Prompts, as_rows, is_one
-from kvjax.seen import Images
+from kvjax.image_config import QwenImages
+from kvjax.images import clip_pixels, load_image, qwen_patches
+from kvjax.prompts import Prompts, as_rows, bucket, is_one
+from kvjax.seen import Images, Rotary
 
 Pictures = Sequence[Any] | Sequence[Sequence[Any]]
 
@@ -103,9 +106,14 @@ def placeholder(model: Any, tokenizer: Any) -> str:
 
 
 def with_placeholders(model: Any, tokenizer: Any, text: str, images: int) -> str:
-    """The text, with placeholders in front of it where it has none: a line each (LLaVA)."""
+    """The text, with placeholders in front of it where it has none.
+
+    A line each (LLaVA), or each between the tokens that such a model has around an image (Qwen).
+    """
     mark = placeholder(model, tokenizer)
-    return text if mark in text else f"{mark}\n" * images + text
+    around = getattr(model.vision_config, "around", None)
+    before, after = ("", "\n") if around is None else tokenizer.convert_ids_to_tokens(list(around))
+    return text if mark in text else f"{before}{mark}{after}" * images + text
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,13 @@ class Looked:
       rows: token ids of each prompt.
       pixels: of all images, as the model's `see` reads them; None without images.
       token: that stands for a feature.
+      rotary: rotary positions of rows padded to a width, and the shift after them (M-RoPE).
     """
 
     rows: list[list[int]]
     pixels: Any = None
     token: int = -1
+    rotary: Callable[[list[list[int]], int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
         """What stands where in the rows as they are padded; None without images."""
@@ -130,7 +140,11 @@ class Looked:
         mine_BT = (tokens == self.token) & (np.arange(tokens.shape[1]) < lengths[:, None])
         count_BT = np.cumsum(mine_BT.reshape(-1), dtype=np.int32).reshape(tokens.shape)
         places_BT = np.where(mine_BT, count_BT - 1, -1).astype(np.int32)
-        return Images(pixels=jnp.asarray(self.pixels), places=jnp.asarray(places_BT))
+        rotary = None
+        if self.rotary is not None:
+            positions_BT3, shift_B = self.rotary(self.rows, tokens.shape[1])
+            rotary = Rotary(jnp.asarray(positions_BT3), jnp.asarray(shift_B))
+        return Images(jax.tree.map(jnp.asarray, self.pixels), jnp.asarray(places_BT), rotary)
 
 
 def look(
@@ -151,12 +165,18 @@ def look(
     token = model.vision_config.image_token_id
     pictures = [[] for _ in rows] if pictures is None else pictures
     every = [picture for given in pictures for picture in given]
-    pixels, sizes = _clip(model, every) if every else (None, [])
+    pixels: Any = None
+    sizes: list[int] = []
+    rotary = None
+    if every and isinstance(model.image_config, QwenImages):
+        pixels, sizes, rotary = _qwen(model, every)
+    elif every:
+        pixels, sizes = _clip(model, every)
     left, expanded = iter(sizes), []
     for index, (row, given) in enumerate(zip(rows, pictures, strict=True)):
         mine = [next(left) for _ in given]
         expanded.append(_expanded(list(row), mine, token, index))
-    return Looked(expanded, pixels, token)
+    return Looked(expanded, pixels, token, rotary)
 
 
 def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
@@ -168,6 +188,15 @@ def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
             f" {pixels.shape[3]} pixels, expected its tower's {side} by {side}"
         )
     return pixels, [model.vision_config.features] * len(pictures)
+
+
+def _qwen(model: Any, pictures: Sequence[Any]) -> tuple[Any, list[int], Callable]:
+    """What Qwen's tower reads of pictures, how many features each has, and where they turn."""
+    patches, merged = qwen_patches(pictures, model.image_config), model.vision_config.merged
+    sizes = (np.prod(patches.grids, axis=-1) // merged).tolist()
+    # Pictures of nearly as many patches share a program.
+    laid_out = model.lay_out(*patches, total=bucket(sum(sizes)) * merged)
+    return laid_out, sizes, partial(model.rotary_positions, grids=patches.grids)
 
 
 def _expanded(row: list[int], sizes: Sequence[int], token: int, index: int) -> list[int]:

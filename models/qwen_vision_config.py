@@ -48,6 +48,7 @@ class QwenVisionConfig:
       full_layers: layers (from 0) in which a patch sees its whole picture, not its window.
       projector_size: D, the decoder's width.
       image_token_id: the token that stands for an image's features in a prompt.
+      around: the tokens before and after those of an image.
 
     Raises:
       ValueError: a value outside the ranges above.
@@ -64,6 +65,7 @@ class QwenVisionConfig:
     projector_size: int
     full_layers: tuple[int, ...]
     image_token_id: int = 151655
+    around: tuple[int, int] = (151652, 151653)
 
     def __post_init__(self):
         check_fields(self)
@@ -115,11 +117,16 @@ class QwenVisionConfig:
         wide = f"the decoder's width, {projector_size}"
         expect(width == projector_size, "vision_config.out_hidden_size", wide, width)
         layers = keys["fullatt_block_indexes"]
+
+        def token(name: str, missing: int) -> int:
+            return token_id(name, mapping.get(name, missing))
+
         return cls(
             **{
                 field: positive_int(f"vision_config.{key}", keys[key])
                 for field, key in _SIZES.items()
             },
             full_layers=tuple(layers) if isinstance(layers, list) else layers,
-            image_token_id=token_id("image_token_id", mapping.get("image_token_id", 151655)),
+            image_token_id=token("image_token_id", 151655),
+            around=(token("vision_start_token_id", 151652), token("vision_end_token_id", 151653)),
         )

@@ -15,16 +15,16 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.models.checks import expect, naming, read_object
+from kvjax.models.checks import expect, is_int, naming, read_object
 from kvjax.models.config import ModelConfig, with_generation_config
 from kvjax.models.decoder import Decoder
 from kvjax.models.qwen_layout import QwenPatches, lay_out, mrope_positions
 from kvjax.models.qwen_vision import QwenTower
 from kvjax.models.qwen_vision_config import QwenVisionConfig
 from kvjax.models.qwen_weights import qwen_naming, qwen_specs
+from kvjax.models.vision_config import QWEN
 from kvjax.models.weights import check_tensors, fill, read_headers, weights_dtype
 
-QWEN = "Qwen2_5_VLForConditionalGeneration"
 # What transformers' class assumes for a missing key where Qwen2's assumes something else.
 _TEXT: dict[str, Any] = {
     "vocab_size": 152064,
@@ -81,7 +81,7 @@ class QwenVL(Decoder):
         return lay_out(pixels, grids, self.vision_config, total)
 
     def rotary_positions(
-        self, prompts: Sequence[Sequence[int]], grids: Int[np.ndarray, "I 3"], width: int
+        self, prompts: Sequence[Sequence[int]], width: int, grids: Int[np.ndarray, "I 3"]
     ) -> tuple[Int[np.ndarray, "B T 3"], Int[np.ndarray, " B"]]:
         """Rotary positions of prompts and the shift after them; see `mrope_positions`."""
         return mrope_positions(prompts, grids, self.vision_config, width)
@@ -125,7 +125,8 @@ def _text_config(text: Mapping[str, Any]) -> ModelConfig:
     known = kind in ("default", "mrope")
     expect(known, f"{source}.rope_type", "'default' or 'mrope'", kind)
     section = rope.get("mrope_section", _SECTION)
-    expect(isinstance(section, list), f"{source}.mrope_section", "a list", section)
+    three = isinstance(section, list) and len(section) == 3 and all(is_int(n, 0) for n in section)
+    expect(three, f"{source}.mrope_section", "a list of three integers >= 0", section)
     plain = {key: value for key, value in text.items() if key not in _ROPE}
     plain["rope_theta"] = rope.get("rope_theta", text["rope_theta"])
     config = ModelConfig.from_hf(

@@ -22,6 +22,7 @@ from kvjax.models.checks import (
 from kvjax.models.config import ModelConfig, with_generation_config
 
 LLAVA = "LlavaForConditionalGeneration"
+QWEN = "Qwen2_5_VLForConditionalGeneration"
 _SIZES = {
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -160,13 +161,14 @@ class VisionConfig:
         )
 
 
-def is_vision(directory: str | Path) -> bool:
-    """Whether `config.json` is that of a model that sees, as far as it can be read."""
+def vision_architecture(directory: str | Path) -> str | None:
+    """Which of `KINDS` a `config.json` is of, as far as it can be read; None for another model."""
     path = Path(directory) / "config.json"
     try:
-        return _architecture(read_object(path)) in KINDS
+        name = _architecture(read_object(path))
     except ValueError:
-        return False
+        return None
+    return name if name in KINDS else None
 
 
 def _architecture(mapping: Mapping[str, Any]) -> Any:
@@ -177,7 +179,7 @@ def _architecture(mapping: Mapping[str, Any]) -> Any:
 
 
 # architecture -> model_type
-KINDS = {LLAVA: "llava"}
+KINDS = {LLAVA: "llava", QWEN: "qwen2_5_vl"}
 
 
 def load_vision_config(directory: str | Path) -> tuple[ModelConfig, VisionConfig]:

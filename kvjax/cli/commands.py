@@ -133,7 +133,7 @@ def generate(arguments: argparse.Namespace) -> None:
     check_vocabulary(arguments.eos or [], "--eos", vocab_size)
     prompts: Any = texts or list(ids.values())
     images = _pictures(arguments.image, prompts)
-    if images and texts and hasattr(model, "see"):
+    if images and texts and hasattr(model, "see") and not arguments.chat:
         texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
     rows = read(model, texts or prompts, images, tokenizer=tokenizer, chat=arguments.chat).rows
     call = {
