@@ -19,7 +19,8 @@ from kvjax.images import clip_pixels, load_image, qwen_patches
 from kvjax.prompts import Prompts, as_rows, bucket, is_one
 from kvjax.seen import Images, Rotary
 
-Pictures = Sequence[Any] | Sequence[Sequence[Any]]
+# One of `kvjax.images.Picture` or a list for one prompt, a list of lists for several.
+Pictures = Any
 
 
 def by_prompt(images: Pictures | None, prompts: Prompts, model: Any) -> list[list[Any]] | None:

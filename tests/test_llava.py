@@ -15,6 +15,7 @@ from kvjax.placeholders import by_prompt, look
 from kvjax.prompts import pad
 from kvjax.reconstruction import reconstruction_scores
 from kvjax.seen import see
+from kvjax.sharding import make_mesh
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vl"
 TOLERANCE = 1e-4  # the fixtures' own cached and uncached passes differ by up to 1e-5
@@ -176,3 +177,16 @@ def test_as_many_tokens_as_features_are_taken_as_they_are(model, pictures):
     one = kvjax.generate(model, [5, IMAGE, 7], **call)
     many = kvjax.generate(model, [5, *[IMAGE] * 16, 7], **call)
     assert one.log_probs == many.log_probs
+
+
+def test_a_mesh_sees_what_one_device_sees(model, pictures):
+    rows, images = [[5, IMAGE, 7], [IMAGE, 4, IMAGE]], [pictures[:1], pictures[1:]]
+    config = kvjax.CompressionConfig.named("ada-snapkv", budget=8)
+    call = {"images": images, "max_new_tokens": 4, "eos_ids": ()}
+    alone = kvjax.generate(model, rows, config, **call)
+    split = kvjax.generate(model, rows, config, mesh=make_mesh(2, 2), **call)
+    assert split.tokens == alone.tokens
+    np.testing.assert_allclose(split.log_probs, alone.log_probs, atol=1e-4)
+    loaded = load_model(FIXTURES / "llava-old", progress=False, mesh=make_mesh(1, 2))
+    assert np.array_equal(loaded.tower.patch_EC[...], model.tower.patch_EC[...])
+    assert not loaded.tower.layers[0].up_CF[...].sharding.is_fully_replicated

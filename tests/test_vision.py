@@ -1,6 +1,9 @@
 """Images from the command line and what is wrong with them, on a small random LLaVA."""
 
+import base64
+import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -160,7 +163,7 @@ def test_wrong_calls_are_named(loaded, prompt, images, said):
 def test_what_is_not_there_is_said(loaded, picture, tmp_path):
     model, tokenizer = loaded
     text_model, _ = tiny.load()
-    with pytest.raises(ValueError, match="images are given to a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="images are given to a Qwen3ForCausalLM"):
         kvjax.generate(text_model, [5, 6], images=[picture], max_new_tokens=2)
     cache = kvjax.compress_prompt(
         model, f"<image> {TEXT}", SNAP, tokenizer=tokenizer, images=picture
@@ -197,3 +200,44 @@ def test_other_architectures_stay_an_error(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="architectures must be a list of one of Llama"):
         kvjax.load(tmp_path)
+
+
+def test_a_photograph_and_a_published_profile(shared_data, tmp_path):
+    """LLaVA-1.5's shapes but for the widths: 576 features, 50 tokens of text, 32 layers."""
+    folder = write_llava(tmp_path / "model", size=336, layers=32)
+    model, tokenizer = kvjax.load(folder, progress=False)
+    photo = shared_data / "images" / "astronaut.png"
+    published = shared_data / "prefixkv_confs" / "prefixkv_llava-v1.5-7b_0.5.json"
+    retained = tuple(1 - share for share in json.loads(published.read_text()))
+    row = tokenizer(f"<image> {TEXT}")["input_ids"]
+    row += row[-1:] * (51 - len(row))
+    config = kvjax.CompressionConfig.named("prefixkv", profile=retained)
+    out = kvjax.generate(model, row, config, images=photo, max_new_tokens=4, eos_ids=())
+    assert out.kept.shape == (1, 32, 2)
+    assert out.kept.sum() == 2 * 10_035
+    assert (np.abs(out.kept[0] - 626 * np.array(retained)[:, None]) < 1).all()
+    assert len(out.tokens[0]) == 4
+    other = kvjax.generate(
+        model, row, config, images=shared_data / "images" / "coffee.png", max_new_tokens=4,
+        eos_ids=(),
+    )  # fmt: skip
+    assert other.log_probs != out.log_probs
+
+
+def test_the_page_shows_the_patches(run, folder, picture, tmp_path):
+    page = tmp_path / "page.html"
+    call = ("--image", picture, "--methods", "snapkv", "--budget", "50%", "-o", page, "--json")
+    code, _, error = run("inspect", "--model", folder, "--prompt", TEXT, *call)
+    assert code == 0, error
+    found = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    data = json.loads(found[1])
+    [image] = data["images"]
+    assert (image["rows"], image["columns"]) == (4, 4)
+    assert data["tokens"][image["first"] :][:FEATURES] == ["▪"] * FEATURES
+    assert data["tokens"].count("▪") == FEATURES
+    with Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))) as shown:
+        assert shown.size == (56, 56)
+        drawn = np.array(shown).astype(int)
+    with Image.open(picture) as source:  # resized to 56 by 84, its middle cut out
+        wanted = np.array(source.resize((84, 56), Image.Resampling.BICUBIC))[:, 14:70].astype(int)
+    assert np.abs(drawn - wanted).max() <= 1
