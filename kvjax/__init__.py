@@ -8,8 +8,8 @@ Axis legend, obeyed by every einsum and by the names of arrays inside functions:
   T query tokens       K KV heads           F MLP dimension       M packed slots
   S cache slots        G = N // K           L layers              V vocabulary
   H head dimension     R = G * queries      X blocks, or any axis
-Local letters: C tokens of a block, E end-of-sequence ids, O tokens of an answer, P parts, Q a
-block of queries, U slots of the tail.
+Local letters: C tokens of a block, E end-of-sequence ids, I images, O tokens of an answer, P parts,
+Q a block of queries, U slots of the tail.
 """
 
 from kvjax.cache import Cache

@@ -8,6 +8,7 @@ I images, P patches of all of them, E values of a patch.
 """
 
 import contextlib
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,14 @@ def _rgb(pillow: Any, image: Any) -> np.ndarray:
         white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
         image = pillow.alpha_composite(white, image)
     return np.array(image.convert("RGB"))
+
+
+def png(pixels: UInt8[np.ndarray, "H W 3"], side: int) -> bytes:
+    """A picture as a PNG file, made smaller where a side is longer than `side`."""
+    picture, file = _pillow().fromarray(pixels), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def _resized(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from kvjax import tiny
 from kvjax.models.checkpoint import save_orbax
 from kvjax.models.export import save_decoder
 from kvjax.prompts import as_rows
+from kvjax.tokenizer import load_tokenizer
 
 TEXT = "a crow cleans a green bridge ."
 FEATURES = 16
@@ -241,3 +242,14 @@ def test_the_page_shows_the_patches(run, folder, picture, tmp_path):
     with Image.open(picture) as source:  # resized to 56 by 84, its middle cut out
         wanted = np.array(source.resize((84, 56), Image.Resampling.BICUBIC))[:, 14:70].astype(int)
     assert np.abs(drawn - wanted).max() <= 1
+
+
+def test_a_template_in_a_processors_file_is_read(folder, tmp_path):
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = settings.pop("chat_template")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(tmp_path).chat_template == template

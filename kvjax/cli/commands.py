@@ -121,6 +121,8 @@ def generate(arguments: argparse.Namespace) -> None:
     """`kvjax generate`."""
     config, rules = compression(arguments), sampling(arguments)
     texts, ids = _given(arguments)
+    prompts: Any = texts or list(ids.values())
+    images = _pictures(arguments.image, prompts)
     model, tokenizer = kvjax.load(
         arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
     )
@@ -131,8 +133,6 @@ def generate(arguments: argparse.Namespace) -> None:
     for place, row in ids.items():
         check_vocabulary(row, place, vocab_size)
     check_vocabulary(arguments.eos or [], "--eos", vocab_size)
-    prompts: Any = texts or list(ids.values())
-    images = _pictures(arguments.image, prompts)
     if images and texts and hasattr(model, "see") and not arguments.chat:
         texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
     rows = read(model, texts or prompts, images, tokenizer=tokenizer, chat=arguments.chat).rows

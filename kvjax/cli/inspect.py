@@ -56,11 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
     configs = _configs(arguments.methods, arguments.budget)
     given = arguments.prompt_file
     text = arguments.prompt if given is None else read_text(given)
+    pictures = [load_image(file) for file in arguments.image or ()]
     directory = arguments.model or tiny.WEIGHTS
     model, tokenizer = kvjax.load(directory, dtype=arguments.dtype, progress=sys.stderr.isatty())
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, expected one")
-    pictures = [load_image(file) for file in arguments.image or ()]
     if pictures and hasattr(model, "see") and not arguments.chat:
         text = with_placeholders(model, tokenizer, text, len(pictures))
     images = [pictures] if pictures else None

@@ -1,7 +1,6 @@
 """One prompt on a page: its tokens, shaded by how many layers and heads kept them."""
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from jaxtyping import Bool, UInt8
 
 from kvjax.eval.report.page import fill
 from kvjax.image_config import ClipImages, Levels
+from kvjax.images import png
 from kvjax.placeholders import Looked
 from kvjax.text import decode_after
 
@@ -98,13 +98,8 @@ def write_inspection(
 
 
 def _picture(image: Shown) -> dict[str, Any]:
-    """An image for the page: its pixels as the text of a PNG, no side above 1024."""
-    from PIL import Image
-
-    picture, file = Image.fromarray(image.pixels), io.BytesIO()
-    picture.thumbnail((_SIDE, _SIDE))
-    picture.save(file, "PNG")
-    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    """An image for the page, its pixels as the text of a PNG."""
+    source = f"data:image/png;base64,{base64.b64encode(png(image.pixels, _SIDE)).decode()}"
     return {"src": source, "first": image.first, "rows": image.rows, "columns": image.columns}
 
 
