@@ -139,6 +139,9 @@ class VisionConfig:
         expect(kind == "clip_vision_model", "vision_config.model_type", "'clip_vision_model'", kind)
         expect(keys["num_channels"] == 3, "vision_config.num_channels", "3", keys["num_channels"])
         layer = mapping.get("vision_feature_layer", -2)
+        layers = layer if isinstance(layer, list | tuple) else [layer]
+        whole = all(isinstance(n, int) for n in layers)
+        expect(whole, "vision_feature_layer", "an integer or a list of them", layer)
         kept = mapping.get("vision_feature_select_strategy", "default")
         known = kept in ("default", "full")
         expect(known, "vision_feature_select_strategy", "'default' or 'full'", kept)
@@ -154,7 +157,7 @@ class VisionConfig:
             image_token_id=token_id("image_token_index", token),
             layer_norm_eps=eps,
             hidden_act=keys["hidden_act"],
-            feature_layers=tuple(layer) if isinstance(layer, list | tuple) else (layer,),
+            feature_layers=tuple(layers),
             keeps_class=kept == "full",
             projector_act=mapping.get("projector_hidden_act", "gelu"),
             projector_bias=bias,

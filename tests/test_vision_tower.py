@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -28,7 +28,7 @@ PATCHES = np.random.default_rng(0).normal(size=(2, 4, 48)).astype(np.float32)
 def hidden():
     """Of a tower that gives all hidden states: each one's features with the class token."""
     config = dataclasses.replace(CONFIG, feature_layers=(0, 1, 2, 3))
-    features = np.asarray(jax.jit(lambda t, x: t(x))(tower(config), PATCHES))
+    features = np.asarray(tower(config)(jnp.asarray(PATCHES)))
     return np.split(features, 4, axis=-1)
 
 
@@ -41,7 +41,7 @@ def tower(config):
 )
 def test_features_are_hidden_states(hidden, layers, keeps_class):
     config = dataclasses.replace(CONFIG, feature_layers=layers, keeps_class=keeps_class)
-    features = np.asarray(tower(config)(PATCHES))
+    features = np.asarray(tower(config)(jnp.asarray(PATCHES)))
     wanted = np.concatenate([hidden[layer] for layer in layers], axis=-1)
     np.testing.assert_allclose(features, wanted if keeps_class else wanted[:, 1:], atol=1e-5)
     assert features.shape[1] == config.features
