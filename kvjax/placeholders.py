@@ -161,13 +161,16 @@ def look(
       pictures: from `by_prompt`.
 
     Raises:
-      ValueError: another number of such tokens in a prompt.
+      ValueError: another number of such tokens in a prompt, a model that nobody has told how its
+        pictures are prepared.
     """
     if not hasattr(model, "see"):
         return Looked(list(map(list, rows)))
     token = model.vision_config.image_token_id
     pictures = [[] for _ in rows] if pictures is None else pictures
     every = [picture for given in pictures for picture in given]
+    if every and model.image_config is None:
+        raise ValueError("model.image_config is None, expected how its pictures are prepared")
     pixels: Any = None
     sizes: list[int] = []
     shapes: list[tuple[int, int]] = []
