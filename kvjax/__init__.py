@@ -8,8 +8,8 @@ Axis legend, obeyed by every einsum and by the names of arrays inside functions:
   T query tokens       K KV heads           F MLP dimension       M packed slots
   S cache slots        G = N // K           L layers              V vocabulary
   H head dimension     R = G * queries      X blocks, or any axis
-Local letters: C tokens of a block, E end-of-sequence ids, O tokens of an answer, P parts, Q a
-block of queries, U slots of the tail.
+Local letters: C tokens of a block, E end-of-sequence ids, I images, O tokens of an answer, P parts,
+Q a block of queries, U slots of the tail.
 """
 
 from kvjax.cache import Cache
@@ -19,11 +19,9 @@ from kvjax.extend import append, claim, claimed_positions, decode_attention
 from kvjax.generate import (
     Generation,
     Step,
-    Timings,
     compress_prompt,
     generate,
     stream,
-    timed_generate,
 )
 from kvjax.likelihood import Scored, score
 from kvjax.load import load
@@ -32,6 +30,7 @@ from kvjax.probe import Probe
 from kvjax.programs import compilations
 from kvjax.sampling import Sampling
 from kvjax.saved import load_cache, save_cache
+from kvjax.timed import Timings, timed_generate
 
 __version__ = "0.1.0"
 

@@ -85,6 +85,7 @@ class Cache(struct.PyTreeNode):
       prompt_lengths: `[B]` tokens of the prompt before compression.
       next_positions: `[B]` position of the row's next token, whatever was evicted.
       keep_ratio: whether the retained ratio is held while the answer grows (PrefixKV).
+      rotary_shift: `[B]` rotary minus true position of new tokens (M-RoPE), or None for 0.
     """
 
     layers: tuple[PaddedLayer, ...]
@@ -93,6 +94,7 @@ class Cache(struct.PyTreeNode):
     next_positions: Int[Array, " B"]
     pool: Pool | None = None
     keep_ratio: bool = struct.field(pytree_node=False, default=False)
+    rotary_shift: Int[Array, " B"] | None = None
 
     @property
     def batch(self) -> int:
@@ -184,8 +186,7 @@ def repeat_rows(cache: Cache, rows: int) -> Cache:
         raise ValueError(f"the cache has {cache.batch} rows, expected 1 or the prompts' {rows}")
     if cache.batch == rows:
         return cache
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, cache)
-    return repeated
+    return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, cache)
 
 
 def full_layer(

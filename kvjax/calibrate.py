@@ -23,6 +23,7 @@ from tqdm import tqdm
 from kvjax.config import CompressionConfig, ConfigError
 from kvjax.generate import compress_prompt
 from kvjax.methods import METHODS
+from kvjax.placeholders import read
 from kvjax.prompts import Prompts, as_rows, bucket
 from kvjax.request import check_rows
 
@@ -74,6 +75,7 @@ def calibrate(
     seed: int = 0,
     batch: int = 16,
     progress: bool = False,
+    images: Sequence[Sequence[Any]] | None = None,
 ) -> Profile:
     """Compress prompts, and note how many entries each layer keeps.
 
@@ -88,6 +90,7 @@ def calibrate(
       seed: of the `random` scorer; no named method that can be calibrated draws.
       batch: most prompts at once, all of one bucket. It changes no result.
       progress: whether to show a bar on stderr, where that is a terminal.
+      images: of a model that sees: each prompt's, in a list of its own.
 
     Raises:
       ConfigError: layer sizes that do not follow from scores.
@@ -98,6 +101,11 @@ def calibrate(
     if batch < 1:
         raise ValueError(f"batch={batch}, expected at least 1")
     rows = as_rows(prompts, tokenizer=tokenizer, vocab_size=model.config.vocab_size)
+    if images is not None:
+        if len(images) != len(rows):
+            raise ValueError(f"images has {len(images)} entries, expected {len(rows)}")
+        pairs = zip(rows, images, strict=True)
+        rows = [read(model, row, list(given)).rows[0] for row, given in pairs]
     check_rows(model, rows, config)  # all of them before the first is run
     lengths = [len(row) for row in rows]
     by_prompt = np.zeros((len(rows), model.config.num_layers))
@@ -106,7 +114,10 @@ def calibrate(
     ) as bar:
         for chosen in _batches(lengths, batch):
             these = [rows[row] for row in chosen]
-            cache = compress_prompt(model, these, config, tokenizer=tokenizer, seed=seed)
+            shown = None if images is None else [list(images[row]) for row in chosen]
+            cache = compress_prompt(
+                model, these, config, tokenizer=tokenizer, seed=seed, images=shown
+            )
             counts_BLK = np.asarray(cache.counts)
             tokens = np.array([lengths[row] for row in chosen])
             by_prompt[chosen] = counts_BLK.mean(-1) / tokens[:, None]

@@ -1,11 +1,10 @@
 """generate(), stream() and compress_prompt(): what users call, and the programs behind them.
 
-`generate` is one compiled program. `stream` and `timed_generate` run the same stages
-(`kvjax.stages`) jitted apart, and draw the same tokens.
+`generate` is one compiled program. `stream` runs the same stages (`kvjax.stages`) jitted apart, and
+draws the same tokens.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,10 @@ from jaxtyping import Array
 from kvjax import stages
 from kvjax.cache import Cache, forget, with_room
 from kvjax.capacity import held_slots, slot_bytes
-from kvjax.compress import compress, probe_request
 from kvjax.config import CompressionConfig, Recompress
-from kvjax.loose import loosen, slots_needed
+from kvjax.loose import slots_needed
+from kvjax.placeholders import Pictures, read
 from kvjax.programs import (
-    Program,
     answer_program,
     ask_program,
     decode_program,
@@ -32,7 +30,7 @@ from kvjax.programs import (
     prefill_compress_program,
     start_answer_program,
 )
-from kvjax.prompts import Prompts, as_rows, bucket, pad
+from kvjax.prompts import Prompts, bucket, pad
 from kvjax.reconstruction import instructed
 from kvjax.request import FULL, Request, check_rows
 from kvjax.sampling import Sampling
@@ -77,17 +75,6 @@ class Step:
     text: list[str] | None
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of each phase, compilation apart, and programs compiled."""
-
-    prefill: float
-    compress: float
-    decode: float
-    compile: float
-    compilations: int
-
-
 def generate(
     model: Any,
     prompts: Prompts,
@@ -101,6 +88,7 @@ def generate(
     stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
+    images: Pictures | None = None,
     cache: Cache | None = None,
     return_cache: bool = False,
     recompress: Recompress | None = None,
@@ -122,6 +110,9 @@ def generate(
       chat: put each text into the tokenizer's chat template (the first turn; render later ones
         yourself, the template would begin anew).
       attention_mask: 1 for the real tokens of a padded array, on either side.
+      images: of a model that sees: each prompt's PIL images, paths or uint8 arrays
+        `[height, width, 3]`, in the order of the image tokens that stand for them (`<image>` of
+        LLaVA); a list for one prompt, a list of lists for several.
       cache: a cache from `compress_prompt` or from an earlier answer, which the prompts
         continue; a cache of one row serves any number of prompts. It is not changed. `config`
         has no effect then.
@@ -137,7 +128,7 @@ def generate(
     model = place(model, mesh)
     request = Request.make(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache, recompress,
+        attention_mask, cache, recompress, images,
     )  # fmt: skip
     if stop:
         return _collect(model, request, return_cache)
@@ -149,10 +140,10 @@ def generate(
     }
     arrays = request.tokens, request.lengths, request.key, request.rules
     if request.cache is None:
-        held = generate_program(model, *arrays, config=request.config, **common)
+        held = generate_program(model, *arrays, request.images, config=request.config, **common)
     else:
         held = answer_program(model, request.cache, *arrays, **common)
-    return _generation(model, request, *held)
+    return as_generation(model, request, *held)
 
 
 def stream(
@@ -168,6 +159,7 @@ def stream(
     stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
+    images: Pictures | None = None,
     cache: Cache | None = None,
     recompress: Recompress | None = None,
     mesh: Mesh | None = None,
@@ -176,7 +168,7 @@ def stream(
     model = place(model, mesh)
     request = Request.make(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache, recompress,
+        attention_mask, cache, recompress, images,
     )  # fmt: skip
     return (step for step, _, _ in _steps(model, request, CHUNK))
 
@@ -189,100 +181,20 @@ def compress_prompt(
     tokenizer: Any = None,
     seed: int = 0,
     attention_mask: np.ndarray | None = None,
+    images: Pictures | None = None,
     mesh: Mesh | None = None,
 ) -> Cache:
     """Compress documents once, to ask many questions of (`generate(cache=...)`).
 
     Arguments as in `generate`. The questions are not seen while compressing.
     """
-    rows = as_rows(
-        prompts,
-        tokenizer=tokenizer,
-        attention_mask=attention_mask,
-        vocab_size=model.config.vocab_size,
-    )
+    looked = read(model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask)
     model = place(model, mesh)
-    check_rows(model, rows, config)
-    tokens, lengths = pad(rows)
+    check_rows(model, looked.rows, config)
+    tokens, lengths = pad(looked.rows)
     config = instructed(config, tokenizer, model.config.vocab_size)
-    return prefill_compress_program(model, tokens, lengths, jax.random.key(seed), config=config)[1]
-
-
-def timed_generate(
-    model: Any,
-    prompts: Prompts,
-    config: CompressionConfig = FULL,
-    *,
-    max_new_tokens: int,
-    tokenizer: Any = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    eos_ids: int | Sequence[int] | None = None,
-    chat: bool = False,
-    attention_mask: np.ndarray | None = None,
-    recompress: Recompress | None = None,
-) -> tuple[Generation, Timings]:
-    """`generate` with its phases compiled and timed apart; arguments as there.
-
-    Every layer's keys and values are alive between prefill and compression, which the one
-    program avoids. Each call compiles anew, which is not in the phases' seconds.
-    """
-    request = Request.make(
-        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, (), chat,
-        attention_mask, None, recompress,
-    )  # fmt: skip
-    phases, config = Phases(), request.config
-    observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
-    prompt = request.tokens, request.lengths
-
-    def shrink(keys, values, probes, lengths, key):
-        return compress(
-            keys, values, probes, config, lengths=lengths, windows=windows, key=key,
-            tail_slots=request.tail_slots,
-        )  # fmt: skip
-
-    def answer_all(model, logits, cache, tokens, lengths, key, rules):
-        answer = stages.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
-        if recompress is None:
-            return stages.decode(model, cache, answer, rules, request.new_tokens - 1)[1]
-        rest = model.config.num_heads, request.new_tokens, config.fraction
-        cache, ratio = loosen(cache, recompress, *rest)
-        return stages.decode_in_segments(model, cache, answer, rules, recompress, ratio)[1]
-
-    def read(model, tokens, lengths):
-        return stages.prefill(model, tokens, lengths, observe)
-
-    logits, *kept = phases.run("prefill", read, model, *prompt)
-    cache = phases.run("compress", shrink, *kept, request.lengths, request.key)
-    del kept
-    answer = phases.run(
-        "decode", answer_all, model, logits, cache, *prompt, request.key, request.rules
-    )
-    held = stages.kept_entries(cache)
-    return _generation(model, request, answer, held, None), phases.timings()
-
-
-class Phases:
-    """A stopwatch over functions that are compiled apart from being run."""
-
-    def __init__(self):
-        self.seconds = {"prefill": 0.0, "compress": 0.0, "decode": 0.0, "compile": 0.0}
-        self.compilations = 0
-
-    def run(self, phase: str, function: Callable, *arrays: Any) -> Any:
-        """Compile `function` for `arrays`, run it to its end, and note both times."""
-        began = time.perf_counter()
-        compiled = Program(function).lower(*arrays).compile()
-        ready = time.perf_counter()
-        out = jax.block_until_ready(compiled(*arrays))
-        self.seconds["compile"] += ready - began
-        self.seconds[phase] += time.perf_counter() - ready
-        self.compilations += 1
-        return out
-
-    def timings(self) -> Timings:
-        """What was noted."""
-        return Timings(**self.seconds, compilations=self.compilations)
+    prompt = tokens, lengths, jax.random.key(seed), looked.images(tokens)
+    return prefill_compress_program(model, *prompt, config=config)[1]
 
 
 # ---------------------------------------------------------------------------- host
@@ -293,7 +205,8 @@ def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Ans
         logits, cache = ask_program(model, request.cache, *prompt, tail_slots=request.tail_slots)
     else:
         config = request.config
-        logits, cache = prefill_compress_program(model, *prompt, request.key, config=config)
+        rest = request.key, request.images
+        logits, cache = prefill_compress_program(model, *prompt, *rest, config=config)
         cache = with_room(cache, request.tail_slots)
     answer = start_answer_program(
         logits, *prompt, request.key, request.rules, room=request.new_tokens
@@ -347,10 +260,13 @@ def _collect(model: Any, request: Request, return_cache: bool) -> Generation:
     if return_cache:
         cache_out = feed_last_program(model, cache, answer)
         cache_out = cache_out.replace(tail=forget(cache_out.tail))
-    return _generation(model, request, answer, kept, cache_out)
+    return as_generation(model, request, answer, kept, cache_out)
 
 
-def _generation(model: Any, request: Request, answer: Answer, kept: Array, cache: Cache | None):
+def as_generation(
+    model: Any, request: Request, answer: Answer, kept: Array, cache: Cache | None
+) -> Generation:
+    """What came of a request."""
     tokens = _drawn(answer.tokens, answer.tokens, 0, answer.tokens.shape[1])
     log_probs = _drawn(answer.log_probs, answer.tokens, 0, answer.tokens.shape[1])
     text = None

@@ -19,9 +19,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import sharding, stages
 from kvjax.cache import with_room
 from kvjax.config import CompressionConfig
+from kvjax.placeholders import Pictures, by_prompt, look
 from kvjax.programs import Program
 from kvjax.prompts import as_rows, pad
 from kvjax.request import FULL, check_rows
+from kvjax.seen import Images
 
 Document = tuple[list[int], int]  # tokens, prefix
 
@@ -52,6 +54,7 @@ def score(
     seed: int | Sequence[int] = 0,
     positions: bool = False,
     pad_to: tuple[int, int] = (0, 0),
+    images: Pictures | None = None,
 ) -> list[Scored]:
     """NLL of what follows a prefix whose cache is compressed once.
 
@@ -66,11 +69,14 @@ def score(
       positions: whether to return which entries were kept.
       pad_to: least tokens that prefixes, and what follows them, are padded to, so that batches of
         other texts share one compiled program. It changes no result.
+      images: of a model that sees, as in `generate`, all of them in the prefix; its length counts
+        tokens as they are given, be it one for an image or one for each of its features.
 
     Raises:
       ValueError: a prefix outside that range, an id outside the vocabulary, a text longer than
         the model's context.
     """
+    pictures = by_prompt(images, tokens, model)
     rows = as_rows(tokens, vocab_size=model.config.vocab_size)
     if isinstance(prefix_length, int | np.integer):
         prefix_length = [int(prefix_length)] * len(rows)
@@ -83,12 +89,16 @@ def score(
                 f"prefix_length={prefix} of text {index}, expected 1 to {len(row) - 1}"
                 f" (it has {len(row)} tokens)"
             )
-    heads = [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)]
-    check_rows(model, heads, config)
-    check_rows(model, rows, FULL)
-    prompt, lengths = pad(heads, pad_to[0])
+    looked = look(
+        model, [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)], pictures
+    )
     # Every token after the prefix is a target; all but the last are inputs too.
     rests = [row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
+    check_rows(model, looked.rows, config)
+    rows = [[*head, *rest] for head, rest in zip(looked.rows, rests, strict=True)]
+    check_rows(model, rows, FULL)
+    look(model, rests, None)  # no image stands after the prefix
+    prompt, lengths = pad(looked.rows, pad_to[0])
     after, counts = pad(rests, pad_to[1])
     nll, top1, counts_BLK, kept = _score_program(
         model,
@@ -97,6 +107,7 @@ def score(
         after,
         counts,
         _key(seed, len(rows)),
+        looked.images(prompt),
         config=config,
         positions=positions,
     )
@@ -153,13 +164,14 @@ def _score_program(
     after: Int[Array, "B T"],
     counts: Int[Array, " B"],
     key: Key[Array, "*row"],
+    images: Images | None = None,
     *,
     config: CompressionConfig,
     positions: bool,
 ) -> tuple[
     Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B L K"], Bool[Array, "B L K P"] | None
 ]:
-    logits_BV, cache = stages.prefill_compress(model, prompt, lengths, key, config)
+    logits_BV, cache = stages.prefill_compress(model, prompt, lengths, key, config, images)
     batch, tokens = after.shape
     block = min(stages.BLOCK, tokens)
     blocks = -(-tokens // block)

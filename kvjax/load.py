@@ -6,8 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kvjax.image_config import ClipImages, ImageConfig, QwenImages, load_image_config
 from kvjax.models.checkpoint import is_orbax, load_orbax
 from kvjax.models.decoder import Decoder
+from kvjax.models.llava import Llava
+from kvjax.models.qwen_vl import QwenVL, load_qwen_vl
+from kvjax.models.vision_config import QWEN, vision_architecture
+from kvjax.models.vision_weights import load_vision_decoder
 from kvjax.models.weights import load_decoder
 from kvjax.tokenizer import load_tokenizer
 
@@ -22,8 +27,10 @@ def load(
     """The decoder and the tokenizer of a checkpoint.
 
     Args:
-      directory: `config.json`, safetensors (one file or shards with an index), tokenizer files; or
-        what `kvjax.models.checkpoint.save_orbax` wrote, with tokenizer files.
+      directory: `config.json`, safetensors (one file or shards with an index), tokenizer files,
+        and the image processor's settings where the model sees (LLaVA-1.5,
+        Qwen2.5-VL); or what
+        `kvjax.models.checkpoint.save_orbax` wrote, with tokenizer files.
       dtype: of weights, activations and cache: jnp.float32, jnp.bfloat16 or jnp.float16.
       progress: whether to show a bar on stderr.
       mesh: from `kvjax.sharding.make_mesh`: weights go straight to the devices that hold a part of
@@ -35,7 +42,27 @@ def load(
     Raises:
       ValueError: what is missing, extra, misshapen, truncated or unknown, by name.
     """
+    return load_model(directory, dtype=dtype, progress=progress, mesh=mesh), load_tokenizer(
+        directory
+    )
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    progress: bool = True,
+    mesh: Mesh | None = None,
+) -> Decoder:
+    """`load` without a tokenizer, which takes seconds to import."""
     if is_orbax(directory):
-        return load_orbax(directory, mesh, dtype=dtype), load_tokenizer(directory)
-    model = load_decoder(directory, dtype=dtype, progress=progress, mesh=mesh)
-    return model, load_tokenizer(directory)
+        return load_orbax(directory, mesh, dtype=dtype)
+    architecture = vision_architecture(directory)
+    if architecture is None:
+        return load_decoder(directory, dtype=dtype, progress=progress, mesh=mesh)
+    kind: type[ImageConfig] = QwenImages if architecture == QWEN else ClipImages
+    image_config = load_image_config(directory, kind)
+    load_seeing = load_qwen_vl if architecture == QWEN else load_vision_decoder
+    model: Llava | QwenVL = load_seeing(directory, dtype=dtype, progress=progress, mesh=mesh)
+    model.image_config = image_config
+    return model

@@ -16,6 +16,7 @@ from kvjax.cache import Cache, Tail, forget, with_room
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.loose import Ratio, loosen
 from kvjax.recompress import evict
+from kvjax.seen import Images
 from kvjax.split import settled
 from kvjax.stages import Answer, Rules
 
@@ -49,6 +50,7 @@ def generate_program(
     lengths: Int[Array, " B"],
     key: Key[Array, ""],
     rules: Rules,
+    images: Images | None = None,
     *,
     config: CompressionConfig,
     new_tokens: int,
@@ -57,7 +59,7 @@ def generate_program(
     recompress: Recompress | None = None,
 ) -> tuple[Answer, Int[Array, "B L K"], Cache | None]:
     """Prefill, compress and decode; the cache comes back, answer included, where `whole`."""
-    logits, cache = stages.prefill_compress(model, tokens, lengths, key, config)
+    logits, cache = stages.prefill_compress(model, tokens, lengths, key, config, images)
     answer = stages.start_answer(logits, tokens, lengths, key, rules, new_tokens)
     cache, kept = with_room(cache, tail_slots), stages.kept_entries(cache)
     ratio = None
@@ -115,11 +117,12 @@ def prefill_compress_program(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     key: Key[Array, ""],
+    images: Images | None = None,
     *,
     config: CompressionConfig,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """The first stage of a stream."""
-    logits, cache = stages.prefill_compress(model, tokens, lengths, key, config)
+    logits, cache = stages.prefill_compress(model, tokens, lengths, key, config, images)
     return logits, _readable(cache)
 
 

@@ -21,6 +21,13 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def is_one(prompts: Prompts) -> bool:
+    """Whether this is one prompt: a text, or token ids."""
+    return isinstance(prompts, str) or (
+        len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+    )
+
+
 def as_rows(
     prompts: Prompts,
     *,
@@ -29,6 +36,8 @@ def as_rows(
     vocab_size: int,
     chat: bool = False,
     special: bool = True,
+    images: Sequence[int] | None = None,
+    placeholder: str = "",
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
@@ -39,18 +48,24 @@ def as_rows(
       vocab_size: ids are 0 .. vocab_size - 1.
       chat: put each text into the tokenizer's chat template as the user's turn.
       special: let the tokenizer add its special tokens (BOS); False for a later turn.
+      images: how many each prompt has, and
+      placeholder: what stands for one in a text: a chat template is told of them.
 
     Raises:
       ValueError: no prompt, an empty one, an id outside the vocabulary, no tokenizer for text, a
         mask of another shape than the prompts'.
     """
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-        prompts = [prompts]  # type: ignore[assignment]
+    if is_one(prompts):
+        prompts = [prompts]  # type: ignore[assignment,list-item]
     if attention_mask is not None:
         prompts = _unpadded(prompts, np.asarray(attention_mask))
     if not len(prompts):
         raise ValueError("prompts is empty, expected at least one prompt")
-    rows = [_row(prompt, tokenizer, chat, special) for prompt in prompts]
+    counts = [0] * len(prompts) if images is None else images
+    rows = [
+        _row(prompt, tokenizer, chat, special, count, placeholder)
+        for prompt, count in zip(prompts, counts, strict=True)
+    ]
     for index, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {index} is empty, expected at least one token")
@@ -80,7 +95,9 @@ def _unpadded(prompts: Any, attention_mask: np.ndarray) -> list[np.ndarray]:
     return [row[mask > 0] for row, mask in zip(tokens, attention_mask, strict=True)]
 
 
-def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
+def _row(
+    prompt: Any, tokenizer: Any, chat: bool, special: bool, images: int, placeholder: str
+) -> list[int]:
     if not isinstance(prompt, str):
         return [operator.index(token) for token in np.asarray(prompt).tolist()]
     if tokenizer is None:
@@ -88,15 +105,34 @@ def _row(prompt: Any, tokenizer: Any, chat: bool, special: bool) -> list[int]:
     if not prompt:
         return []
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("chat=True, expected a tokenizer with a chat template")
-        turn = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"the chat template does not take this prompt ({error})") from None
+        text = _chat(prompt, tokenizer, images, placeholder)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+
+
+def _chat(prompt: str, tokenizer: Any, images: int, placeholder: str) -> str:
+    """The prompt as the user's turn, with its images where the text has a placeholder, or first."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat=True, expected a tokenizer with a chat template")
+
+    def turn(content: Any) -> str:
+        turns = [{"role": "user", "content": content}]
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not take this prompt ({error})") from None
+
+    if not images:
+        return turn(prompt)
+    if placeholder not in prompt:
+        prompt = placeholder * images + prompt
+    parts: list[dict[str, str]] = []
+    for index, text in enumerate(prompt.split(placeholder)):
+        parts += [{"type": "image"}] * (index > 0)
+        parts += [{"type": "text", "text": text}] * bool(text)
+    rendered = turn(parts)
+    # A template for text alone would write such a list as it is, or leave images out.
+    return rendered if rendered.count(placeholder) == prompt.count(placeholder) else turn(prompt)
 
 
 def pad(rows: Sequence[Row] | np.ndarray, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import Cache, empty_tail, full_layer, remember
 from kvjax.config import CompressionConfig
 from kvjax.probe import Repeat
+from kvjax.seen import NOTHING, Seen
 
 # What a tokenizer makes the instructions of: before the first chunk, before the others.
 INSTRUCTIONS = (
@@ -56,6 +57,7 @@ def reconstruction_scores(
     keys: Sequence[Float[Array, "B T K H"]],
     values: Sequence[Float[Array, "B T K H"]],
     repeat: Repeat,
+    seen: Seen = NOTHING,
 ) -> list[Float[Array, "B K T"]]:
     """Importance in [0, 1] of each entry of every layer; 0 for padding and for the sinks.
 
@@ -69,25 +71,37 @@ def reconstruction_scores(
       lengths: their real tokens.
       keys, values: every layer's, from the prefill.
       repeat: chunk, instructions, sinks.
+      seen: the prompt's images, whose features are repeated with their tokens; at successive
+        positions, as text, where the rotary embedding had them in rows and columns.
     """
     width = min(repeat.chunk, tokens.shape[1])
-    texts, counts = _repetitions(tokens, lengths, width, repeat)
+    instructions = [jnp.array(ids, jnp.int32) for ids in repeat.instructions]
+    texts, counts = _repetitions(tokens, lengths, width, instructions)
+    places = None
+    if seen.places is not None:
+        silent = [jnp.full_like(ids, -1) for ids in instructions]
+        places, _ = _repetitions(seen.places, lengths, width, silent)
     layers = tuple(full_layer(k, v, lengths) for k, v in zip(keys, values, strict=True))
     cache = Cache(
         layers=layers,
         tail=remember(empty_tail(layers, texts.shape[-1]), BLOCK, model.config.num_heads),
         prompt_lengths=lengths,
         next_positions=lengths,
+        rotary_shift=seen.shift,
     )
 
     def chunk(scores, xs):
-        text_BU, count_B, first = xs
+        text_BU, place_BU, count_B, first = xs
 
         def block(state, start):
             scores, tail, next_positions = state
             now = cache.replace(tail=tail, next_positions=next_positions)
             part_BW = lax.dynamic_slice_in_dim(text_BU, start, BLOCK, axis=1)
-            _, now = model.extend(part_BW, jnp.clip(count_B - start, 0, BLOCK), now)
+            again = NOTHING
+            if place_BU is not None:
+                place_BW = lax.dynamic_slice_in_dim(place_BU, start, BLOCK, axis=1)
+                again = Seen(seen.features, place_BW)
+            _, now = model.extend(part_BW, jnp.clip(count_B - start, 0, BLOCK), now, again)
             scores = [
                 _raised(score, k, now, layer, first, width, repeat.sinks)
                 for layer, (score, k) in enumerate(zip(scores, keys, strict=True))
@@ -101,15 +115,18 @@ def reconstruction_scores(
     batch, prompt_tokens, kv_heads, _ = keys[0].shape
     nothing = [jnp.zeros((batch, kv_heads, prompt_tokens), jnp.float32) for _ in keys]
     firsts = jnp.arange(texts.shape[0]) * width
-    return lax.scan(chunk, nothing, (texts, counts, firsts))[0]
+    return lax.scan(chunk, nothing, (texts, places, counts, firsts))[0]
 
 
-def _repetitions(tokens, lengths, width, repeat):
-    """What is said for each chunk, `[chunks, B, U]` in whole blocks, and its real tokens."""
+def _repetitions(tokens, lengths, width, instructions):
+    """What is said for each chunk, `[chunks, B, U]` in whole blocks, and its real tokens.
+
+    `instructions` come before the first chunk, and before each of the others.
+    """
     batch, prompt_tokens = tokens.shape
     texts, counts = [], []
     for first in range(0, prompt_tokens, width):
-        instruction = jnp.array(repeat.instructions[first > 0], jnp.int32)
+        instruction = instructions[first > 0]
         lead_BX = tokens[:, max(0, first - LEAD) : first]
         chunk_BC = tokens[:, first : first + width]
         before = instruction.shape[0] + lead_BX.shape[1]

@@ -11,10 +11,12 @@ from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, repeat_rows
 from kvjax.config import CompressionConfig, Recompress
-from kvjax.prompts import Row, as_rows, bucket, check_context, pad
+from kvjax.placeholders import read
+from kvjax.prompts import Row, bucket, check_context, pad
 from kvjax.reconstruction import instructed
 from kvjax.rows import check_prompt
 from kvjax.sampling import Sampling
+from kvjax.seen import Images
 from kvjax.sharding import known, mesh_of
 from kvjax.stages import Rules
 
@@ -32,6 +34,7 @@ class Request(struct.PyTreeNode):
     key: Key[Array, ""]
     rules: Rules
     cache: Cache | None
+    images: Images | None
     config: CompressionConfig = struct.field(pytree_node=False)
     new_tokens: int = struct.field(pytree_node=False)
     tail_slots: int = struct.field(pytree_node=False)
@@ -43,7 +46,7 @@ class Request(struct.PyTreeNode):
     @classmethod
     def make(
         cls, model, prompts, config, new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache, recompress=None,
+        attention_mask, cache, recompress=None, images=None,
     ):  # fmt: skip
         if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
             raise ValueError(f"max_new_tokens={new_tokens!r}, expected an integer of at least 1")
@@ -54,14 +57,13 @@ class Request(struct.PyTreeNode):
             raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
         if chat and cache is not None:
             raise ValueError("chat=True begins a conversation, expected no cache beside it")
-        rows = as_rows(
-            prompts,
-            tokenizer=tokenizer,
-            attention_mask=attention_mask,
-            vocab_size=model.config.vocab_size,
-            chat=chat,
+        if images is not None and cache is not None:
+            raise ValueError("images beside a cache are not read, expected them in its prompt")
+        looked = read(
+            model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask, chat=chat,
             special=cache is None,
-        )
+        )  # fmt: skip
+        rows = looked.rows
         tokens, lengths = pad(rows)
         config = instructed(config, tokenizer, model.config.vocab_size)
         slots = new_tokens
@@ -88,6 +90,7 @@ class Request(struct.PyTreeNode):
             rules=rules, cache=cache, config=config, new_tokens=new_tokens,
             tail_slots=bucket(slots), tokenizer=tokenizer, stop=stop,
             contexts=tuple(tuple(row[-CONTEXT:]) for row in rows), recompress=recompress,
+            images=looked.images(tokens),
         )  # fmt: skip
         return known(request, mesh_of(model))
 

@@ -27,8 +27,10 @@ _SAMPLE = 256  # values of each weight that the fingerprint reads
 
 
 def fingerprint(model: Any) -> str:
-    """A digest of the model's config, and of shape, dtype and some values of each weight."""
+    """A digest of the model's configs, and of shape, dtype and some values of each weight."""
     digest = hashlib.sha256(repr(model.config).encode())
+    if (vision := getattr(model, "vision_config", None)) is not None:
+        digest.update(repr(vision).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         step = max(1, leaf.size // _SAMPLE)
         sample = np.asarray(jnp.ravel(leaf)[::step][:_SAMPLE])
@@ -101,6 +103,8 @@ def _arrays(cache: Cache) -> dict[str, Any]:
         "tail.positions": cache.tail.positions,
         "tail.cursor": cache.tail.cursor,
     }
+    if cache.rotary_shift is not None:
+        found["rotary_shift"] = cache.rotary_shift
     for index, (keys, values) in enumerate(zip(cache.tail.keys, cache.tail.values, strict=True)):
         found |= {f"tail.{index}.keys": keys, f"tail.{index}.values": values}
     for index, layer in enumerate(cache.layers):
@@ -136,6 +140,7 @@ def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
         prompt_lengths=arrays["prompt_lengths"],
         next_positions=arrays["next_positions"],
         keep_ratio=facts["keep_ratio"],
+        rotary_shift=arrays.get("rotary_shift"),
     )
 
 

@@ -1,8 +1,8 @@
 """prompt -> prefill -> compress -> decode, as functions from arrays to arrays.
 
 B batch, T prompt tokens (the bucket), D model dim, V vocabulary, O tokens asked for. The model
-is an argument: a pytree with `embed`, `layers`, `logits`, `extend` and `config`. `generate.py`
-inlines these stages into one program, or jits them apart.
+is an argument: a pytree with `embed`, `layers`, `logits`, `extend` and `config`, and `see` where it
+reads images. `generate.py` inlines these stages into one program, or jits them apart.
 """
 
 import math
@@ -23,6 +23,7 @@ from kvjax.probe import Probe, ProbeRequest
 from kvjax.recompress import evict
 from kvjax.reconstruction import reconstruction_scores
 from kvjax.sampling import Sampling, Switches, Values, sample
+from kvjax.seen import NOTHING, Images, Seen, see
 
 # A question or a scored text longer than this runs against the cache in several blocks, so that
 # its scores never span the whole of it.
@@ -76,17 +77,21 @@ def greedy_rules() -> Rules:
 
 # ---------------------------------------------------------------------------- prompt
 def prefill(
-    model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], request: ProbeRequest
+    model: Any,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    request: ProbeRequest,
+    seen: Seen = NOTHING,
 ) -> tuple[Float[Array, "B V"], tuple[Array, ...], tuple[Array, ...], tuple[Probe, ...]]:
     """Every layer's keys, values and probe, uncompressed, and the logits after each prompt."""
-    x_BTD = model.embed(tokens)
+    x_BTD = seen.put(model.embed(tokens))
     layers = []
     for layer in model.layers:
-        x_BTD, *kept = layer.prefill(x_BTD, lengths, request)
+        x_BTD, *kept = layer.prefill(x_BTD, lengths, request, seen.rotary)
         layers.append(kept)
     keys, values, probes = zip(*layers, strict=True)
     if request.repeat is not None:
-        scores = reconstruction_scores(model, tokens, lengths, keys, values, request.repeat)
+        scores = reconstruction_scores(model, tokens, lengths, keys, values, request.repeat, seen)
         probes = tuple(p.replace(reconstruction=s) for p, s in zip(probes, scores, strict=True))
     return last_logits(model, x_BTD, lengths), keys, values, probes
 
@@ -97,6 +102,7 @@ def prefill_compress(
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
     config: CompressionConfig,
+    images: Images | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Prefill and compress a batch of prompts, in groups of rows where it is large.
 
@@ -108,19 +114,22 @@ def prefill_compress(
       lengths: their real tokens.
       key: of the `random` scorer; with one for each row rows draw differently.
       config: what is kept.
+      images: of all rows, seen by the model's tower before any row is prefilled.
     """
+    seen = see(model, images)
     batch, width = tokens.shape
     shards = math.gcd(batch, sharding.parts((sharding.DATA,)))
     groups = _groups(batch // shards, width)
     tokens, lengths = sharding.constrain(tokens, "BT"), sharding.constrain(lengths, "B")
     if groups == 1:
-        return _prefill_compress(model, tokens, lengths, key, config)
+        return _prefill_compress(model, tokens, lengths, key, config, seen)
 
     def one(group):
-        tokens, lengths, *own = group
-        return _prefill_compress(model, tokens, lengths, *(own or [key]), config)
+        tokens, lengths, places, rotary, own = group
+        mine = seen.replace(places=places, rotary=rotary)
+        return _prefill_compress(model, tokens, lengths, key if own is None else own, config, mine)
 
-    per_row = (tokens, lengths, key) if key.ndim else (tokens, lengths)
+    per_row = (tokens, lengths, seen.places, seen.rotary, key if key.ndim else None)
 
     def deal(x: Array) -> Array:
         if shards == 1:
@@ -134,7 +143,7 @@ def prefill_compress(
         x = x if shards == 1 else x.swapaxes(0, 1)
         return x.reshape(batch, *x.shape[2:])
 
-    return jax.tree.map(collect, lax.map(one, tuple(map(deal, per_row))))
+    return jax.tree.map(collect, lax.map(one, jax.tree.map(deal, per_row)))
 
 
 def _groups(batch: int, tokens: int) -> int:
@@ -145,23 +154,24 @@ def _groups(batch: int, tokens: int) -> int:
     )
 
 
-def _prefill_compress(model, tokens, lengths, key, config):
+def _prefill_compress(model, tokens, lengths, key, config, seen):
     """Layer by layer: a layer is packed before the next one runs, if it can be scored then."""
     plan = make_plan(config, lengths, tokens.shape[1], model.config.sliding_windows, key)
     request = probe_request(config, tokens.shape[1])
     kept = Packing()
     if request.repeat is not None:
-        logits, *layers = prefill(model, tokens, lengths, request)
+        logits, *layers = prefill(model, tokens, lengths, request, seen)
         for index, layer in enumerate(zip(*layers, strict=True)):
             kept = add_layer(kept, index, *layer, plan)
-        return logits, finish(kept, plan)
-    x_BTD = model.embed(tokens)
+        return logits, finish(kept, plan).replace(rotary_shift=seen.shift)
+    x_BTD = seen.put(model.embed(tokens))
     for index, layer in enumerate(model.layers):
-        x_BTD, keys, values, probe = layer.prefill(x_BTD, lengths, request)
+        x_BTD, keys, values, probe = layer.prefill(x_BTD, lengths, request, seen.rotary)
         kept = add_layer(kept, index, keys, values, probe, plan)
         # Without the barrier XLA may keep every layer's keys and values alive to the end.
         x_BTD, kept = lax.optimization_barrier((x_BTD, kept))
-    return last_logits(model, x_BTD, lengths), finish(kept, plan)
+    cache = finish(kept, plan).replace(rotary_shift=seen.shift)
+    return last_logits(model, x_BTD, lengths), cache
 
 
 def last_logits(

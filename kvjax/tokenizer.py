@@ -40,9 +40,12 @@ def load_tokenizer(directory: str | Path) -> Any:
     with _quiet_transformers() as transformers:
         # What a damaged file raises is not documented; KeyError and bare Exception are among it.
         try:
-            return transformers.AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = _processors_template(folder)
+            return tokenizer
         except Exception as error:
             reason = _one_line(error)
         if not vocabulary.is_file():
@@ -55,6 +58,14 @@ def load_tokenizer(directory: str | Path) -> Any:
             raise ValueError(
                 f"{vocabulary} is not a valid tokenizer.json ({_one_line(error)})"
             ) from None
+
+
+def _processors_template(folder: Path) -> str | None:
+    """The template that older vision-language checkpoints keep in a file of their processor's."""
+    path = folder / "chat_template.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
 
 
 def _one_line(error: Exception) -> str:

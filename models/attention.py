@@ -17,9 +17,17 @@ from kvjax.kernels.prefill_attention import prefill_attention
 from kvjax.kernels.prefill_attention.training import training_attention
 from kvjax.kernels.window_scores import accumulated_scores
 from kvjax.models.config import ModelConfig
-from kvjax.models.layers import RMSNorm, parameter, rope_frequencies, rotate, with_bias
+from kvjax.models.layers import (
+    RMSNorm,
+    pair_positions,
+    parameter,
+    rope_frequencies,
+    rotate,
+    with_bias,
+)
 from kvjax.models.observe import expected_queries, last_queries, output_norms
 from kvjax.probe import Probe, ProbeRequest
+from kvjax.seen import Rotary
 from kvjax.sharding import by_device, constrain
 from kvjax.split import attend
 
@@ -56,19 +64,32 @@ class Attention(nnx.Module):
         return self._output(out_BTNH)
 
     def prefill(
-        self, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"], request: ProbeRequest
+        self,
+        x_BTD: Float[Array, "B T D"],
+        lengths: Int[Array, " B"],
+        request: ProbeRequest,
+        rotary: Rotary | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K H"], Float[Array, "B T K H"], Probe]:
-        """A whole prompt: the output, its keys (after RoPE) and values, and what was asked for."""
+        """A whole prompt: the output, its keys (after RoPE) and values, and what was asked for.
+
+        `rotary` has what the rotary embedding turns by, where that is not the true positions.
+        """
         batch, tokens, _ = x_BTD.shape
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+        shift_B = None
+        if rotary is not None:
+            assert self.config.mrope_section is not None  # what makes it differ from positions
+            positions = pair_positions(rotary.positions, self.config.mrope_section)
+            shift_B = rotary.shift
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         probe = Probe()
         if request.future:
+            frequencies = rope_frequencies(self.config)
             mean, cov = expected_queries(
-                q_BTNH, lengths, rope_frequencies(self.config), request.future, request.skipped
+                q_BTNH, lengths, frequencies, request.future, request.skipped, shift_B
             )
             probe = probe.replace(future_mean=mean, future_cov=cov)
-        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions_BT)
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions)
         prompt = q_BTNH, k_BTKH, v_BTKH, lengths
         read = partial(prefill_attention, window=self.window)
         out_BTNH, lse_BNT = by_device(read, "BTNH,BTKH,BTKH,B->BTNH,BNT", *prompt)
@@ -89,7 +110,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """New tokens at `positions` (-1: padding), whose tail slots are already claimed."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions)
+        shift, turned_BT = cache.rotary_shift, positions
+        if shift is not None:
+            turned_BT = positions + shift[:, None]
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, turned_BT)
         cache = cache.replace(tail=write_layer(cache.tail, self.layer, k_BTKH, v_BTKH, q_BTNH))
         out_BTNH = attend(q_BTNH, positions, cache, self.layer, self.window)
         return self._output(out_BTNH), cache
@@ -103,9 +127,9 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         return constrain(q_BTNH, "BTNH"), constrain(k_BTKH, "BTKH"), constrain(v_BTKH, "BTKH")
 
-    def _rotate(self, q_BTNH, k_BTKH, positions_BT):
+    def _rotate(self, q_BTNH, k_BTKH, positions):
         frequencies = rope_frequencies(self.config)
-        return rotate(q_BTNH, positions_BT, frequencies), rotate(k_BTKH, positions_BT, frequencies)
+        return rotate(q_BTNH, positions, frequencies), rotate(k_BTKH, positions, frequencies)
 
     def _output(self, out_BTNH):
         out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)

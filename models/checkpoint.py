@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from kvjax import sharding
 from kvjax.models.config import ModelConfig, RopeScaling
 from kvjax.models.decoder import Decoder
-from kvjax.models.weights import parameter_at, tensor_specs
+from kvjax.models.weights import check_reads_text, parameter_at, tensor_specs
 
 FORMAT = "kvjax-orbax-1"
 CONFIG = "kvjax.json"
@@ -39,8 +39,9 @@ def save_orbax(model: Decoder, directory: str | Path) -> Path:
       The directory.
 
     Raises:
-      ValueError: a directory that holds a checkpoint already.
+      ValueError: a directory that holds a checkpoint already, or a model that sees.
     """
+    check_reads_text(model)
     folder = Path(directory).absolute()
     if (folder / "weights").exists():
         raise ValueError(f"directory {folder} holds weights already, expected none")
@@ -118,8 +119,8 @@ def _read_config(path: Path) -> tuple[ModelConfig, Any]:
         fields = dict(facts["config"])
         scaling = fields["rope_scaling"]
         fields["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
-        for name in ("sliding_windows", "eos_token_ids"):
-            fields[name] = tuple(fields[name])
+        for name in ("sliding_windows", "eos_token_ids", "mrope_section"):
+            fields[name] = None if fields.get(name) is None else tuple(fields[name])
         return ModelConfig(**fields), jnp.dtype(facts["dtype"])
     except OSError:
         raise ValueError(f"{path} cannot be read, expected what save_orbax wrote") from None

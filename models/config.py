@@ -5,13 +5,22 @@
 family's class in transformers. What is not implemented is an error, never an approximation.
 """
 
-import contextlib
 import dataclasses
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from kvjax.models.checks import (
+    boolean,
+    check_fields,
+    expect,
+    is_int,
+    naming,
+    positive_float,
+    positive_int,
+    read_object,
+    token_id,
+)
 
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096,
@@ -56,48 +65,6 @@ _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size")
 _STATED = (*_WIDTHS, "num_hidden_layers", "num_attention_heads")
 
 
-def _expect(condition: bool, name: str, expected: str, value: Any) -> None:
-    if not condition:
-        got = repr(value)
-        got = got if len(got) <= 200 else f"{got[:200]}..."
-        raise ValueError(f"{name} must be {expected}, got {got}")
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _positive_int(name: str, value: Any) -> int:
-    _expect(_is_int(value, 1), name, "a positive integer", value)
-    return value
-
-
-def _positive_float(name: str, value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    positive = number and math.isfinite(value) and value > 0
-    _expect(positive, name, "a positive finite number", value)
-    return float(value)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    _expect(isinstance(value, bool), name, "true or false", value)
-    return value
-
-
-def _token_id(name: str, value: Any) -> int:
-    # No upper bound: published models with a cut vocabulary keep the ids of the full one.
-    _expect(_is_int(value, 0), name, "a token id (an integer >= 0)", value)
-    return value
-
-
-def _check_fields(config: Any) -> None:
-    """Check every field of a dataclass whose type is int, float or bool alone."""
-    checks = {int: _positive_int, float: _positive_float, bool: _boolean}
-    for field in dataclasses.fields(config):
-        if field.type in checks:
-            checks[field.type](field.name, getattr(config, field.name))
-
-
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
@@ -122,10 +89,10 @@ class RopeScaling:
 
     def __post_init__(self):
         known = self.kind in ("linear", "llama3")
-        _expect(known, "kind", "'linear' or 'llama3'", self.kind)
-        _check_fields(self)
+        expect(known, "kind", "'linear' or 'llama3'", self.kind)
+        check_fields(self)
         low, high = self.low_freq_factor, self.high_freq_factor
-        _expect(high > low, "high_freq_factor", f"more than low_freq_factor = {low!r}", high)
+        expect(high > low, "high_freq_factor", f"more than low_freq_factor = {low!r}", high)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +106,9 @@ class ModelConfig:
       rms_norm_eps: added to the mean square, > 0.
       rope_theta: base of the rotary frequencies, > 0.
       rope_scaling: None for plain rotary embeddings.
+      mrope_section: None, or of M-RoPE (Qwen2-VL, Wang et al. 2024, section 2.1): how many of the
+        H / 2 rotated pairs turn with a token's time, how many with its row, how many with its
+        column. Text has one position for all three.
       max_position_embeddings: tokens the model was trained for: prompt and answer at most.
       sliding_windows: one entry a layer: None, or w: a query at p sees keys p-w+1 .. p. The empty
         tuple stands for None in every layer.
@@ -164,6 +134,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = _DEFAULT_THETA
     rope_scaling: RopeScaling | None = None
+    mrope_section: tuple[int, int, int] | None = None
     max_position_embeddings: int = 2048
     sliding_windows: tuple[int | None, ...] = ()
     qkv_bias: bool = False
@@ -177,27 +148,34 @@ class ModelConfig:
 
     def __post_init__(self):
         known = self.architecture in tuple(_FAMILIES)
-        _expect(known, "architecture", f"one of {', '.join(_FAMILIES)}", self.architecture)
-        _check_fields(self)
+        expect(known, "architecture", f"one of {', '.join(_FAMILIES)}", self.architecture)
+        check_fields(self)
         multiple = f"a multiple of num_kv_heads (num_key_value_heads) = {self.num_kv_heads}"
         divides = self.num_heads % self.num_kv_heads == 0
-        _expect(divides, "num_heads (num_attention_heads)", multiple, self.num_heads)
-        _expect(self.head_dim % 2 == 0, "head_dim", "even", self.head_dim)
-        _expect(self.hidden_act == "silu", "hidden_act", "'silu'", self.hidden_act)
+        expect(divides, "num_heads (num_attention_heads)", multiple, self.num_heads)
+        expect(self.head_dim % 2 == 0, "head_dim", "even", self.head_dim)
+        expect(self.hidden_act == "silu", "hidden_act", "'silu'", self.hidden_act)
         known = isinstance(self.rope_scaling, RopeScaling | None)
-        _expect(known, "rope_scaling", "a RopeScaling or None", self.rope_scaling)
+        expect(known, "rope_scaling", "a RopeScaling or None", self.rope_scaling)
+        if self.mrope_section is not None:
+            pairs = self.head_dim // 2
+            listed = isinstance(self.mrope_section, tuple) and len(self.mrope_section) == 3
+            fits = listed and all(is_int(n, 0) for n in self.mrope_section)
+            fits = fits and sum(self.mrope_section) == pairs
+            expected = f"three integers >= 0 that sum up to head_dim / 2 = {pairs}"
+            expect(fits, "mrope_section", expected, self.mrope_section)
         _bos_token_id(self.bos_token_id)
         for name in ("eos_token_ids", "sliding_windows"):
             value = getattr(self, name)
-            _expect(isinstance(value, tuple), name, "a tuple", value)
+            expect(isinstance(value, tuple), name, "a tuple", value)
         for token in self.eos_token_ids:
-            _token_id("eos_token_ids", token)
+            token_id("eos_token_ids", token)
         windows = self.sliding_windows or (None,) * self.num_layers
         per_layer = f"one entry for each of the {self.num_layers} layers"
-        _expect(len(windows) == self.num_layers, "sliding_windows", per_layer, windows)
+        expect(len(windows) == self.num_layers, "sliding_windows", per_layer, windows)
         for window in windows:
             if window is not None:
-                _positive_int("sliding_windows", window)
+                positive_int("sliding_windows", window)
         object.__setattr__(self, "sliding_windows", windows)
 
     @property
@@ -219,28 +197,28 @@ class ModelConfig:
         architecture = _architecture(mapping)
         keys = _FAMILIES[architecture][1] | dict(mapping)
         quantized = keys.get("quantization_config")
-        _expect(quantized is None, "quantization_config", "absent (weights as trained)", quantized)
+        expect(quantized is None, "quantization_config", "absent (weights as trained)", quantized)
         family = _FAMILIES[architecture][0]
-        attention_bias = _boolean("attention_bias", keys.get("attention_bias", False))
+        attention_bias = boolean("attention_bias", keys.get("attention_bias", False))
         o_bias = family in ("llama", "qwen3") and attention_bias
         rope_theta, rope_scaling = _rope(keys)
-        _expect(keys["hidden_act"] == "silu", "hidden_act", "'silu'", keys["hidden_act"])
+        expect(keys["hidden_act"] == "silu", "hidden_act", "'silu'", keys["hidden_act"])
         names = (*_WIDTHS, "max_position_embeddings")
-        sizes: dict[str, Any] = {name: _positive_int(name, keys[name]) for name in names}
+        sizes: dict[str, Any] = {name: positive_int(name, keys[name]) for name in names}
         return cls(
             architecture=architecture,
             **sizes,
             **_head_sizes(keys),
-            num_layers=_positive_int("num_hidden_layers", keys["num_hidden_layers"]),
-            rms_norm_eps=_positive_float("rms_norm_eps", keys["rms_norm_eps"]),
+            num_layers=positive_int("num_hidden_layers", keys["num_hidden_layers"]),
+            rms_norm_eps=positive_float("rms_norm_eps", keys["rms_norm_eps"]),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             sliding_windows=_sliding_windows(family, keys),
             qkv_bias=family == "qwen2" or o_bias,
             o_bias=o_bias,
-            mlp_bias=family == "llama" and _boolean("mlp_bias", keys.get("mlp_bias", False)),
+            mlp_bias=family == "llama" and boolean("mlp_bias", keys.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
-            tie_word_embeddings=_boolean("tie_word_embeddings", keys["tie_word_embeddings"]),
+            tie_word_embeddings=boolean("tie_word_embeddings", keys["tie_word_embeddings"]),
             bos_token_id=_bos_token_id(keys.get("bos_token_id")),
             eos_token_ids=_eos_token_ids(keys.get("eos_token_id")),
         )
@@ -252,27 +230,27 @@ def _architecture(mapping: Mapping[str, Any]) -> str:
     by_type = {kind: name for name, (kind, _) in _FAMILIES.items()}
     if listed is None:
         expected = f"one of {', '.join(by_type)} (as architectures is missing)"
-        _expect(model_type in tuple(by_type), "model_type", expected, model_type)
+        expect(model_type in tuple(by_type), "model_type", expected, model_type)
         return by_type[str(model_type)]
     known = f"a list of one of {', '.join(_FAMILIES)}"
-    _expect(name in tuple(_FAMILIES), "architectures", known, listed)
+    expect(name in tuple(_FAMILIES), "architectures", known, listed)
     # transformers goes by model_type, others by architectures: a disagreement has two readings.
     same = model_type in (None, _FAMILIES[name][0])
-    _expect(same, "model_type", f"{_FAMILIES[name][0]!r} (architectures is {listed})", model_type)
+    expect(same, "model_type", f"{_FAMILIES[name][0]!r} (architectures is {listed})", model_type)
     return name
 
 
 def _head_sizes(keys: Mapping[str, Any]) -> dict[str, Any]:
-    num_heads = _positive_int("num_attention_heads", keys["num_attention_heads"])
+    num_heads = positive_int("num_attention_heads", keys["num_attention_heads"])
     num_kv_heads, head_dim = keys.get("num_key_value_heads"), keys.get("head_dim")
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if head_dim is None:
-        hidden = _positive_int("hidden_size", keys["hidden_size"])
+        hidden = positive_int("hidden_size", keys["hidden_size"])
         expected = f"a multiple of num_attention_heads = {num_heads} (head_dim is not given)"
-        _expect(hidden % num_heads == 0, "hidden_size", expected, hidden)
+        expect(hidden % num_heads == 0, "hidden_size", expected, hidden)
         head_dim = hidden // num_heads
-    _positive_int("num_key_value_heads", num_kv_heads)
-    _positive_int("head_dim", head_dim)
+    positive_int("num_key_value_heads", num_kv_heads)
+    positive_int("head_dim", head_dim)
     return {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
 
 
@@ -280,68 +258,68 @@ def _rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base of the frequencies and their scaling; precedence as in transformers 5."""
     source = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
     given = keys.get(source) or {}
-    _expect(isinstance(given, Mapping), source, "an object or null", given)
+    expect(isinstance(given, Mapping), source, "an object or null", given)
     if any(isinstance(value, Mapping) for value in given.values()):
         # One entry a layer type. The decoder has one rotary embedding, so they have to agree.
         entries = list(given.values())
         same = all(entry == entries[0] for entry in entries)
-        _expect(same, source, "the same for every layer type", given)
+        expect(same, source, "the same for every layer type", given)
         given = entries[0]
     outer = {key: keys[key] for key in ("rope_theta", "partial_rotary_factor") if key in keys}
     given = outer | dict(given)
     partial = given.get("partial_rotary_factor")
-    _expect(partial in (None, 1), "partial_rotary_factor", "1", partial)
-    theta = _positive_float("rope_theta", given.get("rope_theta", _DEFAULT_THETA))
+    expect(partial in (None, 1), "partial_rotary_factor", "1", partial)
+    theta = positive_float("rope_theta", given.get("rope_theta", _DEFAULT_THETA))
     kind = given.get("rope_type", given.get("type"))
     if kind in (None, "default"):
         return theta, None
     known = kind in ("linear", "llama3")
-    _expect(known, f"{source}.rope_type", "'default', 'linear' or 'llama3'", kind)
+    expect(known, f"{source}.rope_type", "'default', 'linear' or 'llama3'", kind)
     needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
-    numbers: dict[str, Any] = {n: _positive_float(f"{source}.{n}", given.get(n)) for n in needed}
+    numbers: dict[str, Any] = {n: positive_float(f"{source}.{n}", given.get(n)) for n in needed}
     if kind == "llama3":
         length = "original_max_position_embeddings"
         original = keys.get(length, given.get(length, keys["max_position_embeddings"]))
-        numbers[length] = _positive_int(length, original)
+        numbers[length] = positive_int(length, original)
     return theta, RopeScaling(kind, **numbers)
 
 
 def _sliding_windows(family: str, keys: Mapping[str, Any]) -> tuple[int | None, ...]:
-    num_layers = _positive_int("num_hidden_layers", keys["num_hidden_layers"])
+    num_layers = positive_int("num_hidden_layers", keys["num_hidden_layers"])
     if family == "llama":
         return (None,) * num_layers
     window, layer_types, first = keys.get("sliding_window"), keys.get("layer_types"), 0
     if family != "mistral":
         first = keys["max_window_layers"]
-        _expect(_is_int(first, 0), "max_window_layers", "an integer >= 0", first)
-        if not _boolean("use_sliding_window", keys["use_sliding_window"]):
+        expect(is_int(first, 0), "max_window_layers", "an integer >= 0", first)
+        if not boolean("use_sliding_window", keys["use_sliding_window"]):
             window = None
     if window is not None:
-        _positive_int("sliding_window", window)
+        positive_int("sliding_window", window)
     if layer_types is None:
         return tuple(window if layer >= first else None for layer in range(num_layers))
     listed = isinstance(layer_types, list | tuple) and len(layer_types) == num_layers
-    _expect(listed, "layer_types", f"a list of {num_layers} names, one a layer", layer_types)
+    expect(listed, "layer_types", f"a list of {num_layers} names, one a layer", layer_types)
     for kind in layer_types:
         known = kind in ("full_attention", "sliding_attention")
-        _expect(known, "layer_types", "'full_attention' or 'sliding_attention'", kind)
+        expect(known, "layer_types", "'full_attention' or 'sliding_attention'", kind)
     if "sliding_attention" in layer_types:
         enabled = "a positive integer, and enabled, as layer_types has 'sliding_attention'"
-        _expect(window is not None, "sliding_window", enabled, keys.get("sliding_window"))
+        expect(window is not None, "sliding_window", enabled, keys.get("sliding_window"))
     if family == "mistral" and window is not None:
         # transformers' Mistral ignores layer_types, so a full layer would have two readings.
         same = "full_attention" not in layer_types
-        _expect(same, "layer_types", "'sliding_attention' in every layer (Mistral)", layer_types)
+        expect(same, "layer_types", "'sliding_attention' in every layer (Mistral)", layer_types)
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
 def _bos_token_id(value: Any) -> int | None:
-    return None if value is None else _token_id("bos_token_id", value)
+    return None if value is None else token_id("bos_token_id", value)
 
 
 def _eos_token_ids(value: Any) -> tuple[int, ...]:
     listed = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return tuple(_token_id("eos_token_id", token) for token in listed)
+    return tuple(token_id("eos_token_id", token) for token in listed)
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -358,42 +336,28 @@ def load_config(directory: str | Path) -> ModelConfig:
         message names the file.
     """
     folder = Path(directory)
-    _expect(folder.is_dir(), "directory", "an existing folder with a config.json", str(folder))
+    expect(folder.is_dir(), "directory", "an existing folder with a config.json", str(folder))
     path = folder / "config.json"
-    with _naming(path):
-        mapping = _read_object(path)
+    with naming(path):
+        mapping = read_object(path)
         _architecture(mapping)  # of all that may be wrong with a file, the first to tell
         for key in _STATED:
             if key not in mapping:
                 raise ValueError(f"{key} is missing, expected a positive integer")
         config = ModelConfig.from_hf(mapping)
+    return with_generation_config(folder, config)
+
+
+def with_generation_config(folder: Path, config: ModelConfig) -> ModelConfig:
+    """The config with the special tokens of `generation_config.json`, where there is one."""
     path = folder / "generation_config.json"
-    if path.is_file():
-        with _naming(path):
-            mapping = _read_object(path)
-            bos = _bos_token_id(mapping.get("bos_token_id"))
-            config = dataclasses.replace(
-                config,
-                bos_token_id=config.bos_token_id if bos is None else bos,
-                eos_token_ids=_eos_token_ids(mapping.get("eos_token_id")) or config.eos_token_ids,
-            )
-    return config
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    _expect(isinstance(value, dict), "the file", "a JSON object", value)
-    return value
+    if not path.is_file():
+        return config
+    with naming(path):
+        mapping = read_object(path)
+        bos = _bos_token_id(mapping.get("bos_token_id"))
+        return dataclasses.replace(
+            config,
+            bos_token_id=config.bos_token_id if bos is None else bos,
+            eos_token_ids=_eos_token_ids(mapping.get("eos_token_id")) or config.eos_token_ids,
+        )

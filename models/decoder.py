@@ -14,6 +14,7 @@ from kvjax.models.attention import Attention
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import MLP, RMSNorm, in_parts, parameter
 from kvjax.probe import Probe, ProbeRequest
+from kvjax.seen import NOTHING, Rotary, Seen
 from kvjax.sharding import constrain
 
 
@@ -45,11 +46,15 @@ class Layer(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
     def prefill(
-        self, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"], request: ProbeRequest
+        self,
+        x_BTD: Float[Array, "B T D"],
+        lengths: Int[Array, " B"],
+        request: ProbeRequest,
+        rotary: Rotary | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K H"], Float[Array, "B T K H"], Probe]:
         """A whole prompt: hidden states, keys (after RoPE), values, and the probe asked for."""
         out_BTD, k_BTKH, v_BTKH, probe = self.attention.prefill(
-            self.attention_norm(x_BTD), lengths, request
+            self.attention_norm(x_BTD), lengths, request, rotary
         )
         x_BTD = in_parts(lambda x: x + self.mlp(self.mlp_norm(x)), x_BTD + out_BTD)
         return x_BTD, k_BTKH, v_BTKH, probe
@@ -104,7 +109,11 @@ class Decoder(nnx.Module):
         return jnp.einsum("...D,DV->...V", x, head_DV, preferred_element_type=jnp.float32)
 
     def extend(
-        self, tokens_BT: Int[Array, "B T"], counts: Int[Array, " B"], cache: Cache
+        self,
+        tokens_BT: Int[Array, "B T"],
+        counts: Int[Array, " B"],
+        cache: Cache,
+        seen: Seen = NOTHING,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run new tokens against the cache, at the positions that follow each row's last.
 
@@ -112,6 +121,7 @@ class Decoder(nnx.Module):
           tokens_BT: a block, each row padded on the right.
           counts: real tokens of each row's block, 0..T.
           cache: with room for T more tail slots.
+          seen: features that stand in place of tokens; none by default. Positions go on as text's.
 
         Returns:
           Hidden states for `logits` (without meaning where padded), and the cache with the block.
@@ -124,7 +134,7 @@ class Decoder(nnx.Module):
             tail=write_positions(cache.tail, positions_BT),
             next_positions=cache.next_positions + counts,
         )
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = seen.put(self.embed(tokens_BT))
         for layer in self.layers:
             x_BTD, cache = layer.extend(x_BTD, positions_BT, cache)
         return x_BTD, cache

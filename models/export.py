@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from kvjax.models.decoder import Decoder
-from kvjax.models.weights import parameter_at, tensor_specs
+from kvjax.models.weights import check_reads_text, parameter_at, tensor_specs
 
 
 def save_decoder(
@@ -26,7 +26,11 @@ def save_decoder(
 
     Returns:
       The path of the weights.
+
+    Raises:
+      ValueError: a model that sees.
     """
+    check_reads_text(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -108,11 +109,24 @@ def _llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
+def pair_positions(
+    rotary: Int[Array, "B T 3"], section: tuple[int, int, int]
+) -> Int[Array, "B T half"]:
+    """Of a token's time, row and column, the one that each pair turns with (M-RoPE)."""
+    return jnp.take(rotary, np.repeat(np.arange(3), section), axis=-1)
+
+
 def rotate(
-    x: Float[Array, "B T X H"], positions: Int[Array, "B T"], frequencies: Float[Array, " half"]
+    x: Float[Array, "B T X H"],
+    positions: Int[Array, "B T"] | Int[Array, "B T half"],
+    frequencies: Float[Array, " half"],
 ) -> Float[Array, "B T X H"]:
-    """Rotary embedding in Hugging Face's half-split layout, angles in fp32."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    """Rotary embedding in Hugging Face's half-split layout, angles in fp32.
+
+    `positions` of tokens, or of each of their pairs.
+    """
+    positions = positions if positions.ndim == 3 else positions[..., None]
+    angles = (positions.astype(jnp.float32) * frequencies)[..., None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

@@ -28,11 +28,12 @@ def expected_queries(
     frequencies: Float[Array, " C"],
     future: int,
     skipped: int,
+    shift: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N H H"]]:
     """Mean and covariance of the queries to come (Expected Attention, Devoto et al. 2025).
 
     The prompt's own before RoPE, rotated by the mean of the rotations of the next positions:
-    R m and R C R', R = mean of R(p) over p = length .. length + future - 1.
+    R m and R C R', R = mean of R(p) over p = length .. length + future - 1 (+ shift).
 
     Args:
       q_BTNH: queries before RoPE.
@@ -40,6 +41,7 @@ def expected_queries(
       frequencies: RoPE's angle per position of each pair.
       future: positions that are averaged over, at least 1.
       skipped: first queries, which are left out: attention sinks are unlike the others.
+      shift: rotary minus true position of what follows the prompt (M-RoPE), 0 by default.
     """
     positions_T = jnp.arange(q_BTNH.shape[1])
     counted_BT = (positions_T >= skipped) & (positions_T < lengths[:, None])
@@ -50,7 +52,8 @@ def expected_queries(
     centered_BTNH = jnp.where(weight, q_BTNH - mean_BNH[:, None], 0.0)
     cov_BNHI = jnp.einsum("BTNH,BTNI->BNHI", centered_BTNH, centered_BTNH) / count[..., None]
 
-    ahead = (lengths[:, None] + jnp.arange(future)).astype(jnp.float32)
+    next_B = lengths if shift is None else lengths + shift
+    ahead = (next_B[:, None] + jnp.arange(future)).astype(jnp.float32)
     angles = ahead[..., None] * frequencies
     cos_BC, sin_BC = jnp.cos(angles).mean(1), jnp.sin(angles).mean(1)
 

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import json
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +31,10 @@ from kvjax.models.decoder import Decoder
 
 # Tensor in the file, attribute of the decoder, axes in the file, flag without which the model lacks
 # it. The attribute's suffix is the order in memory.
+Row = tuple[str, str, str, str]
 _MODEL = (
-    ("model.embed_tokens.weight", "embed.table_VD", "VD", ""),
-    ("model.norm.weight", "final_norm.scale_D", "D", ""),
-    ("lm_head.weight", "head_DV", "VD", "untied"),
+    ("embed_tokens.weight", "embed.table_VD", "VD", ""),
+    ("norm.weight", "final_norm.scale_D", "D", ""),
 )
 _LAYER = (
     ("input_layernorm.weight", "attention_norm.scale_D", "D", ""),
@@ -78,8 +79,13 @@ class TensorSpec:
     transposed: bool
 
 
-def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor that a checkpoint of this model must hold, by its name in the file."""
+def tensor_specs(
+    config: ModelConfig, prefix: str = "model.", head: str = "lm_head."
+) -> dict[str, TensorSpec]:
+    """Every tensor that a checkpoint of this decoder must hold, by its name in the file.
+
+    `prefix` and `head` are what the names of a part of a larger model begin with.
+    """
     sizes = {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -88,16 +94,25 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
         "H": config.head_dim,
         "F": config.intermediate_size,
     }
-    rows = list(_MODEL) + [
-        (f"model.layers.{layer}.{name}", f"layers.{layer}.{attribute}", file_axes, flag)
-        for layer in range(config.num_layers)
-        for name, attribute, file_axes, flag in _LAYER
-    ]
+    rows = [*prefixed(_MODEL, prefix, ""), (f"{head}weight", "head_DV", "VD", "untied")]
+    for layer in range(config.num_layers):
+        rows += prefixed(_LAYER, f"{prefix}layers.{layer}.", f"layers.{layer}.")
     flags = {name: getattr(config, name) for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm")}
-    flags |= {"": True, "untied": not config.tie_word_embeddings}
+    return make_specs(rows, sizes, flags | {"untied": not config.tie_word_embeddings})
+
+
+def prefixed(rows: Iterable[Row], name: str, attribute: str) -> list[Row]:
+    """Rows of a table, with what their names and attributes begin with."""
+    return [(name + one, attribute + other, axes, flag) for one, other, axes, flag in rows]
+
+
+def make_specs(
+    rows: Iterable[Row], sizes: Mapping[str, int], flags: Mapping[str, bool]
+) -> dict[str, TensorSpec]:
+    """The rows of a table whose flag is set (none is always set), by the name in the file."""
     specs = {}
     for name, attribute, file_axes, flag in rows:
-        if flags[flag]:
+        if not flag or flags[flag]:
             axes = attribute.rsplit("_", 1)[1]
             specs[name] = TensorSpec(
                 attribute=attribute,
@@ -109,7 +124,7 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     return specs
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """A tensor as a file's header describes it."""
 
     path: Path
@@ -141,20 +156,51 @@ def load_decoder(
       ValueError: the config is not supported, or a file or tensor is missing, unexpected, damaged,
         or of another shape or dtype; one sentence that names tensor and file.
     """
+    dtype = weights_dtype(dtype)
+    config = load_config(directory)
+    specs = tensor_specs(config)
+    source, stored = read_headers(Path(directory))
+    ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    check_tensors(config.architecture, specs, source, stored, ignored)
+    return fill(
+        lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)), specs, stored, dtype, progress, mesh
+    )
+
+
+def weights_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype of weights in memory.
+
+    Raises:
+      ValueError: any but float32, bfloat16 and float16.
+    """
     try:
         dtype = np.dtype(dtype)
     except TypeError:  # no dtype at all
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}") from None
     if dtype.name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype.name!r}")
-    config = load_config(directory)
-    if mesh is not None:
-        mesh = sharding.fitted(mesh, config.num_heads, config.num_kv_heads)
-    specs = tensor_specs(config)
-    source, stored = _read_headers(Path(directory))
-    _check(config, specs, source, stored)
+    return dtype
 
-    decoder = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+def fill[Model: Decoder](
+    build: Callable[[], Model],
+    specs: Mapping[str, TensorSpec],
+    stored: Mapping[str, Stored],
+    dtype: np.dtype,
+    progress: bool,
+    mesh: Mesh | None,
+) -> Model:
+    """The model that `build` would make, with a checkpoint's weights and never any others.
+
+    Args:
+      build: makes a model with random weights; only traced.
+      specs: its tensors, by their names in the files; all of them are checked (`check_tensors`).
+      stored: from `read_headers`.
+      dtype, progress, mesh: as of `load_decoder`.
+    """
+    decoder = nnx.eval_shape(build)
+    if mesh is not None:
+        mesh = sharding.fitted(mesh, decoder.config.num_heads, decoder.config.num_kv_heads)
     total = sum(math.prod(stored[n].shape) * _DTYPES[stored[n].dtype] for n in specs)
     bar = tqdm(
         total=total, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False
@@ -177,7 +223,9 @@ def _load_tensor(
     """Read, cast, lay out and place one tensor."""
 
     def checked(raw: np.ndarray) -> np.ndarray:
-        array = _lay_out(raw, spec, dtype)
+        # The kernel of a convolution over patches is a matrix, a row a channel.
+        flat = raw.reshape(len(raw), -1) if raw.ndim > len(spec.axes) else raw
+        array = _lay_out(flat, spec, dtype)
         if dtype.name == "float16" and not np.isfinite(array).all():
             raise ValueError(
                 f"{path}: tensor {name!r} has values beyond float16's 65504, "
@@ -240,7 +288,16 @@ def parameter_at(decoder: Decoder, attribute: str) -> nnx.Param:
     return node
 
 
-def _read_headers(folder: Path) -> tuple[Path, dict[str, _Stored]]:
+def check_reads_text(model: Decoder) -> None:
+    """Raise ValueError where a decoder has a tower, whose weights would not be written."""
+    if hasattr(model, "see"):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose tower is not written, expected a decoder of"
+            " text alone"
+        )
+
+
+def read_headers(folder: Path) -> tuple[Path, dict[str, Stored]]:
     """The file that lists a checkpoint's tensors, and every tensor without its data."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -250,7 +307,7 @@ def _read_headers(folder: Path) -> tuple[Path, dict[str, _Stored]]:
         hint = f"; {found[0]} is not read, only safetensors is" if found else ""
         raise ValueError(f"{folder} must hold {single.name} or {index.name}{hint}")
     listed = _read_index(index)
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, Stored] = {}
     for shard in sorted(set(listed.values())):
         path = folder / shard
         if Path(shard).name != shard or not path.is_file():
@@ -273,12 +330,12 @@ def _read_index(index: Path) -> dict[str, str]:
         raise ValueError(f"{index} must be JSON with an object 'weight_map'") from None
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def _read_header(path: Path) -> dict[str, Stored]:
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: _Stored(path, tuple(part.get_shape()), part.get_dtype())
+                name: Stored(path, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
     except OSError as error:
@@ -290,17 +347,25 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         raise ValueError(f"{path} is not a complete safetensors file ({reason})") from None
 
 
-def _check(
-    config: ModelConfig, specs: dict[str, TensorSpec], source: Path, stored: dict[str, _Stored]
+def check_tensors(
+    architecture: str,
+    specs: Mapping[str, TensorSpec],
+    source: Path,
+    stored: Mapping[str, Stored],
+    ignored: Sequence[str] = (),
 ) -> None:
+    """Raise ValueError where a checkpoint is not what the specs say.
+
+    `ignored` are names, or beginnings of names that end in a dot, that may be there too.
+    """
     missing = [name for name in specs if name not in stored]
     if missing:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         raise ValueError(
-            f"{source} lacks tensor {missing[0]!r}{more}, expected in a {config.architecture} "
+            f"{source} lacks tensor {missing[0]!r}{more}, expected in a {architecture} "
             "with this config.json"
         )
-    ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    parts = tuple(part for part in ignored if part.endswith("."))
     for name, (path, shape, dtype) in stored.items():
         if name in specs:
             expected = specs[name].file_shape
@@ -314,8 +379,12 @@ def _check(
                     f"{path}: tensor {name!r} has shape {shape}, expected {expected}, "
                     "as config.json has it"
                 )
-        elif name not in ignored and not name.endswith(".rotary_emb.inv_freq"):
+        elif (
+            name not in ignored
+            and not name.startswith(parts)
+            and not name.endswith(".rotary_emb.inv_freq")
+        ):
             raise ValueError(
-                f"{path} holds tensor {name!r}, not expected in a {config.architecture} with this "
+                f"{path} holds tensor {name!r}, not expected in a {architecture} with this "
                 "config.json"
             )

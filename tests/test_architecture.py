@@ -7,10 +7,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What compression may build on.
-BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "sharding", "split"}
+BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "seen", "sharding", "split"}
+IMAGES = {"image_config", "images"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
-ENGINE |= {"calibrate", "reconstruction"}
+ENGINE |= {"calibrate", "reconstruction", "placeholders", "timed"}
 LOADING = {"models", "tokenizer", "load", "convert"}
 
 # Who may import which parts of kvjax; each may import itself.
@@ -25,13 +26,18 @@ ALLOWED = {
     "split": {"cache", "pool", "kernels", "sharding"},
     "extend": {"cache"},
     "saved": {"cache", "pool", "config"},
-    "models": {"cache", "kernels", "probe", "sharding", "split"},
+    "seen": set(),
+    "image_config": set(),
+    "images": {"image_config"},
+    "models": {"cache", "kernels", "probe", "seen", "sharding", "split"},
     **dict.fromkeys(COMPRESSION, BELOW | COMPRESSION),
-    **dict.fromkeys(ENGINE, BELOW | COMPRESSION | ENGINE),  # the model comes as an argument
+    **dict.fromkeys(
+        ENGINE, BELOW | COMPRESSION | ENGINE | IMAGES
+    ),  # the model comes as an argument
     "tokenizer": set(),
     "toml": set(),
     "convert": set(),
-    "load": {"models", "tokenizer"},
+    "load": {"models", "tokenizer", "image_config"},
 }
 # What sits on top may import everything; nothing else imports it.
 TOP = {"__init__", "ahead", "cli", "eval", "bench", "demo", "tiny"}

@@ -135,6 +135,10 @@ def test_expected_queries_by_hand():
     np.testing.assert_allclose(one[0][0, 0], [0, -2], atol=1e-5)
     np.testing.assert_allclose(one[1][0, 0], [[0, 0], [0, 1]], atol=1e-5)
     # The mean of the two rotations takes (x, 0) to (x, -x) / 2.
+    # M-RoPE has what follows one position further, or two earlier.
+    for shift, turned in ((1, [2, 0]), (-2, [0, 2])):
+        one = expected_queries(q, jnp.array([3]), quarter, 1, 1, jnp.array([shift]))
+        np.testing.assert_allclose(one[0][0, 0], turned, atol=1e-5)
     two = expected_queries(q, jnp.array([3]), quarter, 2, 1)
     np.testing.assert_allclose(two[0][0, 0], [1, -1], atol=1e-5)
     np.testing.assert_allclose(two[1][0, 0], [[0.25, -0.25], [-0.25, 0.25]], atol=1e-5)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from results import folder, made_up, row
 
-from kvjax.eval.inspect import write_inspection
+from kvjax.eval.inspect import Shown, write_inspection
 from kvjax.eval.report import write_report
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
@@ -187,6 +187,44 @@ def test_sliders_change_the_shading(window, inspection, tmp_path):
     assert count(window, ".t.gone") == 4
     assert window.screenshot(tmp_path / "inspect.png").stat().st_size > 10_000
     assert window.complaints() == []
+
+
+def test_patches_are_shaded_by_the_heads_that_keep_them(window, tmp_path):
+    kept = {name: np.zeros((2, 2, 8), bool) for name in ("first", "second")}
+    kept["first"][:, :, 2:5] = True  # patches 0, 1 and 2 of six
+    kept["first"][0, 0, 7] = True
+    kept["second"][:, 1, 4:] = True
+    picture = np.full((20, 30, 3), 200, np.uint8)
+    words = ["<s>", *"▪" * 6, "end"]
+    shown = [Shown(picture, first=1, rows=2, columns=3)]
+    page = write_inspection(tmp_path / "page.html", words, kept, images=shown)
+    show(window, page)
+    cells = "return [...document.querySelectorAll('.patches i')].map((i) => i"
+    assert window.run(f"{cells}.style.getPropertyValue('--s'))") == [
+        "0.000", "1.000", "1.000", "1.000", "0.000", "0.000",
+    ]  # fmt: skip
+    colours = window.run(f"{cells} && getComputedStyle(i).backgroundColor)")
+    assert colours[:2] == ["rgba(6, 10, 16, 0.9)", "rgba(6, 10, 16, 0)"]
+    assert "3.0 of 6 patches a head" in window.text("#images-words")
+    boxes = window.run(
+        f"{cells}.getBoundingClientRect()).map((b) => [b.left, b.top, b.width, b.height])"
+    )
+    image = window.run(
+        "const b = document.querySelector('.seen img').getBoundingClientRect();"
+        "return [b.left, b.top, b.width / 3, b.height / 2]"
+    )
+    np.testing.assert_allclose(boxes[0], image, atol=1)
+    np.testing.assert_allclose(boxes[5][:2], [image[0] + 2 * image[2], image[1] + image[3]], atol=1)
+    window.hover(".patches i:nth-child(5)")
+    assert window.text("#tip").startswith("row 1, column 1\nposition 5")
+    pick(window, "#versus", "1")
+    assert window.run(f"{cells}.classList.contains('only-b'))") == [False] * 4 + [True] * 2
+    assert window.complaints() == []
+
+
+def test_a_page_without_images_shows_none(window, inspection):
+    show(window, inspection)
+    assert window.run("return document.querySelector('#images').hidden")
 
 
 def test_shading_is_seen(window, inspection):

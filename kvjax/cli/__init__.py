@@ -1,8 +1,8 @@
 """The `kvjax` command.
 
 Results go to stdout, everything else to stderr. Exit codes: 0; 2 with one sentence on stderr for
-what a user can mend (a flag, a file, a model directory); 130 after an interrupt; 141 where the
-reader of stdout has gone.
+what a user can mend (a flag, a file, a model directory, a package); 130 after an interrupt; 141
+where the reader of stdout has gone.
 """
 
 import logging
@@ -26,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: a package that is not installed
         print(f"kvjax: {_sentence(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _sentence(error: ValueError | OSError) -> str:
+def _sentence(error: ValueError | OSError | ImportError) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

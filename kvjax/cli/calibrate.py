@@ -16,9 +16,16 @@ from kvjax.calibrate import (
     replacing,
     write_profile,
 )
-from kvjax.cli.files import Sample, check_length, check_vocabulary, read_samples
+from kvjax.cli.files import (
+    Sample,
+    check_length,
+    check_vocabulary,
+    read_images,
+    read_samples,
+)
 from kvjax.cli.settings import announce
 from kvjax.config import CompressionConfig, parse_budget
+from kvjax.placeholders import read, with_placeholders
 from kvjax.prompts import as_rows
 
 
@@ -29,18 +36,19 @@ def run(arguments: argparse.Namespace) -> None:
     budget = None if arguments.budget is None else parse_budget(arguments.budget)
     config = CompressionConfig.named(arguments.method, budget=budget)
     check_calibrates(config)
-    places = read_samples(arguments.prompts)
+    places, images = read_samples(arguments.prompts), read_images(arguments.prompts)
     picture = _picture(arguments.output) if figures.available() else None
     for path in filter(None, (arguments.output, picture)):
         check_writable(path)  # before the long work, not after it
     model, tokenizer = kvjax.load(
         arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
     )
-    rows = _rows(places, model, tokenizer)
+    rows = _rows(places, model, tokenizer, images)
     announce(config, [len(row) for row in rows])
     profile = calibrate(
-        model, rows, config, seed=arguments.seed, batch=arguments.batch, progress=True
-    )
+        model, rows, config, seed=arguments.seed, batch=arguments.batch, progress=True,
+        images=images,
+    )  # fmt: skip
     write_profile(arguments.output, profile)
     if picture is not None:
         _draw(picture, f"{arguments.method}, {arguments.budget}", profile)
@@ -57,19 +65,28 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(report) if arguments.json else _summary(report))
 
 
-def _rows(places: dict[str, Sample], model: Any, tokenizer: Any) -> list[list[int]]:
-    """Token ids of each sample; complaints name its line."""
+def _rows(
+    places: dict[str, Sample], model: Any, tokenizer: Any, images: list[list[str]] | None
+) -> list[list[int]]:
+    """Token ids of each sample, with those of its images; complaints name its line."""
     # A text that is longer than the tokenizer's own limit is ours to complain of.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     vocab_size, rows = model.config.vocab_size, []
-    for place, sample in places.items():
+    shown = [[] for _ in places] if images is None else images
+    for (place, sample), files in zip(places.items(), shown, strict=True):
         if isinstance(sample, str):
             if tokenizer is None:
                 raise ValueError(
                     f'{place} is text but the model has no tokenizer, expected "tokens"'
                 )
+            if files and hasattr(model, "see"):
+                sample = with_placeholders(model, tokenizer, sample, len(files))
             sample = as_rows(sample, tokenizer=tokenizer, vocab_size=vocab_size)[0]
         check_vocabulary(sample, place, vocab_size)
+        try:
+            sample = read(model, sample, files or None).rows[0]
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
         check_length(sample, place, model.config.max_position_embeddings)
         rows.append(sample)
     return rows

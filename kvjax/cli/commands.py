@@ -16,14 +16,17 @@ from kvjax.cli.files import (
     check_length,
     check_vocabulary,
     read_documents,
+    read_images,
     read_prompts,
     read_text,
 )
 from kvjax.cli.settings import announce, compression, recompression, resolved, sampling
 from kvjax.config import CompressionConfig
+from kvjax.images import load_image
 from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
-from kvjax.prompts import as_rows, bucket
+from kvjax.placeholders import look, read, with_placeholders
+from kvjax.prompts import bucket
 from kvjax.request import check_rows
 
 
@@ -109,6 +112,8 @@ def generate(arguments: argparse.Namespace) -> None:
     """`kvjax generate`."""
     config, rules = compression(arguments), sampling(arguments)
     texts, ids = _given(arguments)
+    prompts: Any = texts or list(ids.values())
+    images = _pictures(arguments.image, prompts)
     model, tokenizer = kvjax.load(
         arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
     )
@@ -119,13 +124,11 @@ def generate(arguments: argparse.Namespace) -> None:
     for place, row in ids.items():
         check_vocabulary(row, place, vocab_size)
     check_vocabulary(arguments.eos or [], "--eos", vocab_size)
-    rows = as_rows(
-        texts or list(ids.values()),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        chat=arguments.chat,
-    )
+    if images and texts and hasattr(model, "see") and not arguments.chat:
+        texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
+    rows = read(model, texts or prompts, images, tokenizer=tokenizer, chat=arguments.chat).rows
     call = {
+        "images": images,
         "max_new_tokens": arguments.max_new_tokens,
         "tokenizer": tokenizer,
         "sampling": rules,
@@ -148,6 +151,15 @@ def generate(arguments: argparse.Namespace) -> None:
         _show_as_drawn(steps)
     else:
         _show_answers(steps, len(rows))
+
+
+def _pictures(files: list[str] | None, prompts: Sequence[Any]) -> list[list[Any]] | None:
+    """The one prompt's images, read from their files."""
+    if files is None:
+        return None
+    if len(prompts) > 1:
+        raise ValueError(f"--image goes with one prompt, got {len(prompts)}")
+    return [[load_image(file) for file in files]]
 
 
 def _given(arguments: argparse.Namespace) -> tuple[list[str], dict[str, list[int]]]:
@@ -237,13 +249,16 @@ def score(arguments: argparse.Namespace) -> None:
     """`kvjax score`."""
     from tqdm import tqdm
 
-    from kvjax.models.weights import load_decoder
+    from kvjax.load import load_model
 
     if arguments.positions and not arguments.json:
         raise ValueError("--positions needs --json, which alone prints them")
     config = compression(arguments)
     places = read_documents(arguments.tokens)
-    model = load_decoder(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    images = read_images(arguments.tokens)
+    model = load_model(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    if hasattr(model, "see") and images is not None:
+        places = _with_features(places, images, model)
     _check_documents(places, model, config)
     documents = list(places.values())
     announce(config, [prefix for _, prefix in documents])
@@ -251,6 +266,7 @@ def score(arguments: argparse.Namespace) -> None:
     with tqdm(total=len(documents), desc="score", unit="text") as bar:
         for batch, pad_to in batches(documents, arguments.batch):
             tokens, prefixes = zip(*(documents[index] for index in batch), strict=True)
+            shown = None if images is None else [images[index] for index in batch]
             results = kvjax.score(
                 model,
                 tokens,
@@ -259,6 +275,7 @@ def score(arguments: argparse.Namespace) -> None:
                 seed=arguments.seed,
                 positions=arguments.positions,
                 pad_to=pad_to,
+                images=shown,
             )
             scored |= zip(batch, results, strict=True)
             bar.update(len(set(batch)))
@@ -269,6 +286,21 @@ def score(arguments: argparse.Namespace) -> None:
             print(json.dumps(line | ({"positions": one.positions} if arguments.positions else {})))
     else:
         print(_summary(in_order))
+
+
+def _with_features(
+    places: dict[str, Document], images: Sequence[Sequence[str]], model: Any
+) -> dict[str, Document]:
+    """Documents with a token for each feature of their images, all in the prefix."""
+    found = {}
+    for (place, (tokens, prefix)), files in zip(places.items(), images, strict=True):
+        try:
+            pictures = [[load_image(file) for file in files]]
+            head = look(model, [tokens[:prefix]], pictures).rows[0]
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        found[place] = head + tokens[prefix:], len(head)
+    return found
 
 
 def _check_documents(places: dict[str, Document], model: Any, config: CompressionConfig) -> None:

@@ -70,8 +70,8 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
 
     from kvjax.convert import check_out
     from kvjax.eval.pod import join, workers
+    from kvjax.load import load_model
     from kvjax.models.checkpoint import save_orbax
-    from kvjax.models.weights import load_decoder
 
     if arguments.vocabulary is not None:
         raise ValueError(
@@ -86,7 +86,7 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
         check_out(out)
     mesh = workers(arguments.split).mesh
     quiet = not (first and sys.stderr.isatty())
-    model = load_decoder(source, dtype=arguments.dtype, progress=not quiet, mesh=mesh)
+    model = load_model(source, dtype=arguments.dtype, progress=not quiet, mesh=mesh)
     try:
         save_orbax(model, out)
         if first:

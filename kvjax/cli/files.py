@@ -50,6 +50,12 @@ def read_samples(path: str) -> dict[str, Sample]:
     return {place: _sample(_parse(line, place), place) for place, line in _lines(path)}
 
 
+def read_images(path: str) -> list[list[str]] | None:
+    """The files of "images" of each JSON line, relative to this one; None where no line has any."""
+    images = [_images(_parse(line, place), place, path) for place, line in _lines(path)]
+    return images if any(images) else None
+
+
 def check_vocabulary(tokens: Sequence[int], place: str, vocab_size: int) -> None:
     """Raise ValueError where an id is not in 0 .. vocab_size - 1."""
     for token in tokens:
@@ -124,6 +130,13 @@ def _sample(value: Any, place: str) -> Sample:
     except UnicodeEncodeError as error:
         raise ValueError(f'{place}: "prompt" is not valid Unicode ({error.reason})') from None
     return text
+
+
+def _images(value: Any, place: str, path: str) -> list[str]:
+    names = value.get("images", []) if isinstance(value, dict) else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{place}: "images" is {_shortened(names)}, expected a list of files')
+    return [str(Path(path).parent / name) for name in names]
 
 
 def _ids(value: Any, place: str) -> list[int]:

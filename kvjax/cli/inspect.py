@@ -29,6 +29,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="F", help="the whole file as it is, in UTF-8")
+    add(
+        "--image", action="append", metavar="F", help="a picture, for a model that sees; repeatable"
+    )
     add("--chat", action="store_true", help="apply the model's chat template")
     add("--methods", default=_METHODS, metavar="A,B", help=f"of {', '.join(METHODS)} (%(default)s)")
     add(
@@ -46,21 +49,25 @@ def run(arguments: argparse.Namespace) -> None:
     """`kvjax inspect`."""
     from kvjax import tiny
     from kvjax.cli.files import check_length, read_text
-    from kvjax.eval.inspect import pieces, write_inspection
-    from kvjax.prompts import as_rows
+    from kvjax.eval.inspect import pieces, shown, write_inspection
+    from kvjax.images import load_image
+    from kvjax.placeholders import read, with_placeholders
 
     configs = _configs(arguments.methods, arguments.budget)
     given = arguments.prompt_file
     text = arguments.prompt if given is None else read_text(given)
+    pictures = [load_image(file) for file in arguments.image or ()]
     directory = arguments.model or tiny.WEIGHTS
     model, tokenizer = kvjax.load(directory, dtype=arguments.dtype, progress=sys.stderr.isatty())
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, expected one")
-    [row] = as_rows(
-        text, tokenizer=tokenizer, vocab_size=model.config.vocab_size, chat=arguments.chat
-    )
+    if pictures and hasattr(model, "see") and not arguments.chat:
+        text = with_placeholders(model, tokenizer, text, len(pictures))
+    images = [pictures] if pictures else None
+    looked = read(model, [text], images, tokenizer=tokenizer, chat=arguments.chat)
+    [row] = looked.rows
     check_length(row, given or "--prompt", model.config.max_position_embeddings)
-    kept = _masks(model, tokenizer, row, configs, arguments.seed)
+    kept = _masks(model, tokenizer, row, images, configs, arguments.seed)
     name = Path(directory).name if arguments.model else "the bundled one"
     facts = {
         "model": name,
@@ -68,8 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
         "tokens": len(row),
         "shape": f"{model.config.num_layers} layers of {model.config.num_kv_heads} KV heads",
     }
+    token = looked.token if pictures else None
     written = write_inspection(
-        arguments.out, pieces(row, tokenizer), kept, "What each head kept", facts
+        arguments.out,
+        pieces(row, tokenizer, token),
+        kept,
+        "What each head kept",
+        facts,
+        shown(model, looked, pictures),
     )
     means = {name: float(mask.sum(axis=-1).mean()) for name, mask in kept.items()}
     if arguments.json:
@@ -92,6 +105,7 @@ def _masks(
     model: Any,
     tokenizer: Any,
     row: Sequence[int],
+    images: Any,
     configs: dict[str, CompressionConfig],
     seed: int,
 ) -> dict[str, np.ndarray]:
@@ -102,6 +116,8 @@ def _masks(
     with tqdm(configs.items(), desc="inspect", unit="method", disable=None) as bar:
         for name, config in bar:
             bar.set_postfix_str(name)
-            cache = kvjax.compress_prompt(model, row, config, tokenizer=tokenizer, seed=seed)
+            cache = kvjax.compress_prompt(
+                model, [row], config, tokenizer=tokenizer, seed=seed, images=images
+            )
             masks[name] = np.asarray(cache.kept_mask(len(row))[0])
     return masks

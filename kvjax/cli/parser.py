@@ -76,7 +76,8 @@ def build_parser() -> Parser:
         "--tokens",
         required=True,
         metavar="FILE",
-        help='JSON lines {"tokens": [ids], "prefix": n}; the first n tokens are compressed',
+        help='JSON lines {"tokens": [ids], "prefix": n}; the first n tokens are compressed; with'
+        ' "images": [files], beside the file, for the image tokens among them',
     )
     _method_flags(sub)
     sub.add_argument("--batch", type=whole(1), default=16, metavar="N", help="texts at once (16)")
@@ -124,7 +125,8 @@ def _calibration_flags(parser: Parser) -> None:
         "--prompts",
         required=True,
         metavar="FILE",
-        help='JSON lines {"prompt": "text"} or {"tokens": [ids]}, of the kind to be answered later',
+        help='JSON lines {"prompt": "text"} or {"tokens": [ids]}, of the kind to be answered later;'
+        ' with "images": [files], beside the file, for a model that sees',
     )
     add("--method", default="prefixkv", metavar="M", help="prefixkv, ada-prefixkv (prefixkv)")
     add(
@@ -201,6 +203,13 @@ def _prompt_flags(parser: Parser) -> None:
         help="token ids, one prompt a line: separated by spaces or commas, or a JSON list",
     )
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    parser.add_argument(
+        "--image",
+        action="append",
+        metavar="F",
+        help="a picture, for a model that sees; repeatable: one for each placeholder of the one"
+        " prompt (in front of a text without any)",
+    )
 
 
 def _method_flags(parser: Parser) -> None:

@@ -53,6 +53,31 @@ const spans = tokens.map((text, place) => {
 });
 byId("prompt").append(...spans);
 
+// Each picture under a cell for every patch; a cell stands for the patch's token.
+const cells = [];
+const figures = data.images.map((image, index) => {
+  const patches = el("div.patches", {
+    style: `grid-template: repeat(${image.rows}, 1fr) / repeat(${image.columns}, 1fr)`,
+  });
+  for (let patch = 0; patch < image.rows * image.columns; patch++) {
+    const cell = el("i", { "data-place": image.first + patch });
+    cells.push(cell);
+    patches.append(cell);
+  }
+  patches.addEventListener("pointermove", (event) => {
+    const place = Number(event.target.dataset.place);
+    if (!Number.isInteger(place)) return;
+    const patch = place - image.first;
+    point(place);
+    showTip(`row ${Math.floor(patch / image.columns)}, column ${patch % image.columns}\n${told(place)}`,
+      event.clientX, event.clientY);
+  });
+  patches.addEventListener("pointerleave", () => { hideTip(); point(null); });
+  return el("figure.seen", {}, el("img", { src: image.src, alt: `image ${index}, as the model reads it` }), patches);
+});
+byId("pictures").append(...figures);
+byId("images").hidden = !figures.length;
+
 function where() {
   const layer = state.layer ? `layer ${state.layer - 1}` : "all layers";
   return `${layer}, ${state.head ? `head ${state.head - 1}` : "all heads"}`;
@@ -62,15 +87,28 @@ function shade() {
   const method = data.methods[state.method], other = data.methods[state.versus];
   const mine = current(method), theirs = other && current(other);
   const pairs = (state.layer ? 1 : layers) * (state.head ? 1 : heads);
+  const shares = Array.from(mine, (one, place) => (other ? one - theirs[place] : one) / pairs);
   let kept = 0, entries = 0;
   spans.forEach((span, place) => {
-    const share = other ? (mine[place] - theirs[place]) / pairs : mine[place] / pairs;
+    const share = shares[place];
     kept += mine[place] > 0;
     entries += mine[place];
     span.style.setProperty("--s", Math.abs(share).toFixed(3));
     span.classList.toggle("only-b", share < 0);
     span.classList.toggle("gone", other ? share === 0 : mine[place] === 0);
   });
+  let shown = 0;
+  for (const cell of cells) {
+    const share = shares[cell.dataset.place];
+    shown += mine[cell.dataset.place];
+    cell.style.setProperty("--s", Math.abs(share).toFixed(3));
+    cell.classList.toggle("only-b", share < 0);
+  }
+  figures.forEach((figure) => figure.classList.toggle("against", Boolean(other)));
+  byId("images-words").textContent = other
+    ? `Blue: patches that ${method.name} keeps in more heads; orange: ${other.name} (${where()}).`
+    : `The darker a patch, the fewer heads keep it. ${method.name}, ${where()}: `
+      + `${(shown / pairs).toFixed(1)} of ${cells.length} patches a head.`;
   byId("words").textContent = `${method.name}, ${where()}: ${kept} of ${count} tokens kept somewhere, `
     + `${(entries / pairs).toFixed(1)} entries a head (${percent(entries / pairs / count)}).`;
   const key = (kind, words) => el("span", {}, words[0], el(`i.${kind}`), words[1]);
