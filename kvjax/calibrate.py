@@ -156,6 +156,27 @@ def write_profile(path: str | Path, profile: Profile) -> Path:
     return Path(path)
 
 
+def read_profile(path: str | Path) -> tuple[float, ...]:
+    """The fraction RETAINED of each layer, from PrefixKV's list of fractions EVICTED.
+
+    Raises:
+      ValueError: not such a list.
+      OSError: the file cannot be read.
+    """
+    expected = f"profile {path}, expected a JSON list of the fraction (0 to 1) evicted per layer"
+    try:
+        evicted = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{expected} ({error})") from None
+
+    def fraction(share: Any) -> bool:
+        return type(share) in (int, float) and 0 <= share <= 1
+
+    if not (isinstance(evicted, list) and evicted and all(map(fraction, evicted))):
+        raise ValueError(expected)
+    return tuple(1.0 - share for share in evicted)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A name next to `path` to write to; it replaces `path` if the block ends without an error.

@@ -111,10 +111,17 @@ def with_placeholders(model: Any, tokenizer: Any, text: str, images: int) -> str
 
     A line each (LLaVA), or each between the tokens that such a model has around an image (Qwen).
     """
-    mark = placeholder(model, tokenizer)
+    if placeholder(model, tokenizer) in text:
+        return text
+    line = "\n" if getattr(model.vision_config, "around", None) is None else ""
+    return (mark(model, tokenizer) + line) * images + text
+
+
+def mark(model: Any, tokenizer: Any) -> str:
+    """A placeholder with the tokens that the model has around an image."""
     around = getattr(model.vision_config, "around", None)
-    before, after = ("", "\n") if around is None else tokenizer.convert_ids_to_tokens(list(around))
-    return text if mark in text else f"{before}{mark}{after}" * images + text
+    before, after = ("", "") if around is None else tokenizer.convert_ids_to_tokens(list(around))
+    return f"{before}{placeholder(model, tokenizer)}{after}"
 
 
 @dataclass(frozen=True)

@@ -105,12 +105,12 @@ def _row(
     if not prompt:
         return []
     if chat:
-        text = _chat(prompt, tokenizer, images, placeholder)
+        text = chat_text(prompt, tokenizer, images, placeholder)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
 
 
-def _chat(prompt: str, tokenizer: Any, images: int, placeholder: str) -> str:
+def chat_text(prompt: str, tokenizer: Any, images: int = 0, placeholder: str = "") -> str:
     """The prompt as the user's turn, with its images where the text has a placeholder, or first."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat=True, expected a tokenizer with a chat template")

@@ -11,8 +11,15 @@ from safetensors.numpy import load_file, save_file
 
 import kvjax
 from kvjax import CompressionConfig, ConfigError, compress_prompt
-from kvjax.calibrate import Profile, _batches, calibrate, check_writable, replacing, write_profile
-from kvjax.cli.files import read_profile
+from kvjax.calibrate import (
+    Profile,
+    _batches,
+    calibrate,
+    check_writable,
+    read_profile,
+    replacing,
+    write_profile,
+)
 from kvjax.eval import figures
 from kvjax.models.weights import load_decoder
 from kvjax.prompts import bucket

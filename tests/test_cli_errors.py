@@ -173,7 +173,7 @@ def test_malformed_documents(run, tmp_path, line, named):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("[0.5", "profile.json is not valid JSON"),
+        ("[0.5", "profile.json, expected a JSON list"),
         ("{}", "expected a JSON list"),
         ("[]", "expected a JSON list"),
         ("[0.5, 1.5]", "expected a JSON list of the fraction"),

@@ -167,7 +167,7 @@ def test_batches_hold_one_bucket_and_waves_one_question_each():
             for i, new in enumerate(asks)
         )
         whole = Document(id=name, task="t", context="", asks=made)
-        return [runner.Question("t", 64, whole, ask, (1,) * size, (2,)) for ask in made]
+        return [runner.Question("t", 64, whole, ask, (1,) * size, (2,), size) for ask in made]
 
     four = [document("a", 10, [4, 4]), document("b", 40, [4]), document("c", 16, [4, 8, 4])]
     found = list(batches([question for mine in four for question in mine], 2))

@@ -21,20 +21,6 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}, byte {error.start})") from None
 
 
-def read_profile(path: str) -> tuple[float, ...]:
-    """The fraction RETAINED of each layer, from PrefixKV's list of fractions EVICTED."""
-    evicted = _parse(read_text(path), path)
-
-    def fraction(share: Any) -> bool:
-        return type(share) in (int, float) and 0 <= share <= 1
-
-    if not (isinstance(evicted, list) and evicted and all(map(fraction, evicted))):
-        raise ValueError(
-            f"profile {path}, expected a JSON list of the fraction (0 to 1) evicted from each layer"
-        )
-    return tuple(1.0 - share for share in evicted)
-
-
 def read_prompts(path: str) -> dict[str, list[int]]:
     """Token ids, one prompt a line, by the line's place."""
     return {place: _prompt(line, place) for place, line in _lines(path)}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from kvjax.cli.files import read_profile
+from kvjax.calibrate import read_profile
 from kvjax.config import CompressionConfig, Recompress, parse_budget
 from kvjax.rows import largest
 from kvjax.sampling import Sampling

@@ -9,6 +9,7 @@ share of the documents, writes a file of its own (`kvjax.eval.journal`) and need
 """
 
 import dataclasses
+import re
 import time
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
@@ -25,14 +26,16 @@ from kvjax.eval.journal import Journal, key_of
 from kvjax.eval.pod import ALONE, Workers
 from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
-from kvjax.prompts import bucket
+from kvjax.eval.tasks.example import IMAGE
+from kvjax.placeholders import by_prompt, look, mark, placeholder
+from kvjax.prompts import bucket, chat_text
 from kvjax.reconstruction import instructed
 
 FULL = CompressionConfig.named("full")
 # Tokens left for a chat template around the prompt.
 CHAT_TOKENS = 64
 # Tasks whose answers are compared with the model's own from the full cache.
-OWN = ("rouge",)
+OWN = ("rouge", "vision/rouge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,9 @@ class Question:
     Attributes:
       task, length: which task, and how long its prompts may be.
       document, ask: from `kvjax.eval.tasks`.
-      context: tokens that are compressed alone under "unseen".
+      context: tokens that are compressed alone under "unseen", one for a picture.
       rest: tokens of the question and what leads to the answer.
+      size: tokens of the context, with one for each feature of a picture.
     """
 
     task: str
@@ -52,6 +56,7 @@ class Question:
     ask: Ask
     context: tuple[int, ...]
     rest: tuple[int, ...]
+    size: int
 
 
 def evaluate(
@@ -83,7 +88,7 @@ def evaluate(
     counts = {"run": 0, "found": 0, "failed": 0}
     configs = settings.configs()
     with Journal(out, text, workers.index, writes=workers.member == 0) as journal:
-        questions = list(_questions(settings, tokenizer, workers))
+        questions = list(_questions(settings, model, tokenizer, workers))
         keys = [
             (q.task, q.length, protocol, method, budget, q.document.id, q.ask.id)
             for q in questions
@@ -97,9 +102,9 @@ def evaluate(
         )
         for protocol in settings.protocols:
             for batch in batches(questions, settings.batch):
-                for (_, budget), config in configs.items():
+                for (method, budget), config in configs.items():
                     config = instructed(config, tokenizer, model.config.vocab_size)
-                    run = _Run(model, tokenizer, config, protocol, settings)
+                    run = _Run(model, tokenizer, config, method, protocol, settings)
                     for wave in waves(batch):
                         rows = run.missing(batch, wave, budget, journal.done)
                         journal.write(rows)
@@ -113,7 +118,9 @@ def evaluate(
 
 
 # ---------------------------------------------------------------------------- questions
-def _questions(settings: EvalSettings, tokenizer: Any, workers: Workers) -> Iterator[Question]:
+def _questions(
+    settings: EvalSettings, model: Any, tokenizer: Any, workers: Workers
+) -> Iterator[Question]:
     for name in settings.tasks:
         for length in settings.lengths:
             given = TaskSettings(
@@ -132,29 +139,42 @@ def _questions(settings: EvalSettings, tokenizer: Any, workers: Workers) -> Iter
                 if index % workers.count != workers.index:
                     continue
                 for ask in document.asks:
-                    context, rest = as_tokens(document, ask, tokenizer, settings.chat)
-                    yield Question(name, length, document, ask, context, rest)
+                    context, rest = as_tokens(document, ask, tokenizer, settings.chat, model)
+                    size = len(context)
+                    if document.images:
+                        pictures = by_prompt(list(document.images), list(context), model)
+                        size = len(look(model, [context], pictures).rows[0])
+                    yield Question(name, length, document, ask, context, rest, size)
 
 
 def as_tokens(
-    document: Document, ask: Ask, tokenizer: Any, chat: bool
+    document: Document, ask: Ask, tokenizer: Any, chat: bool, model: Any = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens of the context, and of question and lead; both protocols see the same ones.
 
-    With `chat` the context and the question are the user's turn, the lead begins the answer.
+    With `chat` the context and the question are the user's turn, the lead begins the answer; of
+    what is scored the context alone where it has pictures, and nothing elsewhere.
     """
     before, after, special = document.context, ask.question + ask.lead, True
-    if ask.metric == "perplexity":
-        after += ask.answers[0]
-    elif chat:
-        mark = "\x1f"  # no text has it
-        turn = [{"role": "user", "content": before + mark + ask.question}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, after = text.split(mark)
+    scored, pictures = ask.metric == "perplexity", len(document.images)
+    if chat and (pictures or not scored):
+        end = "\x1f"  # no text has it
+        turn, token = before + end + ask.question, ""
+        if pictures:
+            token = placeholder(model, tokenizer)
+            turn = re.sub(rf"\n?{IMAGE}\n?", lambda _: token, turn)
+        text = chat_text(turn, tokenizer, pictures, token)
+        before, after = text.split(end)
+        if scored:
+            before, after = before + after, ""
         after, special = after + ask.lead, False
+    elif pictures:
+        before = before.replace(IMAGE, mark(model, tokenizer))
+    if scored:
+        after += ask.answers[0]
     first = tokenizer(before, add_special_tokens=special)["input_ids"]
     rest = tokenizer(after, add_special_tokens=False)["input_ids"]
-    if ask.metric == "perplexity":  # one text, however it falls into words
+    if scored and not pictures:  # one text, however it falls into words
         whole = tokenizer(before + after, add_special_tokens=special)["input_ids"]
         if whole[: len(first)] == first:
             rest = whole[len(first) :]
@@ -168,7 +188,7 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[list[list[Ques
         documents[question.task, question.length, question.document.id].append(question)
     groups: dict[tuple, list[list[Question]]] = defaultdict(list)
     for (task, length, _), asked in documents.items():
-        groups[task, length, bucket(len(asked[0].context))].append(asked)
+        groups[task, length, bucket(asked[0].size)].append(asked)
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
@@ -187,11 +207,11 @@ def _label(question: Question, run: "_Run", budget: str) -> dict[str, Any]:
         "task": question.task,
         "length": question.length,
         "protocol": run.protocol,
-        "method": run.config.method,
+        "method": run.method,
         "budget": budget,
         "document": question.document.id,
         "ask": question.ask.id,
-        "prompt_tokens": len(question.context) + len(question.rest),
+        "prompt_tokens": question.size + len(question.rest),
         "answers": list(question.ask.answers),
         "metric": question.ask.metric,
         "facts": dict(question.ask.facts),
@@ -206,6 +226,7 @@ class _Run:
     model: Any
     tokenizer: Any
     config: CompressionConfig
+    method: str
     protocol: str
     settings: EvalSettings
     cache: Any = None
@@ -271,6 +292,7 @@ class _Run:
             [len(question.context) for question in whole],
             self.config,
             seed=self.settings.seed,
+            images=_images(whole),
         )
         seconds = (time.perf_counter() - begin) / len(asked)
         shape = self.model.config
@@ -278,7 +300,7 @@ class _Run:
         rows = []
         for question, scored in zip(asked, found, strict=False):
             itemsize = self.model.embed.table_VD[...].dtype.itemsize
-            entry = slot_bytes(self.config, len(question.context), shape.head_dim, itemsize)
+            entry = slot_bytes(self.config, question.size, shape.head_dim, itemsize)
             whole_entry = 2 * shape.head_dim * itemsize
             rows.append(
                 _EMPTY
@@ -286,7 +308,7 @@ class _Run:
                     "nll": float(np.mean(scored.nll)),
                     "kept": scored.kept / heads,
                     "bytes": scored.kept * entry,
-                    "full_bytes": len(question.context) * heads * whole_entry,
+                    "full_bytes": question.size * heads * whole_entry,
                     "seconds": seconds,
                 }
             )
@@ -299,10 +321,14 @@ class _Run:
         call: dict[str, Any] = {"max_new_tokens": questions[0].ask.new_tokens, "seed": seed}
         if self.protocol == "seen" or not questions[0].rest:  # the context simply goes on
             prompts = [[*question.context, *question.rest] for question in questions]
-            return kvjax.generate(self.model, prompts, self.config, **call)
+            seen = {"images": _images(questions)}
+            return kvjax.generate(self.model, prompts, self.config, **call, **seen)
         if self.cache is None:
             contexts = [list(mine[0].context) for mine in batch]
-            self.cache = kvjax.compress_prompt(self.model, contexts, self.config, seed=seed)
+            images = _images([mine[0] for mine in batch])
+            self.cache = kvjax.compress_prompt(
+                self.model, contexts, self.config, seed=seed, images=images
+            )
         rest = [list(question.rest) for question in questions]
         return kvjax.generate(self.model, rest, cache=self.cache, **call)
 
@@ -323,6 +349,12 @@ class _Run:
             "bytes": out.cache_bytes // rows,
             "full_bytes": out.full_cache_bytes // rows,
         }
+
+
+def _images(questions: Sequence[Question]) -> list[list[str]] | None:
+    """Each question's pictures, None where none has any."""
+    found = [list(question.document.images) for question in questions]
+    return found if any(found) else None
 
 
 _EMPTY: dict[str, Any] = dict.fromkeys(

@@ -69,7 +69,7 @@ def tabulate(results: Results) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------- names
 def _method_order(name: str) -> tuple:
-    plain = name.split(" (")[0]
+    plain = re.split(r" \(|:", name)[0]
     known = list(METHODS)
     return (known.index(plain) if plain in known else len(known), name)
 

@@ -15,6 +15,7 @@
 | needle | drawn: a heat map of depth and length |
 | tiny/... (6) | drawn in the bundled model's own words |
 | perplexity, rouge | any text, cut into prefixes and continuations |
+| vision/perplexity, vision/rouge | pictures and questions, read from PrefixKV's files |
 
 Plain Python and NumPy: nothing here runs a model.
 """
@@ -30,6 +31,7 @@ from kvjax.eval.tasks import (
     ruler,
     text,
     tiny,
+    vision,
 )
 from kvjax.eval.tasks.example import Ask, Document, Task, TaskSettings
 from kvjax.eval.tasks.metrics import METRICS
@@ -46,6 +48,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             needle.TASK,
             *tiny.TASKS,
             *text.TASKS,
+            *vision.TASKS,
         )
     }
 )

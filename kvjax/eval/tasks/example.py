@@ -13,6 +13,9 @@ from typing import Any
 
 from kvjax.config import ConfigError
 
+# What stands for a picture in a document, whatever a model's own token is.
+IMAGE = "<image>"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -47,14 +50,16 @@ class Document:
     Attributes:
       id: unique among all tasks.
       task: its task's name.
-      context: the text that a cache is made of.
+      context: the text that a cache is made of; IMAGE stands for each picture.
       asks: at least one.
+      images: paths of the pictures, as they stand in the context.
     """
 
     id: str
     task: str
     context: str
     asks: tuple[Ask, ...]
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
