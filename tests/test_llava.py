@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vision_model import forced
 
 import kvjax
 from kvjax import stages
-from kvjax.cache import with_room
 from kvjax.load import load_model
 from kvjax.placeholders import by_prompt, look
 from kvjax.prompts import pad
@@ -51,24 +51,6 @@ def rows_of(expected, name):
         rows.append(real[(real != IMAGE) | first].tolist())
         images.append([next(left) for _ in range(count)])
     return rows, images
-
-
-@jax.jit
-def forced(model, tokens, lengths, images, steps):
-    """Logits of every position of the prompt, and after it and each of the given tokens."""
-    seen = see(model, images)
-    x = seen.put(model.embed(tokens))
-    for layer in model.layers:
-        x, *_ = layer.prefill(x, lengths, stages.ProbeRequest(), seen.rotary)
-    key = jax.random.key(0)
-    last, cache = stages.prefill_compress(model, tokens, lengths, key, FULL, images)
-
-    def step(cache, token):
-        x, cache = model.extend(token[:, None], jnp.ones_like(lengths), cache)
-        return cache, model.logits(x[:, 0])
-
-    _, later = jax.lax.scan(step, with_room(cache, len(steps)), steps)
-    return model.logits(x), last, later
 
 
 @pytest.mark.parametrize("name", ["one", "two", "batch"])

@@ -7,19 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from vision_model import forced
 
 import kvjax
-from kvjax import stages
-from kvjax.cache import with_room
 from kvjax.images import qwen_patches
 from kvjax.load import load_model
 from kvjax.models.qwen_vl import load_qwen_config
 from kvjax.placeholders import by_prompt, look, with_placeholders
 from kvjax.prompts import pad
-from kvjax.seen import see
 
 FIXTURES = Path(__file__).parent / "fixtures" / "vl"
 TOLERANCE = 1e-4  # the fixtures' own cached and uncached passes differ by up to 1e-5
@@ -73,24 +70,6 @@ def padded(model, expected, name):
         (tokens, lengths, seen.places, seen.rotary),
     )
     return tokens, lengths, seen.replace(places=places, rotary=rotary)
-
-
-@jax.jit
-def forced(model, tokens, lengths, images, steps):
-    """Logits of every position of the prompt, and after it and each of the given tokens."""
-    seen = see(model, images)
-    x = seen.put(model.embed(tokens))
-    for layer in model.layers:
-        x, *_ = layer.prefill(x, lengths, stages.ProbeRequest(), seen.rotary)
-    key = jax.random.key(0)
-    last, cache = stages.prefill_compress(model, tokens, lengths, key, FULL, images)
-
-    def step(cache, token):
-        x, cache = model.extend(token[:, None], jnp.ones_like(lengths), cache)
-        return cache, model.logits(x[:, 0])
-
-    _, later = jax.lax.scan(step, with_room(cache, len(steps)), steps)
-    return model.logits(x), last, later
 
 
 @pytest.mark.parametrize("name", ["one", "two", "batch"])

@@ -180,6 +180,8 @@ def test_chat_templates_enclose_context_and_question(loaded):
     class Chat:
         """Words to lengths; a template that adds words around."""
 
+        chat_template = "<user> ..."
+
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [99] * add_special_tokens + [len(word) for word in text.split()]}
 

@@ -1,18 +1,27 @@
-"""A small random LLaVA with the bundled model's tokenizer, as a Hugging Face directory."""
+"""What tests of models that see share: a small random LLaVA, and logits step by step."""
 
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from kvjax import tiny
+from kvjax import CompressionConfig, stages, tiny
+from kvjax.cache import with_room
 from kvjax.models.vision_config import VisionConfig, load_vision_config
 from kvjax.models.vision_weights import NAMINGS, llava_specs
+from kvjax.seen import see
+
+FULL = CompressionConfig.named("full")
 
 
 def write_llava(folder: Path, *, size: int = 56, patch: int = 14, layers: int = 2) -> Path:
-    """Images of `size` pixels in patches of `patch`; its last token is `<image>`."""
+    """A Hugging Face directory with the bundled model's tokenizer.
+
+    Images have `size` pixels in patches of `patch`; the last token is `<image>`.
+    """
     folder.mkdir(parents=True)
     tokenizer = json.loads((tiny.WEIGHTS / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
@@ -72,3 +81,21 @@ def write_llava(folder: Path, *, size: int = 56, patch: int = 14, layers: int = 
     }
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@jax.jit
+def forced(model, tokens, lengths, images, steps):
+    """Logits of every position of the prompt, and after it and each of the given tokens."""
+    seen = see(model, images)
+    x = seen.put(model.embed(tokens))
+    for layer in model.layers:
+        x, *_ = layer.prefill(x, lengths, stages.ProbeRequest(), seen.rotary)
+    key = jax.random.key(0)
+    last, cache = stages.prefill_compress(model, tokens, lengths, key, FULL, images)
+
+    def step(cache, token):
+        x, cache = model.extend(token[:, None], jnp.ones_like(lengths), cache)
+        return cache, model.logits(x[:, 0])
+
+    _, later = jax.lax.scan(step, with_room(cache, len(steps)), steps)
+    return model.logits(x), last, later
