@@ -155,19 +155,20 @@ _COLLECTIVE = re.compile(
 )
 
 
-def collectives(text: str, where: str = "") -> list[tuple[str, int]]:
+def collectives(text: str, loop: str | None = None) -> list[tuple[str, int]]:
     """Operation and bytes of each collective in a compiled program's text (`as_text()`).
 
     Args:
       text: of one device's program.
-      where: only those whose origin contains it: "decode/while/body" is the decode loop's step.
+      loop: only those of one pass through the loop under this `jax.named_scope`, such as the
+        decode loop's, "decode".
 
     Returns:
       Bytes are those of what one device has afterwards.
     """
     found = []
-    for line in text.splitlines():
-        if (match := _COLLECTIVE.search(line)) and where in line:
+    for line in text.splitlines() if loop is None else _body(text, loop):
+        if match := _COLLECTIVE.search(line):
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             sizes = [
                 _WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
@@ -178,3 +179,22 @@ def collectives(text: str, where: str = "") -> list[tuple[str, int]]:
             pair = match[3] and match[2] in ("all-gather", "collective-permute")
             found.append((match[2], max(sizes) if pair else sum(sizes)))
     return found
+
+
+def _body(text: str, loop: str) -> list[str]:
+    """Lines of the body of the loop of this name, and of all that it calls."""
+    blocks: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.endswith("{") and (match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(", line)):
+            lines = blocks.setdefault(match[1], [])
+        lines.append(line)
+    named = re.compile(rf'body=%?([\w.-]+).*op_name="[^"]*\b{loop}/while"')
+    waiting = [match[1] for line in text.splitlines() if (match := named.search(line))]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name in blocks:
+            seen.add(name)
+            waiting += re.findall(r"%([\w.-]+)", " ".join(blocks[name][1:]))
+    return [line for name in sorted(seen) for line in blocks[name]]

@@ -8,7 +8,7 @@ import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.presets import PRESETS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, commands, evaluate, inspect, report
+from kvjax.cli import calibrate, commands, evaluate, inspect, plan, report
 from kvjax.methods import METHODS
 
 _LARGEST = 2**31 - 1  # what an int32 holds
@@ -102,6 +102,9 @@ def build_parser() -> Parser:
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="such as stories15M.bin")
     sub.add_argument("vocabulary", metavar="VOCABULARY", help="such as tokenizer.bin")
     sub.add_argument("out", metavar="OUT", help="a directory that is new or empty")
+
+    sub = command(plan.run, "plan", "Compile ahead of time: what fits on which TPU or GPU")
+    plan.add_flags(sub, whole)
 
     sub = command(commands.bench, "bench", "Measure speed on this machine")
     _bench_flags(sub)

@@ -27,7 +27,6 @@ from kvjax.prompts import bucket
 
 DTYPE = jnp.dtype(jnp.bfloat16)  # of weights, activations and cache
 KERNELS = ("tpu_custom_call", "cudnn", "triton")
-_STEP = "decode/while/body"
 _TOO_LARGE = re.compile(r"\(([\d.]+)([GM])\) exceeds available|Used ([\d.]+)([GM]) of")
 
 
@@ -73,9 +72,7 @@ class Ask:
             raise ValueError(f"batch={self.batch}, expected a multiple of data={self.data}")
         profile = self.compression.profile
         if profile is not None and len(profile) != self.model.num_layers:
-            raise ValueError(
-                f"profile has {len(profile)} layers, expected {self.model.num_layers}"
-            )
+            raise ValueError(f"profile has {len(profile)} layers, expected {self.model.num_layers}")
 
     @property
     def tail_slots(self) -> int:
@@ -190,7 +187,7 @@ def compiled(ask: Ask) -> Compiled:
         total=total_bytes(memory),
         refused=False,
         kernels=tuple(name for name in KERNELS if name in text),
-        step=tuple(collectives(text, _STEP)),
+        step=tuple(collectives(text, "decode")),
     )
 
 
