@@ -49,6 +49,9 @@ study: setup  ## the bundled model, measured, about 20 minutes
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
+plan: setup $(AHEAD)/.installed  ## docs/plan.md: what fits where, compiled ahead of time; hours, goes on where it stopped
+	PYTHONPATH=$(AHEAD) $(RUN:python=kvjax) plan --config configs/plan/llama.toml --config configs/plan/llava.toml -o docs/plan.md
+
 BENCH := $(RUN:python=kvjax) bench
 bench: setup  ## speed on this machine, about 25 minutes on two cores
 	$(BENCH) generate --repeats 3 --out docs/benchmarks
@@ -59,4 +62,4 @@ bench: setup  ## speed on this machine, about 25 minutes on two cores
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test lint types fidelity stories study compile-matrix bench clean
+.PHONY: help setup demo test lint types fidelity stories study compile-matrix plan bench clean

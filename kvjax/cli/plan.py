@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         default="build/plan",
         metavar="DIR",
         help="compilations are kept there, and a plan that was stopped goes on (build/plan)",
+    )
+    add(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="after so many, rows that were not compiled before are estimates (no limit)",
     )
     add("-o", "--out", metavar="FILE.md", help="also write the table, and JSON beside it")
     add("--json", action="store_true", help="print one JSON object on the last line")
@@ -112,19 +120,22 @@ def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
     from kvjax.ahead import missing
     from kvjax.plan.program import compiled, step_cost
     from kvjax.plan.rows import plan
-    from kvjax.plan.store import remembered
+    from kvjax.plan.store import Store
 
     asks = [(group, ask) for group in groups for ask in group.asks()]
     absent = {ask.topology.target: missing(ask.topology.target) for _, ask in asks}
     for target, reason in absent.items():
         if reason and not arguments.estimate:
             print(f"kvjax: {target} {reason}; its rows are estimates", file=sys.stderr)
-    look = None if arguments.estimate else remembered(compiled, arguments.cache)
+    look = Store(compiled, arguments.cache)
+    began = time.monotonic()
     rows = []
     with tqdm(asks, desc="plan", unit="row", disable=None) as bar:
         for group, ask in bar:
             bar.set_postfix_str(f"{ask.name} {ask.topology.name} {ask.compression.method}")
-            here = look if absent[ask.topology.target] is None else None
+            late = time.monotonic() - began > 60 * arguments.minutes
+            known = absent[ask.topology.target] is None and (not late or look.known(ask))
+            here = look if known and not arguments.estimate else None
             cost = step_cost if group.cost and here is not None else None
             rows.append(plan(ask, here, limits=group.limits, cost=cost))
     return rows
@@ -145,20 +156,25 @@ def _write(out: Path, text: str, found: dict[str, Any], arguments: argparse.Name
         part.replace(path)
 
 
+_COST = """A decode step of one device, from shapes and as its compiler counts it. A compiler knows
+nothing of what a kernel of the library's own reads: each layer's call counts the whole pool."""
+
 _HEADER = """# The plan
 
-Written by `{command}`; the same figures with all digits are in the JSON beside it. GiB of one device,
-of the whole `generate` in bf16 (prefill, compression and decode loop are one program), compiled ahead
-of time for chips that are not here. Nothing on this page has run.
+Written by `{command}`; the JSON beside it has all digits. GiB of one
+device, for the whole `generate` in bf16 (prefill, compression and decode loop are one program),
+compiled ahead of time for chips that are not here. Nothing on this page has run.
 
-*Weights*, *pool* (what is kept of the prompts: of `full` all of it) and *tail* (room for the answer) are
-from shapes; *total* is `memory_analysis()`'s arguments, temporaries, results and code; *prefill* is what the
-temporaries hold beside pool and tail. *Of* is what a program may take: a TPU's compiler says it, of a
-GPU it is the data sheet's HBM less 1 GiB. A program that does not fit is refused, with its total. `~` is an
-estimate: in the columns of bytes no compiler was asked; as a limit it follows from the row's own
-compilation and from shapes, and was not compiled itself. Limits hold all else equal and ignore the
-context that a model was trained for. *Collectives* are those of one pass through the decode loop, and the
-bytes that a device has of them afterwards. A step's bytes are weights, pool and tail read once, its
-time what HBM and matrix units need at least.
+- *Weights*, *pool* (what is kept of the prompts: of `full` all of it) and *tail* (room for the
+  answer) follow from shapes. *Total* is `memory_analysis()`'s arguments, temporaries, results and
+  code; *prefill* is what the temporaries hold beside pool and tail.
+- *Of* is what a program may take: a TPU's compiler says it; of a GPU it is the data sheet's HBM
+  less 1 GiB. A program that does not fit is refused, with its total.
+- `~` is an estimate. Among the bytes: no compiler was asked. As a limit: from the row's own
+  compilation and from shapes, not compiled itself. Limits hold all else equal, and ignore the
+  context that a model was trained for.
+- *Collectives*: of one pass through the decode loop, and the bytes that a device has of them
+  afterwards. A step reads weights, pool and tail once; its time is what HBM and matrix units need
+  at least.
 
 """

@@ -22,12 +22,17 @@ class Limit:
 
 
 def largest(
-    cost: Callable[[int], float], values: Sequence[int], room: float, *, start: int, guess: int
+    cost: Callable[[int], int | float],
+    values: Sequence[int],
+    room: int | float,
+    *,
+    start: int,
+    guess: int,
 ) -> Limit:
     """The largest of `values` whose cost is at most `room`, from at most four calls of `cost`.
 
-    Costs are taken to be affine in the value, nearly: two calls give a line, the next ones are at
-    the answer that it gives and at the one above, or at what a better line says where they disagree.
+    Costs are taken to be nearly affine in the value: two calls give a line, the next ones are at
+    the answer that it gives and at the one above, or where a better line says, if they disagree.
 
     Args:
       cost: bytes, growing with the value.
@@ -36,7 +41,7 @@ def largest(
       start: one of the values, whose cost is known or wanted anyway.
       guess: one of the values, near the answer.
     """
-    known: dict[int, float] = {}
+    known: dict[int, int | float] = {}
     first, second = values.index(start), values.index(guess)
     if first == second:
         second += 1 if second + 1 < len(values) else -1
@@ -55,14 +60,14 @@ def largest(
     return Limit(values[low] if low >= 0 else 0, high - low == 1, len(known))
 
 
-def _bounds(known: dict[int, float], room: float, count: int) -> tuple[int, int]:
+def _bounds(known: dict[int, int | float], room: int | float, count: int) -> tuple[int, int]:
     """The largest index known to fit (-1 for none), and the least one known not to, or the end."""
     high = min((index for index, cost in known.items() if cost > room), default=count)
     low = max((index for index, cost in known.items() if cost <= room and index < high), default=-1)
     return low, high
 
 
-def _line(known: dict[int, float], values: Sequence[int], room: float) -> int:
+def _line(known: dict[int, int | float], values: Sequence[int], room: int | float) -> int:
     """The last index that fits, by the line through the two known costs nearest to the room."""
     nearest = sorted(known, key=lambda index: abs(known[index] - room))[:2]
     if len(nearest) < 2:
@@ -75,7 +80,7 @@ def _line(known: dict[int, float], values: Sequence[int], room: float) -> int:
     return sum(value <= reach for value in values) - 1
 
 
-def bisected(cost: Callable[[int], float], values: Sequence[int], room: float) -> int:
+def bisected(cost: Callable[[int], int | float], values: Sequence[int], room: int | float) -> int:
     """The last of `values` whose cost, cheap to ask for, is at most `room`; the first for none."""
     low, high = 0, len(values)
     while high - low > 1:

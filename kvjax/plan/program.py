@@ -179,7 +179,8 @@ def compiled(ask: Ask) -> Compiled:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return _refusal(error)
-    memory, text = program.memory_analysis(), program.as_text()
+    memory: Any = program.memory_analysis()
+    text = program.as_text() or ""
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -223,7 +224,7 @@ def step_cost(ask: Ask) -> tuple[float, float]:
         answer = jax.tree.map(partial(_laid, mesh), answer)
         arguments = model, held[0], held[1].tail, answer, rules
         lowered = decode_program.lower(*arguments, steps=ask.new_tokens - 1)
-    found = lowered.compile().cost_analysis()
+    found: Any = lowered.compile().cost_analysis()
     return found["bytes accessed"], found["flops"]
 
 

@@ -114,7 +114,8 @@ def _limit(
     beside = total - held.total_estimate(ask)  # what the estimate misses here, it misses nearby
 
     def other(value: int) -> Ask:
-        return dataclasses.replace(ask, **{name: value})
+        changed: dict[str, Any] = {name: value}
+        return dataclasses.replace(ask, **changed)
 
     guess = bisected(
         lambda value: held.total_estimate(other(value)) + beside, values, ask.topology.room

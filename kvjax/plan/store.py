@@ -13,28 +13,34 @@ from kvjax.plan.program import Ask, Compiled
 _COMPILERS = ("jax", "libtpu", "jax-cuda13-plugin", "jax-triton", "triton")
 
 
-def remembered(
-    compiler: Callable[[Ask], Compiled], folder: str | Path
-) -> Callable[[Ask], Compiled]:
+class Store:
     """A compiler that keeps what it found in a folder, by the ask, the compilers and the code."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    common = repr((_versions(), _sources()))
 
-    def look(ask: Ask) -> Compiled:
-        key = hashlib.sha256((repr(ask) + common).encode()).hexdigest()[:24]
-        file = folder / f"{key}.json"
+    def __init__(self, compiler: Callable[[Ask], Compiled], folder: str | Path):
+        self._compiler = compiler
+        self._folder = Path(folder)
+        self._common = repr((_versions(), _sources()))
+
+    def _file(self, ask: Ask) -> Path:
+        key = hashlib.sha256((repr(ask) + self._common).encode()).hexdigest()[:24]
+        return self._folder / f"{key}.json"
+
+    def known(self, ask: Ask) -> bool:
+        """Whether it was compiled before."""
+        return self._file(ask).is_file()
+
+    def __call__(self, ask: Ask) -> Compiled:
+        file = self._file(ask)
         if file.is_file():
             keys = json.loads(file.read_text())
             lists = {"kernels": tuple(keys["kernels"]), "step": tuple(map(tuple, keys["step"]))}
             return Compiled(**(keys | lists))
-        found = compiler(ask)
+        found = self._compiler(ask)
+        self._folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
         part.write_text(json.dumps(dataclasses.asdict(found)))
         part.replace(file)
         return found
-
-    return look
 
 
 def _versions() -> list[str]:

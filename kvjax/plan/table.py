@@ -1,10 +1,11 @@
 """Settings files of several rows, and the table as Markdown."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from kvjax.bench.presets import PRESETS, preset
 from kvjax.config import CompressionConfig, parse_budget
@@ -86,14 +87,12 @@ class PlanSettings:
 
     def _compression(self, method: str) -> CompressionConfig:
         name, *rest = method.split("/")
-        layout, quantize, *more = [*rest, None, None][:3] if len(rest) < 3 else rest
-        if len(rest) > 2 or any(more):
+        if len(rest) > 2:
             raise ValueError(f"method={method!r}, expected METHOD, METHOD/LAYOUT or .../int8")
-        settings = {"layout": layout, "quantize": quantize}
+        settings: dict[str, Any] = dict(zip(("layout", "quantize"), rest, strict=False))
         config = CompressionConfig.named(name, parse_budget(self.budget), **settings)
         if self.profile and config.layers == "prefix":
-            settings["profile"] = self.profile
-            return CompressionConfig.named(name, parse_budget(self.budget), **settings)
+            return dataclasses.replace(config, profile=self.profile)
         return config
 
 
@@ -186,7 +185,7 @@ def _limit(limit: Limit | None, most: int) -> str:
 
 
 def cost_table(rows: Sequence[Row]) -> str:
-    """A decode step from shapes, beside what the compiler counts, of rows that were asked for it."""
+    """A decode step from shapes, beside what the compiler counts, where that was asked for."""
     rows = [row for row in rows if row.cost is not None]
     if not rows:
         return ""

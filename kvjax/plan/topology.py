@@ -1,7 +1,7 @@
 """Chips and slices, from their makers' public specifications.
 
-TPUs: cloud.google.com/tpu/docs, the pages v5e, v5p, v6e and tpu7x ("system architecture"): HBM a chip,
-HBM bandwidth and peak bf16 a chip. GPUs: NVIDIA's H100 and H200 data sheets, SXM, dense bf16.
+TPUs: cloud.google.com/tpu/docs, the pages of v5e, v5p, v6e and tpu7x: HBM, its bandwidth and peak
+bf16 of a chip. GPUs: NVIDIA's data sheets of the H100 and the H200, SXM, dense bf16.
 """
 
 from collections.abc import Mapping
