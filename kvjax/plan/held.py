@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import jax
-from flax import nnx
 
 from kvjax import sharding, stages
 from kvjax.capacity import held_slots, packs, slot_bytes
 from kvjax.compress import needs_all_layers, probe_request
 from kvjax.kernels.platform import assume
 from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import Decoder
 from kvjax.models.layers import MLP_TOKENS
+from kvjax.models.weights import TensorSpec, tensor_specs
 from kvjax.plan.program import DTYPE, Ask
 from kvjax.prompts import bucket
 from kvjax.sharding import HEADS, QUERY_HEADS
@@ -80,17 +79,14 @@ def _mesh(ask: Ask) -> jax.sharding.AbstractMesh:
 def _weights(config: ModelConfig, data: int, parts: int) -> tuple[int, int]:
     """Bytes of a device's parameters, and of those that every step reads whole."""
     mesh = sharding.abstract(data, parts, config.num_heads, config.num_kv_heads)
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=DTYPE, rngs=nnx.Rngs(0)))
-    places = sharding.parameter_places(model, mesh)
 
-    def size(x, place) -> int:
-        return math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+    def size(spec: TensorSpec) -> int:
+        place = sharding.named(spec.axes, spec.shape, mesh)
+        return math.prod(place.shard_shape(spec.shape)) * _WIDTH
 
-    total = sum(map(size, jax.tree.leaves(model), jax.tree.leaves(places)))
-    if config.tie_word_embeddings:
-        return total, total
-    table = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), DTYPE)
-    return total, total - size(table, sharding.named("VD", table.shape, mesh))
+    sizes = {spec.attribute: size(spec) for spec in tensor_specs(config).values()}
+    total = sum(sizes.values())
+    return total, total - (0 if config.tie_word_embeddings else sizes["embed.table_VD"])
 
 
 def prefill_estimate(ask: Ask) -> int:
