@@ -208,12 +208,16 @@ def _refusal(error: jax.errors.JaxRuntimeError) -> Compiled:
     return Compiled(0, 0, 0, total, True, (), ())
 
 
-def step_cost(ask: Ask) -> tuple[float, float]:
+def step_cost(ask: Ask) -> tuple[float, float] | None:
     """Bytes accessed and flops of the decode loop, whose body a compiler counts once.
+
+    None for a GPU: without one its compiler counts nothing.
 
     From `cost_analysis()` of the loop compiled alone. Of a kernel of the library's own a compiler
     knows the operands alone, not what of them is read: every layer's call counts the whole pool.
     """
+    if ask.topology.platform == "gpu":
+        return None
     mesh = mesh_for(ask)
     with lowering_for(ask.topology.target, mesh):
         model, tokens, lengths, key, rules = shapes(ask, mesh)
@@ -225,7 +229,7 @@ def step_cost(ask: Ask) -> tuple[float, float]:
         arguments = model, held[0], held[1].tail, answer, rules
         lowered = decode_program.lower(*arguments, steps=ask.new_tokens - 1)
     found: Any = lowered.compile().cost_analysis()
-    return found["bytes accessed"], found["flops"]
+    return found and (found["bytes accessed"], found["flops"])
 
 
 def _prefilled(ask, model, tokens, lengths, key, rules):

@@ -61,7 +61,7 @@ def plan(
     compiler: Compiler | None,
     *,
     limits: Limits = "verified",
-    cost: Callable[[Ask], tuple[float, float]] | None = None,
+    cost: Callable[[Ask], tuple[float, float] | None] | None = None,
 ) -> Row:
     """Plan one row.
 
