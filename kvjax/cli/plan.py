@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         default="verified",
         help="the largest batch and the longest prompt: compiled for, at most four times each, or"
         " from the row's own compilation and shapes (verified)",
+    )
+    add(
+        "--layers",
+        choices=("all", "few"),
+        default="all",
+        help="few: programs of two and of six layers are compiled, and their bytes continued to the"
+        " model's depth; much faster (all)",
     )
     add("--estimate", action="store_true", help="compile nothing: everything from shapes")
     add(
@@ -109,6 +117,7 @@ def _groups(arguments: argparse.Namespace) -> Sequence[Any]:
             batches=(arguments.batch,) if arguments.batch else (),
             profile=read_profile(arguments.profile) if arguments.profile else (),
             limits=arguments.limits,
+            layers=arguments.layers,
         )
     ]
 
@@ -118,7 +127,7 @@ def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
     from tqdm import tqdm
 
     from kvjax.ahead import missing
-    from kvjax.plan.program import compiled, step_cost
+    from kvjax.plan.program import DEPTHS, by_depth, compiled, step_cost
     from kvjax.plan.rows import plan
     from kvjax.plan.store import Store
 
@@ -134,8 +143,12 @@ def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
         for group, ask in bar:
             bar.set_postfix_str(f"{ask.name} {ask.topology.name} {ask.compression.method}")
             late = time.monotonic() - began > 60 * arguments.minutes
-            known = absent[ask.topology.target] is None and (not late or look.known(ask))
-            here = look if known and not arguments.estimate else None
+            few = group.layers == "few"
+            parts = [ask.with_layers(depth) for depth in DEPTHS] if few else [ask]
+            seen = all(map(look.known, parts))
+            known = absent[ask.topology.target] is None and (not late or seen)
+            here = (partial(by_depth, look) if few else look) if known else None
+            here = None if arguments.estimate else here
             cost = step_cost if group.cost and here is not None else None
             rows.append(plan(ask, here, limits=group.limits, cost=cost))
     return rows
@@ -170,6 +183,8 @@ compiled ahead of time for chips that are not here. Nothing on this page has run
   code; *prefill* is what the temporaries hold beside pool and tail.
 - *Of* is what a program may take: a TPU's compiler says it; of a GPU it is the data sheet's HBM
   less 1 GiB. A program that does not fit is refused, with its total.
+- `≈`: two and six layers were compiled and their bytes continued to the model's depth; where a row
+  stands here both ways one can see how near that comes.
 - `~` is an estimate. Among the bytes: no compiler was asked. As a limit: from the row's own
   compilation and from shapes, not compiled itself. Limits hold all else equal, and ignore the
   context that a model was trained for.

@@ -24,6 +24,7 @@ class Row:
 
     Attributes:
       compiled: whether a compiler said so; else `temporaries` and `total` are estimates.
+      layers: depths that it was asked about, where not about the model's own (`by_depth`).
       held: weights, pool and tail, exactly.
       temporaries: what `generate` needs beside its arguments and results, pool and tail included.
       total: all of it; of what does not fit as the compiler refuses it.
@@ -38,6 +39,7 @@ class Row:
 
     ask: Ask
     compiled: bool
+    layers: tuple[int, ...]
     held: held.Held
     temporaries: int
     total: int
@@ -92,6 +94,7 @@ def plan(
     return Row(
         ask=ask,
         compiled=found is not None,
+        layers=found.layers if found else (),
         held=parts,
         temporaries=temporaries,
         total=total,
@@ -159,6 +162,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "prompt": ask.prompt,
         "new_tokens": ask.new_tokens,
         "how": "compiled" if row.compiled else "estimate",
+        "layers": list(row.layers) or row.ask.model.num_layers,
         "room": ask.topology.room,
         **dataclasses.asdict(row.held),
         "working": row.working,

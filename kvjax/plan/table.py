@@ -31,6 +31,7 @@ class PlanSettings:
       batches: rows of each row's batch; by default one for each part of the data.
       profile: retained fraction of each layer, for methods with layers = "prefix".
       limits: "verified", "fit" or "none", see `kvjax.plan.plan`.
+      layers: "all", or "few": compiled with two and six layers, continued to the model's own.
       cost: also what the compiler says of a decode step.
 
     Raises:
@@ -47,6 +48,7 @@ class PlanSettings:
     batches: tuple[int, ...] = ()
     profile: tuple[float, ...] = ()
     limits: str = "verified"
+    layers: str = "all"
     cost: bool = False
 
     def __post_init__(self):
@@ -58,6 +60,8 @@ class PlanSettings:
                 )
         if self.limits not in get_args(Limits):
             raise ValueError(f"limits={self.limits!r}, expected verified, fit or none")
+        if self.layers not in ("all", "few"):
+            raise ValueError(f"layers={self.layers!r}, expected all or few")
         self.asks()
 
     def asks(self) -> list[Ask]:
@@ -137,13 +141,16 @@ _COLUMNS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table, GiB of one device; `~` marks what no compiler was asked about."""
+    """The rows as a table, GiB of one device.
+
+    `~` marks what no compiler was asked about, `≈` what it said of fewer layers.
+    """
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(_cells(row)) + " |" for row in rows)]) + "\n"
 
 
 def _cells(row: Row) -> list[str]:
-    ask, about = row.ask, "" if row.compiled else "~"
+    ask, about = row.ask, "~" if not row.compiled else "≈" if row.layers else ""
     refused = row.short and row.compiled
     count, size = row.collectives
     config = ask.compression
@@ -162,8 +169,8 @@ def _cells(row: Row) -> list[str]:
         f"{about}{row.total / GIB:.2f}",
         f"{ask.topology.room / GIB:.2f}",
         f"no, by {row.short / GIB:.2f}" if row.short else "yes",
-        _limit(row.batch, 0),
-        _limit(row.prompt, MOST_TOKENS),
+        _limit(row.batch, 0, about),
+        _limit(row.prompt, MOST_TOKENS, about),
         f"{count}, {size / 1e3:,.0f} kB" if count else "",
         f"{row.step.bytes / 1e6:,.0f}",
         f"{row.step.seconds * 1e3:.2f}",
@@ -174,14 +181,14 @@ def _budget(budget: int | float | None) -> str:
     return f"{budget:.0%}" if isinstance(budget, float) else str(budget)
 
 
-def _limit(limit: Limit | None, most: int) -> str:
+def _limit(limit: Limit | None, most: int, about: str) -> str:
     if limit is None:
         return ""
     if limit.most == 0:
         return "none"
     if most and limit.most >= most:
         return f"≥ {limit.most:,}"
-    return f"{'' if limit.exact else '~'}{limit.most:,}"
+    return f"{about if limit.exact else '~'}{limit.most:,}"
 
 
 def cost_table(rows: Sequence[Row]) -> str:
