@@ -57,6 +57,10 @@ report: setup  ## the bundled model evaluated on its own tasks, docs/report, abo
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
+plan: setup $(AHEAD)/.installed  ## docs/plan.md: what fits where, compiled ahead of time; an hour, goes on where it stopped
+	PYTHONPATH=$(AHEAD) $(RUN:python=kvjax) plan --config configs/plan/llama.toml --config configs/plan/llama-few.toml \
+		--config configs/plan/llama-70b.toml --config configs/plan/llava.toml -o docs/plan.md
+
 BENCH := $(RUN:python=kvjax) bench
 bench: setup  ## speed on this machine, about 25 minutes on two cores
 	$(BENCH) generate --repeats 3 --out docs/benchmarks
@@ -67,4 +71,4 @@ bench: setup  ## speed on this machine, about 25 minutes on two cores
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test lint types fidelity stories study report compile-matrix bench clean
+.PHONY: help setup demo test lint types fidelity stories study report compile-matrix plan bench clean

@@ -5,7 +5,9 @@ Real compile errors, memory figures and HLO, from libtpu and from the CUDA plugi
 """
 
 import contextlib
+import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -19,23 +21,28 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from kvjax.kernels.platform import assume
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-TARGETS = (*TPUS, "h200")
+TARGETS = (*TPUS, "h200")  # what kernels are tested for
 
 _CUDNN = 91000  # as in the description below
-_H200 = """
+_HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+  memory_bandwidth: %(bandwidth)d l2_cache_size: %(l2)d clock_rate_ghz: 1.98
+  device_memory_size: %(memory)d shared_memory_per_block_optin: 232448
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   cuda_compute_capability { major: 9 minor: 0 }
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
+device_description_str: "NVIDIA %(name)s"
 """
+# The same chip (132 cores) beside other memory: NVIDIA's data sheets, and what drivers report.
+_GPUS = {
+    "h200": {"name": "H200", "bandwidth": 4.8e12, "l2": 62_914_560, "memory": 150e9},
+    "h100": {"name": "H100", "bandwidth": 3.35e12, "l2": 52_428_800, "memory": 85e9},
+}
 
 
 def missing(target: str) -> str | None:
@@ -44,8 +51,8 @@ def missing(target: str) -> str | None:
     Raises:
       ValueError: an unknown target.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}, expected one of {', '.join(TARGETS)}")
+    if target not in (*TPUS, *_GPUS):
+        raise ValueError(f"target={target!r}, expected one of {', '.join((*TPUS, *_GPUS))}")
     needed = ("libtpu",) if target in TPUS else ("jax_cuda13_plugin", "jax_triton", "triton")
     absent = [name for name in needed if find_spec(name) is None]
     return f"needs {', '.join(absent)} (kvjax[ahead])" if absent else None
@@ -66,7 +73,10 @@ def devices(target: str, topology: str | None = None) -> list[Any]:
         # Triton warns where this is not set; 1 is what it does by itself.
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         found = topologies.get_topology_desc(
-            platform="cuda", topology_name="h200", topology="1x1x1", target_config=_H200
+            platform="cuda",
+            topology_name=target,
+            topology="1x1x1",
+            target_config=_HOPPER % _GPUS[target],
         )
     return list(found.devices)
 
@@ -103,7 +113,7 @@ def compile_for(
             out_specs=PartitionSpec("rows"),
             check_vma=False,
         )
-    with _lowering_for(target, chips[0], mesh), assume("tpu" if target in TPUS else "gpu"):
+    with lowering_for(target, mesh):
         lowered = jax.jit(function, **settings).lower(*placed)
     return lowered.compile()
 
@@ -113,22 +123,78 @@ def _placed(sharding: NamedSharding, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeS
 
 
 @contextlib.contextmanager
-def _lowering_for(target: str, chip: Any, mesh: Mesh) -> Iterator[None]:
-    """Some kernels ask for the chip's generation, or for cuDNN, while they are lowered."""
+def lowering_for(target: str, mesh: Mesh) -> Iterator[None]:
+    """Inside, what is lowered gets the kernels of `target`, for the devices of this mesh.
+
+    Some kernels ask for the chip's generation, or for cuDNN, while they are lowered.
+    """
     if target not in TPUS:
         from jax._src.cudnn import fused_attention_stablehlo as fused
 
         check = fused.check_cudnn_version
         fused.check_cudnn_version = lambda: _CUDNN
         try:
-            yield
+            with assume("gpu"):
+                yield
         finally:
             fused.check_cudnn_version = check
         return
+    chip = mesh.devices.flat[0]
     kind = AbstractDevice(device_kind=chip.device_kind, num_cores=1, platform="tpu")
-    types = (AxisType.Auto,)
+    types = (AxisType.Auto,) * len(mesh.axis_names)
     abstract = AbstractMesh(
         mesh.devices.shape, mesh.axis_names, axis_types=types, abstract_device=kind
     )
-    with jax.sharding.use_abstract_mesh(abstract):
+    with jax.sharding.use_abstract_mesh(abstract), assume("tpu"):
         yield
+
+
+_WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+
+
+def collectives(text: str, loop: str | None = None) -> list[tuple[str, int]]:
+    """Operation and bytes of each collective in a compiled program's text (`as_text()`).
+
+    Args:
+      text: of one device's program.
+      loop: only those of one pass through the loop under this `jax.named_scope`, such as the
+        decode loop's, "decode".
+
+    Returns:
+      Bytes are those of what one device has afterwards.
+    """
+    found = []
+    for line in text.splitlines() if loop is None else _body(text, loop):
+        if match := _COLLECTIVE.search(line):
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            sizes = [
+                _WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
+                for kind, shape in arrays
+                if kind in _WIDTHS
+            ]
+            # One that is started here and done elsewhere names its operand before its result.
+            pair = match[3] and match[2] in ("all-gather", "collective-permute")
+            found.append((match[2], max(sizes) if pair else sum(sizes)))
+    return found
+
+
+def _body(text: str, loop: str) -> list[str]:
+    """Lines of the body of the loop of this name, and of all that it calls."""
+    blocks: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.endswith("{") and (match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(", line)):
+            lines = blocks.setdefault(match[1], [])
+        lines.append(line)
+    named = re.compile(rf'body=%?([\w.-]+).*op_name="[^"]*\b{loop}/while"')
+    waiting = [match[1] for line in text.splitlines() if (match := named.search(line))]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name in blocks:
+            seen.add(name)
+            waiting += re.findall(r"%([\w.-]+)", " ".join(blocks[name][1:]))
+    return [line for name in sorted(seen) for line in blocks[name]]

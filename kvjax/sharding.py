@@ -86,11 +86,20 @@ def fitted(mesh: Mesh, heads: int, kv_heads: int) -> Mesh:
         raise ValueError(f"mesh has axes {mesh.axis_names}, expected 'data' and 'model'")
     order = [mesh.axis_names.index(name) for name in USERS if name in mesh.axis_names]
     data, model = (mesh.shape.get(name, 1) for name in USERS)
+    grid = mesh.devices.transpose(order).reshape(data, *_split(model, heads, kv_heads))
+    return Mesh(grid, FITTED, axis_types=(AxisType.Auto,) * 4)
+
+
+def abstract(data: int, model: int, heads: int, kv_heads: int) -> AbstractMesh:
+    """What `fitted` makes of data x model devices, without any: for shapes alone."""
+    sizes = data, *_split(model, heads, kv_heads)
+    return AbstractMesh(sizes, FITTED, axis_types=(AxisType.Auto,) * 4)
+
+
+def _split(model: int, heads: int, kv_heads: int) -> tuple[int, int, int]:
     by_head = math.gcd(kv_heads, model)
     by_query = math.gcd(heads // kv_heads, model // by_head) if by_head == kv_heads else 1
-    rest = model // (by_head * by_query)
-    grid = mesh.devices.transpose(order).reshape(data, by_head, by_query, rest)
-    return Mesh(grid, FITTED, axis_types=(AxisType.Auto,) * 4)
+    return by_head, by_query, model // (by_head * by_query)
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -104,7 +113,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def using(mesh: Mesh | None) -> AbstractContextManager:
+def using(mesh: Mesh | AbstractMesh | None) -> AbstractContextManager:
     """Inside, what is traced is placed on a fitted mesh; None changes nothing.
 
     Arguments of what is traced lie on the mesh's devices (`place`, `known`).
@@ -139,7 +148,7 @@ def spec(axes: str, sizes: Sequence[int], mesh: Mesh | AbstractMesh) -> Partitio
     return PartitionSpec(*placed)
 
 
-def named(axes: str, sizes: Sequence[int], mesh: Mesh) -> NamedSharding:
+def named(axes: str, sizes: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """`spec` on this mesh."""
     return NamedSharding(mesh, spec(axes, sizes, mesh))
 
@@ -178,13 +187,18 @@ def place(model: Any, mesh: Mesh | None) -> Any:
     mesh = fitted(mesh, model.config.num_heads, model.config.num_kv_heads)
     if mesh_of(model) == mesh:
         return model
+    return jax.tree.map(put_whole, model, parameter_places(model, mesh))
 
-    def put(path, x):
+
+def parameter_places(model: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Where each parameter of a model, or of its shapes, lies on a fitted mesh."""
+
+    def where(path, x):
         names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
         name = next(name for name in reversed(names) if re.search(r"_[A-Z]+$", name))
-        return put_whole(x, named(parameter_axes(name), x.shape, mesh))
+        return named(parameter_axes(name), x.shape, mesh)
 
-    return jax.tree_util.tree_map_with_path(put, model)
+    return jax.tree_util.tree_map_with_path(where, model)
 
 
 def known(tree: Any, mesh: Mesh | None) -> Any:

@@ -264,9 +264,11 @@ def decode(
         x_B1D, now = model.extend(jnp.maximum(last_B1, 0), counts_B, now)
         return now.tail, now.next_positions, _draw(model.logits(x_B1D[:, 0]), current, rules)
 
-    tail, next_positions, answer = lax.while_loop(
-        unfinished, step, (cache.tail, cache.next_positions, answer)
-    )
+    # The name says in a program's text which loop this is.
+    with jax.named_scope("decode"):
+        tail, next_positions, answer = lax.while_loop(
+            unfinished, step, (cache.tail, cache.next_positions, answer)
+        )
     return cache.replace(tail=tail, next_positions=next_positions), answer
 
 

@@ -40,7 +40,7 @@ ALLOWED = {
     "load": {"models", "tokenizer", "image_config"},
 }
 # What sits on top may import everything; nothing else imports it.
-TOP = {"__init__", "ahead", "cli", "eval", "bench", "demo", "tiny"}
+TOP = {"__init__", "ahead", "cli", "eval", "bench", "demo", "plan", "tiny"}
 # Third parties of the lowest layers.
 PACKAGES = {
     "kernels": {"jax", "jaxtyping", "jax_triton", "triton"},

@@ -1,7 +1,6 @@
 """Generating on a mesh: eight virtual devices, two along `data` and four along `model`."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ from synthetic import probe_of
 
 import kvjax
 from kvjax import CompressionConfig, Recompress, sharding, stages
+from kvjax.ahead import collectives
 from kvjax.cache import with_room
 from kvjax.models import weights
 from kvjax.models.checkpoint import load_orbax, save_orbax
@@ -201,23 +201,6 @@ def test_a_skewed_allocation_leaves_devices_even(mesh):
 
 
 # ---------------------------------------------------------------------------- collectives
-WIDTHS = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
-
-
-def collectives(compiled, where=""):
-    """(operation, bytes of a device's result) of each collective whose origin contains `where`."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        if (match := COLLECTIVE.search(line)) and where in line:
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            sizes = [WIDTHS[t] * np.prod([int(x) for x in s.split(",") if x]) for t, s in arrays]
-            found.append((match[2], int(sum(sizes))))
-    return found
-
-
 def decode_step(sharded, layout):
     """A compiled decode loop of 4 rows with 128 entries a head, and the cache that it reads."""
     config = dataclasses.replace(CompressionConfig.named("snapkv", 128), layout=layout)
@@ -232,14 +215,14 @@ def decode_step(sharded, layout):
 
 def test_a_decode_step_moves_no_keys_and_values(sharded):
     compiled, cache = decode_step(sharded, "packed")
-    step = collectives(compiled, "while/body")
+    step = collectives(compiled.as_text(), "decode")
     rows, kv_heads, layers = 4 // 2, sharded.config.num_kv_heads, sharded.config.num_layers
     tail = rows * kv_heads // min(kv_heads, 4) * 64 * HEAD_DIM * 4  # one layer's keys of a device
     pool = cache.pool.entries.addressable_shards[0].data.nbytes
     assert step
     assert max(size for _, size in step) < min(tail, pool) / 4
     # Beside plain head sharding: a query to all devices, what they found back, once a layer.
-    plain = collectives(decode_step(sharded, "padded")[0], "while/body")
+    plain = collectives(decode_step(sharded, "padded")[0].as_text(), "decode")
     extra = list(step)
     for one in plain:
         extra.remove(one)
@@ -254,7 +237,7 @@ def test_packing_moves_only_what_is_kept(sharded):
     key = jax.random.key(0)
     compiled = prefill_compress_program.lower(sharded, *prompt, key, config=config).compile()
     keys = 4 // 2 * 256 * HEAD_DIM * 4  # of one KV head
-    moved = [size for kind, size in collectives(compiled) if kind != "all-reduce"]
+    moved = [size for kind, size in collectives(compiled.as_text()) if kind != "all-reduce"]
     assert max(moved) < keys / 2
 
 

@@ -8,7 +8,7 @@ import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.presets import PRESETS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, commands, convert, evaluate, inspect, report
+from kvjax.cli import calibrate, commands, convert, evaluate, inspect, plan, report
 from kvjax.methods import METHODS
 
 _LARGEST = 2**31 - 1  # what an int32 holds
@@ -101,6 +101,9 @@ def build_parser() -> Parser:
 
     sub = command(convert.run, "convert", "Make a Hugging Face directory, or an Orbax checkpoint")
     convert.add_flags(sub)
+
+    sub = command(plan.run, "plan", "Compile ahead of time: what fits on which TPU or GPU")
+    plan.add_flags(sub, whole)
 
     sub = command(commands.bench, "bench", "Measure speed on this machine")
     _bench_flags(sub)

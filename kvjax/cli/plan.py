@@ -1,0 +1,195 @@
+"""`kvjax plan`. Slow imports are made where they are needed."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+_INSTALL = "pip install kvjax[ahead]"
+
+
+def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> None:
+    """The flags of `kvjax plan`; `whole` makes a type of a least integer."""
+    from kvjax.bench.presets import PRESETS
+    from kvjax.plan.topology import TOPOLOGIES
+
+    add = parser.add_argument
+    add(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="TOML of several rows, such as configs/plan/llama.toml; repeatable, in place of the"
+        " flags up to --limits",
+    )
+    add("--model", metavar="M", help=f"a directory with config.json, or {', '.join(PRESETS)}")
+    add("--topology", metavar="T", help=", ".join(TOPOLOGIES))
+    add("--split", default="", metavar="DxM", help="parts of the batch x of the model")
+    add("--batch", type=whole(1), metavar="N", help="rows (one a part of the batch)")
+    add("--prompt", type=whole(1), default=8192, metavar="N", help="tokens (8192)")
+    add("--new", type=whole(1), default=128, metavar="N", help="tokens of an answer (128)")
+    add(
+        "--methods",
+        default="full,ada-snapkv",
+        metavar="M,M",
+        help="METHOD, METHOD/LAYOUT or METHOD/LAYOUT/int8, side by side (%(default)s)",
+    )
+    add("--budget", default="1024", metavar="N|P%", help="of all but full (1024)")
+    add("--profile", metavar="FILE", help="PrefixKV offline, as `kvjax generate` takes it")
+    add(
+        "--limits",
+        choices=("verified", "fit", "none"),
+        default="verified",
+        help="the largest batch and the longest prompt: compiled for, at most four times each, or"
+        " from the row's own compilation and shapes (verified)",
+    )
+    add(
+        "--layers",
+        choices=("all", "few"),
+        default="all",
+        help="few: programs of two and of six layers are compiled, and their bytes continued to the"
+        " model's depth; much faster (all)",
+    )
+    add("--estimate", action="store_true", help="compile nothing: everything from shapes")
+    add(
+        "--cache",
+        default="build/plan",
+        metavar="DIR",
+        help="compilations are kept there, and a plan that was stopped goes on (build/plan)",
+    )
+    add(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        metavar="N",
+        help="after so many, rows that were not compiled before are estimates (no limit)",
+    )
+    add("-o", "--out", metavar="FILE.md", help="also write the table, and JSON beside it")
+    add("--json", action="store_true", help="print one JSON object on the last line")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`kvjax plan`."""
+    from kvjax.plan.rows import as_json
+    from kvjax.plan.table import cost_table, markdown
+
+    groups = _groups(arguments)
+    rows = _planned(groups, arguments)
+    text = markdown(rows)
+    costs = cost_table(rows)
+    text += (
+        f"\nA decode step of one device, from shapes and as its compiler counts it.\n\n{costs}"
+        if costs
+        else ""
+    )
+    found = {"rows": [as_json(row) for row in rows]}
+    if arguments.out is not None:
+        _write(Path(arguments.out), text, found, arguments)
+    print(text)
+    if arguments.json:
+        print(json.dumps(found))
+
+
+def _groups(arguments: argparse.Namespace) -> Sequence[Any]:
+    from kvjax.calibrate import read_profile
+    from kvjax.plan.table import PlanSettings, read_plan
+
+    if arguments.config:
+        if arguments.model or arguments.topology:
+            raise ValueError("--config has models and topologies, expected no --model beside it")
+        return [read_plan(path) for path in arguments.config]
+    for name in ("model", "topology"):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{name} is missing, expected it or --config")
+    return [
+        PlanSettings(
+            models=(arguments.model,),
+            topologies=(arguments.topology,),
+            methods=tuple(filter(None, arguments.methods.split(","))),
+            prompt=arguments.prompt,
+            new_tokens=arguments.new,
+            budget=arguments.budget,
+            splits=(arguments.split,),
+            batches=(arguments.batch,) if arguments.batch else (),
+            profile=read_profile(arguments.profile) if arguments.profile else (),
+            limits=arguments.limits,
+            layers=arguments.layers,
+        )
+    ]
+
+
+def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
+    """The rows, compiled where the target's compiler is there."""
+    from tqdm import tqdm
+
+    from kvjax.ahead import missing
+    from kvjax.plan.program import DEPTHS, by_depth, compiled, step_cost
+    from kvjax.plan.rows import plan
+    from kvjax.plan.store import Store
+
+    asks = [(group, ask) for group in groups for ask in group.asks()]
+    absent = {ask.topology.target: missing(ask.topology.target) for _, ask in asks}
+    for target, reason in absent.items():
+        if reason and not arguments.estimate:
+            print(f"kvjax: {target} {reason}; its rows are estimates", file=sys.stderr)
+    look = Store(compiled, arguments.cache)
+    began = time.monotonic()
+    rows = []
+    with tqdm(asks, desc="plan", unit="row", disable=None) as bar:
+        for group, ask in bar:
+            bar.set_postfix_str(f"{ask.name} {ask.topology.name} {ask.compression.method}")
+            late = time.monotonic() - began > 60 * arguments.minutes
+            few = group.layers == "few"
+            parts = [ask.with_layers(depth) for depth in DEPTHS] if few else [ask]
+            seen = all(map(look.known, parts))
+            known = absent[ask.topology.target] is None and (not late or seen)
+            here = (partial(by_depth, look) if few else look) if known else None
+            here = None if arguments.estimate else here
+            cost = step_cost if group.cost and here is not None else None
+            rows.append(plan(ask, here, limits=group.limits, cost=cost))
+    return rows
+
+
+def _write(out: Path, text: str, found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """The table and the JSON, whole or not at all."""
+    configs = "".join(f" --config {path}" for path in arguments.config or ())
+    command = f"kvjax plan{configs or ' ...'} -o {out}"
+    header = _HEADER.format(command=command)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, content in (
+        (out, header + text),
+        (out.with_suffix(".json"), json.dumps(found, indent=1) + "\n"),
+    ):
+        part = path.with_name(path.name + ".part")
+        part.write_text(content, encoding="utf-8")
+        part.replace(path)
+
+
+_COST = """A decode step of one device, from shapes and as its compiler counts it. A compiler knows
+nothing of what a kernel of the library's own reads: each layer's call counts the whole pool."""
+
+_HEADER = """# The plan
+
+Written by `{command}`; the JSON beside it has all digits. GiB of one
+device, for the whole `generate` in bf16 (prefill, compression and decode loop are one program),
+compiled ahead of time for chips that are not here. Nothing on this page has run.
+
+- *Weights*, *pool* (what is kept of the prompts: of `full` all of it) and *tail* (room for the
+  answer) follow from shapes. *Total* is `memory_analysis()`'s arguments, temporaries, results and
+  code; *prefill* is what the temporaries hold beside pool and tail.
+- *Of* is what a program may take: a TPU's compiler says it; of a GPU it is the data sheet's HBM
+  less 1 GiB. A program that does not fit is refused, with its total.
+- `≈`: two and six layers were compiled and their bytes continued to the model's depth; where a row
+  stands here both ways one can see how near that comes.
+- `~` is an estimate. Among the bytes: no compiler was asked. As a limit: from the row's own
+  compilation and from shapes, not compiled itself. Limits hold all else equal, and ignore the
+  context that a model was trained for.
+- *Collectives*: of one pass through the decode loop, and the bytes that a device has of them
+  afterwards. A step reads weights, pool and tail once; its time is what HBM and matrix units need
+  at least.
+
+"""

@@ -1,0 +1,13 @@
+"""What a model, a batch and a budget need of a TPU slice or a GPU, before having one.
+
+topology.py  chips and slices        program.py   shapes, and programs compiled for them
+held.py      bytes from shapes       limits.py    the most that fits, from few compilations
+rows.py      one row of the plan     table.py     settings files, Markdown
+"""
+
+from kvjax.plan.limits import Limit, largest
+from kvjax.plan.program import Ask
+from kvjax.plan.rows import Row, plan
+from kvjax.plan.topology import TOPOLOGIES, Topology
+
+__all__ = ["TOPOLOGIES", "Ask", "Limit", "Row", "Topology", "largest", "plan"]

@@ -1,0 +1,63 @@
+"""Compilations on disk: a long plan that was stopped goes on from what is there."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import kvjax
+from kvjax.plan.program import Ask, Compiled
+
+_COMPILERS = ("jax", "libtpu", "jax-cuda13-plugin", "jax-triton", "triton")
+
+
+class Store:
+    """A compiler that keeps what it found in a folder, by the ask, the compilers and the code."""
+
+    def __init__(self, compiler: Callable[[Ask], Compiled], folder: str | Path):
+        self._compiler = compiler
+        self._folder = Path(folder)
+        self._common = repr((_versions(), _sources()))
+
+    def _file(self, ask: Ask) -> Path:
+        key = hashlib.sha256((repr(ask) + self._common).encode()).hexdigest()[:24]
+        return self._folder / f"{key}.json"
+
+    def known(self, ask: Ask) -> bool:
+        """Whether it was compiled before."""
+        return self._file(ask).is_file()
+
+    def __call__(self, ask: Ask) -> Compiled:
+        file = self._file(ask)
+        if file.is_file():
+            keys = json.loads(file.read_text())
+            lists = {"kernels": tuple(keys["kernels"]), "step": tuple(map(tuple, keys["step"]))}
+            return Compiled(**(keys | lists))
+        found = self._compiler(ask)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(dataclasses.asdict(found)))
+        part.replace(file)
+        return found
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in _COMPILERS:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return found
+
+
+def _sources() -> str:
+    """A digest of the code that programs are made of."""
+    root = Path(kvjax.__file__).parent
+    files = [*root.glob("*.py"), *root.glob("models/*.py"), *root.glob("kernels/**/*.py")]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
