@@ -22,7 +22,7 @@ from kvjax.models.qwen_layout import QwenPatches, lay_out, mrope_positions
 from kvjax.models.qwen_vision import QwenTower
 from kvjax.models.qwen_vision_config import QwenVisionConfig
 from kvjax.models.qwen_weights import qwen_naming, qwen_specs
-from kvjax.models.vision_config import QWEN
+from kvjax.models.vision_config import QWEN, decoder_keys
 from kvjax.models.weights import check_tensors, fill, read_headers, weights_dtype
 
 # What transformers' class assumes for a missing key where Qwen2's assumes something else.
@@ -100,14 +100,8 @@ def load_qwen_config(directory: str | Path) -> tuple[ModelConfig, QwenVisionConf
     folder = Path(directory)
     with naming(folder / "config.json"):
         mapping = read_object(folder / "config.json")
-        quantized = mapping.get("quantization_config")
-        expect(quantized is None, "quantization_config", "absent (weights as trained)", quantized)
-        text = mapping.get("text_config")
-        expect(isinstance(text, Mapping | None), "text_config", "an object or null", text)
         flat = {key: value for key, value in mapping.items() if key != "vision_config"}
-        text = _TEXT | dict(flat if text is None else text)
-        if "tie_word_embeddings" in mapping:
-            text["tie_word_embeddings"] = mapping["tie_word_embeddings"]
+        text = decoder_keys(mapping, _TEXT, flat)
         config = _text_config(text)
         vision = QwenVisionConfig.from_hf(mapping, config.hidden_size)
         below = f"a token of the vocabulary, below {config.vocab_size}"

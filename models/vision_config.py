@@ -185,6 +185,24 @@ def _architecture(mapping: Mapping[str, Any]) -> Any:
 KINDS = {LLAVA: "llava", QWEN: "qwen2_5_vl"}
 
 
+def decoder_keys(
+    mapping: Mapping[str, Any], defaults: Mapping[str, Any], beside: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The decoder's keys of a `config.json`: its `text_config`, or those `beside` the tower's.
+
+    Raises:
+      ValueError: quantized weights, a `text_config` that is no object.
+    """
+    quantized = mapping.get("quantization_config")
+    expect(quantized is None, "quantization_config", "absent (weights as trained)", quantized)
+    text = mapping.get("text_config")
+    expect(isinstance(text, Mapping | None), "text_config", "an object or null", text)
+    keys = {**defaults, **(beside if text is None else text)}
+    if "tie_word_embeddings" in mapping:
+        keys["tie_word_embeddings"] = mapping["tie_word_embeddings"]
+    return keys
+
+
 def load_vision_config(directory: str | Path) -> tuple[ModelConfig, VisionConfig]:
     """The decoder and the tower of a directory in the layout of the Hugging Face hub.
 
@@ -197,13 +215,7 @@ def load_vision_config(directory: str | Path) -> tuple[ModelConfig, VisionConfig
     folder = Path(directory)
     with naming(folder / "config.json"):
         mapping = read_object(folder / "config.json")
-        quantized = mapping.get("quantization_config")
-        expect(quantized is None, "quantization_config", "absent (weights as trained)", quantized)
-        text = mapping.get("text_config")
-        expect(isinstance(text, Mapping | None), "text_config", "an object or null", text)
-        text = {"model_type": "llama"} | dict(text or {})
-        if "tie_word_embeddings" in mapping:
-            text["tie_word_embeddings"] = mapping["tie_word_embeddings"]
+        text = decoder_keys(mapping, {"model_type": "llama"}, {})
         with naming("text_config"):
             config = ModelConfig.from_hf(text)
         vision = VisionConfig.from_hf(mapping, config.hidden_size)
