@@ -57,9 +57,9 @@ report: setup  ## the bundled model evaluated on its own tasks, docs/report, abo
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
-plan: setup $(AHEAD)/.installed  ## docs/plan.md: what fits where, compiled ahead of time; an hour, goes on where it stopped
-	PYTHONPATH=$(AHEAD) $(RUN:python=kvjax) plan --config configs/plan/llama.toml --config configs/plan/llama-few.toml \
-		--config configs/plan/llama-70b.toml --config configs/plan/llava.toml -o docs/plan.md
+PLANS := $(foreach name,llama llama-whole llama-limits llama-70b llava,--config configs/plan/$(name).toml)
+plan: setup $(AHEAD)/.installed  ## what fits where, compiled ahead of time, an hour; goes on where it stopped
+	PYTHONPATH=$(AHEAD) $(RUN:python=kvjax) plan $(PLANS) -o docs/plan.md
 
 BENCH := $(RUN:python=kvjax) bench
 bench: setup  ## speed on this machine, about 25 minutes on two cores

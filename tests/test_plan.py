@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -181,6 +182,34 @@ def test_a_row_asks_at_most_four_times_each_and_once_for_what_it_knows():
     assert fits == [True, False]
 
 
+def test_few_layers_stand_for_all():
+    """Affine in the depth: bytes, and how often each collective is there."""
+    depths = []
+
+    def compiler(one):
+        layers = one.model.num_layers
+        depths.append(layers)
+        step = (("all-gather", 64),) * (3 * layers) + (("all-reduce", 8),)
+        return Compiled(10 + layers, 7, 100 * layers, 20 * layers + 1, False, ("triton",), step)
+
+    found = program.by_depth(compiler, ask())
+    assert depths == [2, 6]
+    step = (("all-gather", 64),) * 96 + (("all-reduce", 8),)
+    assert found == Compiled(42, 7, 3200, 641, False, ("triton",), step, (2, 6))
+    shallow = ask(model=SMALL)  # two layers alone
+    assert program.by_depth(compiler, shallow).layers == ()
+    assert depths == [2, 6, 2]
+    assert "≈" in markdown([plan(ask(), lambda one: found, limits="none")])
+
+
+def test_a_deep_model_that_does_not_fit_is_refused():
+    def compiler(one):
+        return Compiled(0, 0, 0, one.model.num_layers * 2**30, False, (), ())
+
+    row = plan(ask(), partial(program.by_depth, compiler), limits="none")
+    assert row.short == 32 * 2**30 - row.ask.topology.room
+
+
 # ---------------------------------------------------------------------------- compilers
 @pytest.mark.parametrize(
     ("topology", "data", "parts"), [("v5e-4", 2, 2), ("h200", 1, 1)], ids=["v5e-4", "h200"]
@@ -295,7 +324,8 @@ def test_the_command_estimates_and_writes(run, tmp_path):
 # ---------------------------------------------------------------------------- the committed table
 def test_the_committed_table_is_of_its_settings():
     rows = json.loads((ROOT / "docs" / "plan.json").read_text())["rows"]
-    groups = [read_plan(ROOT / "configs" / "plan" / f"{name}.toml") for name in ("llama", "llava")]
+    names = "llama", "llama-whole", "llama-limits", "llama-70b", "llava"
+    groups = [read_plan(ROOT / "configs" / "plan" / f"{name}.toml") for name in names]
     asks = [one for group in groups for one in group.asks()]
     assert [(row["model"], row["topology"]) for row in rows] == [
         (one.name, one.topology.name) for one in asks
@@ -312,8 +342,7 @@ def test_two_committed_rows_by_hand():
 
     def row(*names):
         keys = "model", "topology", "method"
-        [found] = [row for row in rows if tuple(row[key] for key in keys) == names]
-        return found
+        return next(row for row in rows if tuple(row[key] for key in keys) == names)
 
     first = row("llama-3-8b", "v5e-8", "ada-snapkv")
     assert first["weights"] == 2_008_031_232
