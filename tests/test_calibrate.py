@@ -91,7 +91,7 @@ def test_one_prompt_is_its_own_profile(model, prompts, alone):
 def test_heads_and_prompts_are_averaged_by_hand(model, monkeypatch):
     """Heads that keep different numbers, under a budget of 6 entries."""
 
-    def keep(model, rows, config, *, tokenizer, seed):
+    def keep(model, rows, config, *, tokenizer, seed, images):
         assert (rows, seed) == ([[5] * 10, [6] * 12], 7)
         counts_BLK = np.array([[[9, 3], [1, 11]], [[8, 6], [0, 10]]])
         return SimpleNamespace(counts=counts_BLK)
@@ -273,7 +273,7 @@ def test_what_reaches_the_measurement(run, flags, samples, model, monkeypatch):
     assert (code, out.splitlines()[-2:]) == (0, [str(output), f"{output}.png"])
     assert err.startswith("method=ada-prefixkv budget=9 window=1..2 ")
     config = CompressionConfig.named("ada-prefixkv", 9)
-    settings = {"seed": 8, "batch": 3, "progress": True}
+    settings = {"seed": 8, "batch": 3, "progress": True, "images": None}
     assert given == [([[1, 3, 4, 0, 7], [5, 6]], config, settings)]
     assert output.read_text() == "[0.5, 0.5]"
 
