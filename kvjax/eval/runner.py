@@ -321,8 +321,8 @@ class _Run:
         call: dict[str, Any] = {"max_new_tokens": questions[0].ask.new_tokens, "seed": seed}
         if self.protocol == "seen" or not questions[0].rest:  # the context simply goes on
             prompts = [[*question.context, *question.rest] for question in questions]
-            seen = {"images": _images(questions)}
-            return kvjax.generate(self.model, prompts, self.config, **call, **seen)
+            images = _images(questions)
+            return kvjax.generate(self.model, prompts, self.config, images=images, **call)
         if self.cache is None:
             contexts = [list(mine[0].context) for mine in batch]
             images = _images([mine[0] for mine in batch])

@@ -33,8 +33,8 @@ class Store:
         file = self._file(ask)
         if file.is_file():
             keys = json.loads(file.read_text())
-            lists = {"kernels": tuple(keys["kernels"]), "step": tuple(map(tuple, keys["step"]))}
-            return Compiled(**(keys | lists))
+            lists = {name: tuple(keys[name]) for name in ("kernels", "layers")}
+            return Compiled(**(keys | lists | {"step": tuple(map(tuple, keys["step"]))}))
         found = self._compiler(ask)
         self._folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
