@@ -15,8 +15,10 @@ cd "$(dirname "$0")/../.."
 vm=(gcloud compute tpus tpu-vm)
 everywhere() { "${vm[@]}" ssh "$name" --zone "$zone" --worker=all --command "$1"; }
 
-git archive --format=tar.gz -o /tmp/kvjax.tar.gz HEAD
-"${vm[@]}" scp /tmp/kvjax.tar.gz "$name": --zone "$zone" --worker=all
+packed=$(mktemp -d)
+trap 'rm -rf "$packed"' EXIT
+git archive --format=tar.gz -o "$packed/kvjax.tar.gz" HEAD
+"${vm[@]}" scp "$packed/kvjax.tar.gz" "$name": --zone "$zone" --worker=all
 "${vm[@]}" scp "$config" "$name":kvjax-eval.toml --zone "$zone" --worker=all
 everywhere "set -e; mkdir -p kvjax && tar xzf kvjax.tar.gz -C kvjax && cd kvjax
   test -d .venv || { python3.12 -m venv .venv; .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'; }"
