@@ -32,7 +32,7 @@ def test_the_table_has_every_task():
         *(f"longbench/{name}" for name in PROMPTS),
         *("longeval/lines", "lost-in-the-middle/kv", "needle"),
         *(f"tiny/{name}" for name in QUESTIONS),
-        *("perplexity", "rouge"),
+        *("perplexity", "rouge", "vision/perplexity", "vision/rouge"),
     ]
     assert all(task.name == name and task.source for name, task in TASKS.items())
     with pytest.raises(TypeError):
