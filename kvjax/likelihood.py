@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import sharding, stages
 from kvjax.cache import with_room
 from kvjax.config import CompressionConfig
-from kvjax.placeholders import Pictures, by_prompt, look
+from kvjax.placeholders import Looked, Pictures, by_prompt, look
 from kvjax.programs import Program
 from kvjax.prompts import as_rows, pad
 from kvjax.request import FULL, check_rows
@@ -76,28 +76,7 @@ def score(
       ValueError: a prefix outside that range, an id outside the vocabulary, a text longer than
         the model's context.
     """
-    pictures = by_prompt(images, tokens, model)
-    rows = as_rows(tokens, vocab_size=model.config.vocab_size)
-    if isinstance(prefix_length, int | np.integer):
-        prefix_length = [int(prefix_length)] * len(rows)
-    prefixes = [int(prefix) for prefix in prefix_length]
-    if len(prefixes) != len(rows):
-        raise ValueError(f"prefix_length has {len(prefixes)} entries, expected {len(rows)}")
-    for index, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
-        if not 1 <= prefix < len(row):
-            raise ValueError(
-                f"prefix_length={prefix} of text {index}, expected 1 to {len(row) - 1}"
-                f" (it has {len(row)} tokens)"
-            )
-    looked = look(
-        model, [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)], pictures
-    )
-    # Every token after the prefix is a target; all but the last are inputs too.
-    rests = [row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
-    check_rows(model, looked.rows, config)
-    rows = [[*head, *rest] for head, rest in zip(looked.rows, rests, strict=True)]
-    check_rows(model, rows, FULL)
-    look(model, rests, None)  # no image stands after the prefix
+    looked, rests = _divided(model, tokens, prefix_length, config, images)
     prompt, lengths = pad(looked.rows, pad_to[0])
     after, counts = pad(rests, pad_to[1])
     nll, top1, counts_BLK, kept = _score_program(
@@ -106,7 +85,7 @@ def score(
         lengths,
         after,
         counts,
-        _key(seed, len(rows)),
+        _key(seed, len(rests)),
         looked.images(prompt),
         config=config,
         positions=positions,
@@ -124,6 +103,37 @@ def score(
         )
         for index, count in enumerate(counts)
     ]
+
+
+def _divided(
+    model: Any,
+    tokens: Sequence[int] | Sequence[Sequence[int]],
+    prefix_length: int | Sequence[int],
+    config: CompressionConfig,
+    images: Pictures | None,
+) -> tuple[Looked, list[list[int]]]:
+    """Prefixes, with their images' places expanded, and what follows them, all checked."""
+    pictures = by_prompt(images, tokens, model)
+    rows = as_rows(tokens, vocab_size=model.config.vocab_size)
+    if isinstance(prefix_length, int | np.integer):
+        prefix_length = [int(prefix_length)] * len(rows)
+    prefixes = [int(prefix) for prefix in prefix_length]
+    if len(prefixes) != len(rows):
+        raise ValueError(f"prefix_length has {len(prefixes)} entries, expected {len(rows)}")
+    for index, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
+        if not 1 <= prefix < len(row):
+            raise ValueError(
+                f"prefix_length={prefix} of text {index}, expected 1 to {len(row) - 1}"
+                f" (it has {len(row)} tokens)"
+            )
+    # Every token after the prefix is a target; all but the last are inputs too.
+    heads = [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)]
+    rests = [row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
+    looked = look(model, heads, pictures)
+    check_rows(model, looked.rows, config)
+    check_rows(model, [[*a, *b] for a, b in zip(looked.rows, rests, strict=True)], FULL)
+    look(model, rests, None)  # no image stands after the prefix
+    return looked, rests
 
 
 def batches(

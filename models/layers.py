@@ -72,7 +72,11 @@ def in_parts(
         return function(x_BTD)
 
     def step(part, x_BTD):
-        new = function(lax.dynamic_slice_in_dim(x_BTD, part * size, size, axis=1))
+        old = lax.dynamic_slice_in_dim(x_BTD, part * size, size, axis=1)
+        # On a mesh `function` sums over devices and adds the sum to `old`. TPU compilers take that
+        # for mere accumulation, move the sum behind the loop and let the loop start from zeros,
+        # which `function` then reads. The barrier hides it from them.
+        new = function(lax.optimization_barrier(old))
         return lax.dynamic_update_slice_in_dim(x_BTD, new, part * size, axis=1)
 
     whole = tokens // size

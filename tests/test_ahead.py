@@ -4,15 +4,18 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax import stages
-from kvjax.ahead import TARGETS, TPUS, compile_for, missing
+from kvjax.ahead import TARGETS, TPUS, collectives, compile_for, devices, missing
 from kvjax.cache import Cache, Tail
 from kvjax.eval.compile_matrix import KERNELS, compile_one
 from kvjax.kernels.shapes import SHAPES, TESTED
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.layers import in_parts
 from kvjax.pool import Pool
 
 
@@ -109,3 +112,26 @@ def test_the_decode_loop_copies_no_pool(name, head_dim):
     assert not re.findall(rf"bf16\[{shape}\]\S* (?:copy|fusion|copy-start)\(", text)
     size = pool.size * 2
     assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * size
+
+
+@pytest.mark.parametrize("name", ["v5e", "v6e"])
+def test_parts_of_a_split_prompt_are_summed_one_by_one(name, monkeypatch):
+    """Not all of them behind the loop, where a part would be read before it is a sum."""
+    if (reason := missing(name)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr("kvjax.models.layers.MLP_TOKENS", 128)
+    mesh = Mesh(np.array(devices(name)), ("model",))
+
+    def array(*shape, split):
+        place = NamedSharding(mesh, PartitionSpec(*split))
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+    def residual(x_BTD, up_DF, down_FD):
+        return in_parts(lambda part: part + jnp.tanh(part @ up_DF) @ down_FD, x_BTD)
+
+    compiled = jax.jit(residual).lower(
+        array(1, 512, 256, split=()),
+        array(256, 1024, split=(None, "model")),
+        array(1024, 256, split=("model", None)),
+    )
+    assert collectives(compiled.compile().as_text()) == [("all-reduce", 128 * 256 * 2)]
