@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from vision_model import forced
 
 import kvjax
@@ -119,6 +124,69 @@ def test_a_cache_goes_on_at_the_shifted_positions(model, expected):
     logits = jax.nn.log_softmax(expected["two_step_logits"][-1, 0])
     assert int(out.tokens[0][0]) == logits.argmax()
     np.testing.assert_allclose(out.log_probs[0][0], logits.max(), atol=TOLERANCE)
+
+
+def test_score_sees_images(model, expected):
+    """NLL of what follows an image, from transformers' logits."""
+    [row], images = rows_of(expected, "one")
+    prefix = row.index(IMAGE) + 2
+    [scored] = kvjax.score(model, row, prefix, images=images)
+    rest = row[prefix:]
+    logits = expected["one_logits"][-len(rest) - 1 : -1]
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    np.testing.assert_allclose(
+        scored.nll, -log_probs[np.arange(len(rest)), rest], atol=TOLERANCE, rtol=0
+    )
+    assert scored.top1 == logits.argmax(-1).tolist()
+
+
+# ---------------------------------------------------------------------------- the command
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The checkpoint with a tokenizer whose words are w0 to w95, and its first image."""
+    folder = tmp_path_factory.mktemp("qwen") / "model"
+    shutil.copytree(FIXTURES / "qwen25vl", folder)
+    marks = {START: "<start>", START + 1: "<end>", IMAGE: "<image>", IMAGE + 1: "<video>"}
+    tokenizer = Tokenizer(WordLevel({marks.get(i, f"w{i}"): i for i in range(100)}, "w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks.values()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}  # by its type it would be Qwen2's
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    picture = np.load(folder / "expected.npz")["image_0"]
+    Image.fromarray(picture).save(folder / "image.png")
+    return folder
+
+
+def test_the_command_answers_about_an_image(run, folder, expected):
+    """Transformers' likeliest token; where the text names no place, the image is in front."""
+    [row], _ = rows_of(expected, "one")
+    words = [{START: "<start>", START + 1: "<end>", IMAGE: "<image>"}.get(t, f"w{t}") for t in row]
+    call = ("generate", "--model", folder, "--image", folder / "image.png", "--json")
+    call = (*call, "--ignore-eos", "--max-new-tokens", 2)
+    code, out, error = run(*call, "--prompt", " ".join(words))
+    assert code == 0, error
+    said = json.loads(out)
+    assert said["prompt_tokens"] == [expected["one_tokens"].shape[1]]
+    assert said["tokens"][0][0] == expected["one_logits"][-1].argmax()
+    code, out, error = run(*call, "--prompt", "w5 w6", "--method", "snapkv", "--budget", 12)
+    assert code == 0, error
+    features = int((expected["one_tokens"] == IMAGE).sum())
+    assert json.loads(out)["prompt_tokens"] == [features + 4]
+
+
+def test_the_page_shows_the_patches(run, folder, expected, tmp_path):
+    page = tmp_path / "page.html"
+    call = ("--image", folder / "image.png", "--methods", "snapkv", "--budget", "50%", "-o", page)
+    code, _, error = run("inspect", "--model", folder, "--prompt", "w5 w6 w7", *call)
+    assert code == 0, error
+    found = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    data = json.loads(found[1])
+    [image] = data["images"]
+    _, rows, columns = expected["grids"][0] // 2  # patches are merged two by two
+    assert (image["rows"], image["columns"]) == (rows, columns)
+    assert data["tokens"][image["first"] :][: rows * columns] == ["▪"] * (rows * columns)
+    assert data["tokens"].count("▪") == rows * columns
 
 
 class Words:
