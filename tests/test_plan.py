@@ -211,13 +211,8 @@ def test_a_deep_model_that_does_not_fit_is_refused():
 
 
 # ---------------------------------------------------------------------------- compilers
-@pytest.mark.parametrize(
-    ("topology", "data", "parts"), [("v5e-4", 2, 2), ("h200", 1, 1)], ids=["v5e-4", "h200"]
-)
-def test_figures_are_the_compilers(topology, data, parts, monkeypatch):
-    """A row's bytes beside `memory_analysis()` of its program, added up here."""
-    if (reason := missing(TOPOLOGIES[topology].target)) is not None:
-        pytest.skip(reason)
+def kept_programs(monkeypatch):
+    """A list of what is compiled from now on."""
     programs = []
     whole = jax.stages.Lowered.compile
 
@@ -226,6 +221,17 @@ def test_figures_are_the_compilers(topology, data, parts, monkeypatch):
         return programs[-1]
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", kept)
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("topology", "data", "parts"), [("v5e-4", 2, 2), ("h200", 1, 1)], ids=["v5e-4", "h200"]
+)
+def test_figures_are_the_compilers(topology, data, parts, monkeypatch):
+    """A row's bytes beside `memory_analysis()` of its program, added up here."""
+    if (reason := missing(TOPOLOGIES[topology].target)) is not None:
+        pytest.skip(reason)
+    programs = kept_programs(monkeypatch)
     split = {"data": data, "parts": parts, "batch": 2, "prompt": 256, "new_tokens": 16}
     one = ask(model=SMALL, budget=64, topology=topology, **split)
     row = plan(one, program.compiled, limits="none")
@@ -262,6 +268,39 @@ def test_what_was_compiled_is_found_again(tmp_path):
         assert store.known(ask())
         assert not store.known(ask(batch=2))
     assert calls == [ask()]
+
+
+@pytest.mark.parametrize(
+    ("file", "method"), [("llama", "ada-snapkv"), ("llava", "full")], ids=["llama", "llava"]
+)
+def test_committed_rows_are_the_compilers(file, method, monkeypatch):
+    """Two rows of docs/plan.md compiled again, their bytes continued to 32 layers here.
+
+    After a change to what is compiled, `make plan` makes the page anew.
+    """
+    if (reason := missing("h200")) is not None:
+        pytest.skip(reason)
+    asks = read_plan(ROOT / "configs" / "plan" / f"{file}.toml").asks()
+    one = next(
+        one for one in asks if (one.topology.name, one.compression.method) == ("h200", method)
+    )
+    rows = json.loads((ROOT / "docs" / "plan.json").read_text())["rows"]
+    keys = "model", "topology", "method", "layers"
+    wanted = [one.name, "h200", method, [2, 6]]
+    row = next(row for row in rows if [row[key] for key in keys] == wanted)
+    programs = kept_programs(monkeypatch)
+    for layers in (2, 6):
+        program.compiled(one.with_layers(layers))
+    few, more = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        - memory.alias_size_in_bytes
+        for memory in (compiled.memory_analysis() for compiled in programs)
+    )
+    assert row["total"] == pytest.approx(few + (more - few) * 30 / 4, rel=0.005)
+    assert row["weights"] + row["pool"] + row["tail"] + row["working"] <= row["total"]
 
 
 # ---------------------------------------------------------------------------- the command

@@ -11,7 +11,7 @@ from flax import nnx
 from synthetic import probe_of
 
 import kvjax
-from kvjax import CompressionConfig, Recompress, sharding, stages
+from kvjax import METHODS, CompressionConfig, Recompress, sharding, stages
 from kvjax.ahead import collectives
 from kvjax.cache import with_room
 from kvjax.models import weights
@@ -25,8 +25,6 @@ from kvjax.programs import decode_program, prefill_compress_program, start_answe
 FIXTURES = Path(__file__).parent / "fixtures" / "hf"
 HEADS, HEAD_DIM = 8, 16
 BUDGET = 16
-# Both layouts, a budget of each shape, and every kind of scorer.
-METHODS = ("snapkv", "ada-snapkv", "prefixkv", "kv-compress", "joint-kvzip", "h2o")
 
 
 def make_model(kv_heads: int, heads: int = HEADS, layers: int = 1) -> Decoder:
@@ -81,7 +79,7 @@ def assert_same(one, other):
 def test_a_mesh_answers_as_one_device(method, mesh, prompts):
     """The same entries and tokens, with fewer KV heads (2) than chips along `model` (4)."""
     model = make_model(2, layers=2)
-    config = CompressionConfig.named(method, BUDGET)
+    config = CompressionConfig.named(method, None if method == "full" else BUDGET)
     one = answers(model, prompts, config, return_cache=True)
     assert_same(one, answers(model, prompts, config, mesh=mesh, return_cache=True))
 

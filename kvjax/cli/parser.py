@@ -72,19 +72,7 @@ def build_parser() -> Parser:
 
     sub = command(commands.score, "score", "Score texts after a compressed prefix")
     _model_flags(sub)
-    sub.add_argument(
-        "--tokens",
-        required=True,
-        metavar="FILE",
-        help='JSON lines {"tokens": [ids], "prefix": n}; the first n tokens are compressed; with'
-        ' "images": [files], beside the file, for the image tokens among them',
-    )
-    _method_flags(sub)
-    sub.add_argument("--batch", type=whole(1), default=16, metavar="N", help="texts at once (16)")
-    sub.add_argument(
-        "--positions", action="store_true", help="with --json: also which positions were kept"
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON line a text, in order")
+    _score_flags(sub)
 
     sub = command(evaluate.run, "eval", "Evaluate methods on tasks, example by example")
     evaluate.add_flags(sub)
@@ -109,17 +97,35 @@ def build_parser() -> Parser:
     _bench_flags(sub)
 
     sub = command(commands.train_tiny, "train-tiny", "Train the bundled model")
-    sub.add_argument(
-        "--config", required=True, metavar="FILE", help="TOML, such as configs/tiny.toml"
+    _training_flags(sub)
+    return parser
+
+
+def _score_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--tokens",
+        required=True,
+        metavar="FILE",
+        help='JSON lines {"tokens": [ids], "prefix": n}; the first n tokens are compressed; with'
+        ' "images": [files], beside the file, for the image tokens among them',
     )
-    sub.add_argument(
+    _method_flags(parser)
+    add("--batch", type=whole(1), default=16, metavar="N", help="texts at once (16)")
+    add("--positions", action="store_true", help="with --json: also which positions were kept")
+    add("--json", action="store_true", help="print one JSON line a text, in order")
+
+
+def _training_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="TOML, such as configs/tiny.toml")
+    add(
         "--out",
         default="build/tiny",
         metavar="DIR",
         help="checkpoints, log.csv and, at the end, model/ and log.png; a run that was stopped goes"
         " on from its last checkpoint (build/tiny)",
     )
-    return parser
 
 
 def _calibration_flags(parser: Parser) -> None:
