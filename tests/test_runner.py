@@ -173,7 +173,19 @@ def test_batches_hold_one_bucket_and_waves_one_question_each():
     found = list(batches([question for mine in four for question in mine], 2))
     assert [[mine[0].document.id for mine in batch] for batch in found] == [["a", "c"], ["b"]]
     asked = [[q and q.ask.id for q in wave] for wave in waves(found[0])]
-    assert asked == [["a/0", "c/0"], ["a/1", None], [None, "c/1"], [None, "c/2"]]
+    assert asked == [["a/0", "c/0"], ["a/1", "c/1"], [None, "c/2"]]
+
+
+@pytest.mark.parametrize(("size", "steps"), [(2262, 32), (2263, 20)])
+def test_answers_are_drawn_to_a_bucket_where_the_context_has_room(loaded, size, steps):
+    """Tasks with answers of 17 and of 20 tokens share one program."""
+    model, tokenizer = loaded
+    assert model.config.max_position_embeddings == 2304
+    asks = [Ask(id="a", question="", answers=(), new_tokens=n, metric="exact") for n in (17, 20)]
+    whole = Document(id="d", task="t", context="", asks=tuple(asks))
+    asked = [runner.Question("t", 64, whole, ask, (1,), (2,) * 10, size) for ask in asks]
+    one = runner._Run(model, tokenizer, runner.FULL, "full", "seen", SETTINGS)
+    assert one._steps(asked) == steps
 
 
 def test_chat_templates_enclose_context_and_question(loaded):

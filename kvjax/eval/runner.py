@@ -2,10 +2,11 @@
 
     tasks -> documents -> batches of one bucket -> answers under each config -> rows on disk
 
-A batch holds documents whose padded lengths are the same, and a short last one is filled up, so
-that each method compiles once a bucket. Where the question is unseen, a batch is compressed once
-and all its questions are asked of that cache. Every team of processes (`kvjax.eval.pod`) takes its
-share of the documents, writes a file of its own (`kvjax.eval.journal`) and needs no other team.
+A batch holds documents whose padded lengths are the same, a short last one is filled up, and
+answers of nearly the same length are drawn as one, so that each method compiles once a bucket.
+Where the question is unseen, a batch is compressed once and all its questions are asked of that
+cache. Every team of processes (`kvjax.eval.pod`) takes its share of the documents, writes a file
+of its own (`kvjax.eval.journal`) and needs no other team.
 """
 
 import dataclasses
@@ -195,11 +196,9 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[list[list[Ques
 
 
 def waves(batch: Sequence[Sequence[Question]]) -> Iterator[list[Question | None]]:
-    """A question of each document at a time, None where it has no more; answers of one length."""
+    """A question of each document at a time, None where it has no more."""
     for place in range(max(map(len, batch))):
-        asked = [mine[place] if place < len(mine) else None for mine in batch]
-        for new in sorted({question.ask.new_tokens for question in asked if question}):
-            yield [q if q is not None and q.ask.new_tokens == new else None for q in asked]
+        yield [mine[place] if place < len(mine) else None for mine in batch]
 
 
 def _label(question: Question, run: "_Run", budget: str) -> dict[str, Any]:
@@ -318,7 +317,7 @@ class _Run:
     def _generate(self, batch, questions: Sequence[Question]) -> kvjax.Generation:
         """Greedy answers: the prompt at once, or the context alone and then the question."""
         seed = self.settings.seed
-        call: dict[str, Any] = {"max_new_tokens": questions[0].ask.new_tokens, "seed": seed}
+        call: dict[str, Any] = {"max_new_tokens": self._steps(questions), "seed": seed}
         if self.protocol == "seen" or not questions[0].rest:  # the context simply goes on
             prompts = [[*question.context, *question.rest] for question in questions]
             images = _images(questions)
@@ -332,9 +331,21 @@ class _Run:
         rest = [list(question.rest) for question in questions]
         return kvjax.generate(self.model, rest, cache=self.cache, **call)
 
+    def _steps(self, questions: Sequence[Question]) -> int:
+        """Tokens to draw: the longest answer, rounded up so that tasks share a program.
+
+        Every answer is cut to its own length afterwards.
+        """
+        longest = max(question.ask.new_tokens for question in questions)
+        used = max(question.size + len(question.rest) for question in questions)
+        fits = used + bucket(longest) <= self.model.config.max_position_embeddings
+        return bucket(longest) if fits else longest
+
     def _judged(self, out, index: int, question: Question, own) -> dict[str, Any]:
+        new = question.ask.new_tokens
+
         def text_of(generation: kvjax.Generation) -> str:
-            return self.tokenizer.decode(generation.tokens[index], skip_special_tokens=True)
+            return self.tokenizer.decode(generation.tokens[index][:new], skip_special_tokens=True)
 
         kept_LK, ask, text = np.asarray(out.kept[index]), question.ask, text_of(out)
         answers = ask.answers if own is None else (text_of(own),)
@@ -343,7 +354,7 @@ class _Run:
             "prediction": text,
             "answers": list(answers),
             "score": METRICS[ask.metric](text, answers, ask.classes),
-            "log_prob": float(np.sum(out.log_probs[index])),
+            "log_prob": float(np.sum(out.log_probs[index][:new])),
             "kept": float(kept_LK.mean()),
             "kept_LK": kept_LK.tolist(),
             "bytes": out.cache_bytes // rows,
