@@ -18,6 +18,7 @@ from kvjax.kernels.platform import assume
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.plan import TOPOLOGIES, Ask, held, largest, plan, program
+from kvjax.plan.depth import by_depth
 from kvjax.plan.program import Compiled
 from kvjax.plan.store import Store
 from kvjax.plan.table import PlanSettings, markdown, parse_split, read_plan
@@ -182,32 +183,38 @@ def test_a_row_asks_at_most_four_times_each_and_once_for_what_it_knows():
     assert fits == [True, False]
 
 
-def test_few_layers_stand_for_all():
-    """Affine in the depth: bytes, and how often each collective is there."""
+@pytest.mark.parametrize(("a_layer", "beside"), [(100, 3200), (-100, -600)])
+def test_few_layers_stand_for_all(a_layer, beside):
+    """All layers' held bytes, and beside them a line in the depth, or the deeper one's."""
     depths = []
 
     def compiler(one):
-        layers = one.model.num_layers
+        layers, has = one.model.num_layers, held.held(one)
         depths.append(layers)
         step = (("all-gather", 64),) * (3 * layers) + (("all-reduce", 8),)
-        return Compiled(10 + layers, 7, 100 * layers, 20 * layers + 1, False, ("triton",), step)
+        temporaries = has.pool + has.tail + a_layer * layers
+        total = has.weights + temporaries + 10
+        return Compiled(has.weights + 3, 7, temporaries, total, False, ("triton",), step)
 
-    found = program.by_depth(compiler, ask())
+    found, has = by_depth(compiler, ask()), held.held(ask())
     assert depths == [2, 6]
     step = (("all-gather", 64),) * 96 + (("all-reduce", 8),)
-    assert found == Compiled(42, 7, 3200, 641, False, ("triton",), step, (2, 6))
+    temporaries = has.pool + has.tail + beside
+    sizes = has.weights + 3, 7, temporaries, has.weights + temporaries + 10
+    assert found == Compiled(*sizes, False, ("triton",), step, (2, 6))
     shallow = ask(model=SMALL)  # two layers alone
-    assert program.by_depth(compiler, shallow).layers == ()
-    assert depths == [2, 6, 2]
-    assert "≈" in markdown([plan(ask(), lambda one: found, limits="none")])
+    assert by_depth(compiler, shallow).layers == ()
 
 
 def test_a_deep_model_that_does_not_fit_is_refused():
     def compiler(one):
-        return Compiled(0, 0, 0, one.model.num_layers * 2**30, False, (), ())
+        has = held.held(one)
+        total = has.weights + has.pool + has.tail + one.model.num_layers * 2**30
+        return Compiled(0, 0, 0, total, False, (), ())
 
-    row = plan(ask(), partial(program.by_depth, compiler), limits="none")
-    assert row.short == 32 * 2**30 - row.ask.topology.room
+    row, has = plan(ask(), partial(by_depth, compiler), limits="none"), held.held(ask())
+    total = has.weights + has.pool + has.tail + 32 * 2**30
+    assert row.short == total - row.ask.topology.room
 
 
 # ---------------------------------------------------------------------------- compilers

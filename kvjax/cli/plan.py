@@ -127,7 +127,8 @@ def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
     from tqdm import tqdm
 
     from kvjax.ahead import missing
-    from kvjax.plan.program import DEPTHS, by_depth, compiled, step_cost
+    from kvjax.plan.depth import DEPTHS, by_depth
+    from kvjax.plan.program import compiled, step_cost
     from kvjax.plan.rows import plan
     from kvjax.plan.store import Store
 

@@ -2,7 +2,8 @@
 
 topology.py  chips and slices        program.py   shapes, and programs compiled for them
 held.py      bytes from shapes       limits.py    the most that fits, from few compilations
-rows.py      one row of the plan     table.py     settings files, Markdown
+depth.py     few layers for many     rows.py      one row of the plan
+table.py     settings files, Markdown
 """
 
 from kvjax.plan.limits import Limit, largest

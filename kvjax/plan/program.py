@@ -5,10 +5,7 @@ B batch, T prompt tokens (the bucket).
 
 import dataclasses
 import re
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -29,7 +26,6 @@ from kvjax.programs import decode_program, generate_program
 from kvjax.prompts import bucket
 
 DTYPE = jnp.dtype(jnp.bfloat16)  # of weights, activations and cache
-DEPTHS = (2, 6)  # layers that stand for a deep model's
 KERNELS = ("tpu_custom_call", "cudnn", "triton")
 _TOO_LARGE = re.compile(r"\(([\d.]+)([GM])\) exceeds available|Used ([\d.]+)([GM]) of")
 
@@ -102,7 +98,7 @@ class Compiled:
       refused: whether the compiler refused it for want of memory.
       kernels: names of the custom calls that are in it.
       step: operation and bytes of each collective of one decode step.
-      layers: depths that were compiled, where the model's own was not (`by_depth`).
+      layers: depths that were compiled, where the model's own was not (`depth.py`).
     """
 
     arguments: int
@@ -195,45 +191,6 @@ def compiled(ask: Ask) -> Compiled:
         refused=False,
         kernels=tuple(name for name in KERNELS if name in text),
         step=tuple(collectives(text, "decode")),
-    )
-
-
-def by_depth(
-    compiler: Callable[[Ask], Compiled], ask: Ask, depths: tuple[int, int] = DEPTHS
-) -> Compiled:
-    """What a compiler says of the model with few of its layers, continued to all of them.
-
-    Every layer adds the same arguments, kept entries and collectives, and what a prefill needs on
-    the way is one layer's: bytes are affine in the depth. Models whose layers differ, and those
-    that are no deeper, are compiled whole.
-    """
-    layers, (low, high) = ask.model.num_layers, depths
-    alike = len(set(ask.model.sliding_windows)) == 1 and ask.compression.profile is None
-    if layers <= high or not alike:
-        return compiler(ask)
-    few, more = (compiler(ask.with_layers(depth)) for depth in depths)
-    share = Fraction(layers - low, high - low)
-
-    def continued(name: str) -> int:
-        start, end = getattr(few, name), getattr(more, name)
-        return round(start + share * (end - start))
-
-    start, end = Counter(few.step), Counter(more.step)
-    step = [
-        one
-        for one in sorted(start | end)
-        for _ in range(round(start[one] + share * (end[one] - start[one])))
-    ]
-    total = continued("total")
-    return Compiled(
-        arguments=continued("arguments"),
-        outputs=continued("outputs"),
-        temporaries=continued("temporaries"),
-        total=total,
-        refused=few.refused or more.refused or total > ask.topology.room,
-        kernels=more.kernels,
-        step=tuple(step),
-        layers=depths,
     )
 
 
