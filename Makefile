@@ -57,8 +57,8 @@ report: setup  ## the bundled model evaluated on its own tasks, docs/report, abo
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
-PLANS := $(foreach name,llama llama-whole llama-limits llama-70b llava,--config configs/plan/$(name).toml)
-plan: setup $(AHEAD)/.installed  ## what fits where, compiled ahead of time, an hour; goes on where it stopped
+PLANS := $(foreach name,llama llama-limits llava llama-70b llama-70b-few,--config configs/plan/$(name).toml)
+plan: setup $(AHEAD)/.installed  ## what fits where, compiled ahead of time, half an hour; goes on where it stopped
 	PYTHONPATH=$(AHEAD) $(RUN:python=kvjax) plan $(PLANS) -o docs/plan.md
 
 BENCH := $(RUN:python=kvjax) bench

@@ -52,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         choices=("all", "few"),
         default="all",
         help="few: programs of two and of six layers are compiled, and their bytes continued to the"
-        " model's depth; much faster (all)",
+        " model's depth; faster, near on a GPU, too much for some programs on a TPU (all)",
     )
     add("--estimate", action="store_true", help="compile nothing: everything from shapes")
     add(
@@ -184,8 +184,10 @@ compiled ahead of time for chips that are not here. Nothing on this page has run
   code; *prefill* is what the temporaries hold beside pool and tail.
 - *Of* is what a program may take: a TPU's compiler says it; of a GPU it is the data sheet's HBM
   less 1 GiB. A program that does not fit is refused, with its total.
-- `≈`: two and six layers were compiled and their bytes continued to the model's depth; where a row
-  stands here both ways one can see how near that comes.
+- `≈`: two and six layers were compiled, and what they need beside weights, pool and tail was
+  continued to the model's depth. On a GPU that comes near (Llama-3-8B on an H200 stands here both
+  ways). A TPU's compiler spends what is left over differently in a deep program: `full` on v5e-8
+  came to 15.0 GiB that way, and takes 9.5. So rows of TPUs that are close are compiled whole.
 - `~` is an estimate. Among the bytes: no compiler was asked. As a limit: from the row's own
   compilation and from shapes, not compiled itself. Limits hold all else equal, and ignore the
   context that a model was trained for.
