@@ -183,7 +183,8 @@ compiled ahead of time for chips that are not here. Nothing on this page has run
   answer) follow from shapes. *Total* is `memory_analysis()`'s arguments, temporaries, results and
   code; *prefill* is what the temporaries hold beside pool and tail.
 - *Of* is what a program may take: a TPU's compiler says it; of a GPU it is the data sheet's HBM
-  less 1 GiB. A program that does not fit is refused, with its total.
+  less 1 GiB. A TPU's compiler refuses what does not fit, with its total; what it takes fits, also
+  where the parts sum to more than that, for they are not all needed at once.
 - `≈`: two and six layers were compiled, and what they need beside weights, pool and tail was
   continued to the model's depth. On a GPU that comes near (Llama-3-8B on an H200 stands here both
   ways). A TPU's compiler spends what is left over differently in a deep program: `full` on v5e-8

@@ -84,10 +84,14 @@ def plan(
     temporaries = parts.pool + parts.tail + held.prefill_estimate(ask)
     if found is not None and not found.refused:
         temporaries = found.temporaries
-    total = held.total_estimate(ask) if found is None else found.total
+    total, room = held.total_estimate(ask) if found is None else found.total, ask.topology.room
+    # A TPU's compiler refuses what does not fit; what it takes fits, whatever the parts sum to.
+    whole = found is not None and not (found.refused or found.layers)
+    taken = whole and ask.topology.platform == "tpu"
     batch = prompt = None
     if limits != "none":
-        search = partial(_limit, ask, look, total, verified=limits == "verified")
+        needed = min(total, room) if taken else total
+        search = partial(_limit, ask, look, needed, verified=limits == "verified")
         batch = search("batch", range(ask.data, MOST_ROWS * ask.data + 1, ask.data))
         prompt = search("prompt", _buckets(ask.prompt))
     step = found.step if found else ()
@@ -98,7 +102,7 @@ def plan(
         held=parts,
         temporaries=temporaries,
         total=total,
-        short=max(0, total - ask.topology.room),
+        short=0 if taken else max(0, total - room),
         kernels=found.kernels if found else (),
         collectives=(len(step), sum(size for _, size in step)),
         step=held.step(ask),
