@@ -50,7 +50,7 @@ stories: setup  ## stories continued from every method's cache (needs ../shared/
 study: setup  ## the bundled model, measured, about 20 minutes
 	$(RUN) -m kvjax.eval.tiny_study --count 100
 
-report: setup  ## the bundled model evaluated on its own tasks, docs/report, about 15 minutes
+report: setup  ## the bundled model evaluated on its own tasks, docs/report, about half an hour
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(RUN) -m kvjax.cli eval --config configs/eval/tiny.toml --out build/results/tiny
 	$(RUN) -m kvjax.cli report build/results/tiny -o docs/report
 
