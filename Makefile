@@ -50,7 +50,7 @@ stories: setup  ## stories continued from every method's cache (needs ../shared/
 study: setup  ## the bundled model, measured, about 20 minutes
 	$(RUN) -m kvjax.eval.tiny_study --count 100
 
-report: setup  ## the bundled model evaluated on its own tasks, docs/report, about half an hour
+report: setup  ## the bundled model evaluated on its own tasks, docs/report, an hour or less
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(RUN) -m kvjax.cli eval --config configs/eval/tiny.toml --out build/results/tiny
 	$(RUN) -m kvjax.cli report build/results/tiny -o docs/report
 
@@ -58,7 +58,7 @@ compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape,
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
 PLANS := $(foreach name,llama llama-limits llava llama-70b llama-70b-few,--config configs/plan/$(name).toml)
-plan: setup $(AHEAD)/.installed  ## what fits where, compiled ahead of time, half an hour; goes on where it stopped
+plan: setup $(AHEAD)/.installed  ## what fits where, compiled ahead of time, an hour or two; goes on where it stopped
 	PYTHONPATH=$(AHEAD) $(RUN:python=kvjax) plan $(PLANS) -o docs/plan.md
 
 BENCH := $(RUN:python=kvjax) bench

@@ -204,6 +204,8 @@ def test_few_layers_stand_for_all(a_layer, beside):
     assert found == Compiled(*sizes, False, ("triton",), step, (2, 6))
     shallow = ask(model=SMALL)  # two layers alone
     assert by_depth(compiler, shallow).layers == ()
+    assert depths == [2, 6, 2]
+    assert "≈" in markdown([plan(ask(), lambda one: found, limits="none")])
 
 
 def test_a_deep_model_that_does_not_fit_is_refused():
