@@ -102,6 +102,12 @@ class Cache(struct.PyTreeNode):
         return self.prompt_lengths.shape[0]
 
     @property
+    def shared(self) -> int:
+        """Rows that hold one prompt's entries together; 1 where each has its own."""
+        entries = self.pool.owners if self.pool is not None else self.layers[0].positions
+        return self.batch // entries.shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the prompt's keys and values occupy, empty slots included."""
         if self.pool is not None:
@@ -110,7 +116,7 @@ class Cache(struct.PyTreeNode):
 
     @property
     def counts(self) -> Int[Array, "B L K"]:
-        """Entries of the prompt that each row, layer and head holds."""
+        """Entries that each row, layer and head holds; one row's where several share them."""
         if self.pool is not None:
             return self.pool.counts
         return jnp.stack([layer.lengths for layer in self.layers], axis=1)
@@ -123,8 +129,9 @@ class Cache(struct.PyTreeNode):
         return jnp.stack([layer.kept_mask(tokens) for layer in self.layers], axis=1)
 
     def without_tail(self) -> "Cache":
-        """The prompt's entries with a tail of no slots."""
-        return self.replace(tail=empty_tail(self.pool or self.layers, 0))
+        """The prompt's entries alone: no layer has a tail."""
+        nothing = jnp.zeros((self.batch, 0), jnp.int32)
+        return self.replace(tail=Tail((), (), nothing, jnp.zeros((), jnp.int32)))
 
 
 def empty_tail(entries: tuple[PaddedLayer, ...] | Pool, slots: int) -> Tail:
@@ -150,19 +157,9 @@ def empty_tail(entries: tuple[PaddedLayer, ...] | Pool, slots: int) -> Tail:
 
 def with_room(cache: Cache, slots: int) -> Cache:
     """The cache with a tail of at least `slots` slots; what the tail holds stays."""
-    more = slots - cache.tail.positions.shape[1]
-    if more <= 0:
+    if slots <= cache.tail.positions.shape[1]:
         return cache
-
-    def widen(array: Array) -> Array:
-        return jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0)))
-
-    tail = cache.tail.replace(
-        keys=tuple(map(widen, cache.tail.keys)),
-        values=tuple(map(widen, cache.tail.values)),
-        positions=jnp.pad(cache.tail.positions, ((0, 0), (0, more)), constant_values=-1),
-    )
-    return cache.replace(tail=tail)
+    return cache.replace(tail=resized(cache.tail, slots))
 
 
 def remember(tail: Tail, queries: int, heads: int) -> Tail:
@@ -180,13 +177,65 @@ def forget(tail: Tail) -> Tail:
     return tail.replace(queries=(), query_positions=None)
 
 
-def repeat_rows(cache: Cache, rows: int) -> Cache:
-    """One row's cache for `rows` questions about the same prompt."""
+def resized(tail: Tail, slots: int) -> Tail:
+    """The tail with `slots` slots, at least as many as it has taken."""
+    more = slots - tail.positions.shape[1]
+
+    def resize(array: Array, axis: int, empty: int) -> Array:
+        if more <= 0:
+            return lax.slice_in_dim(array, 0, slots, axis=axis)
+        widths = [(0, more if at == axis else 0) for at in range(array.ndim)]
+        return jnp.pad(array, widths, constant_values=empty)
+
+    keys, values = (tuple(resize(x, 2, 0) for x in xs) for xs in (tail.keys, tail.values))
+    return tail.replace(keys=keys, values=values, positions=resize(tail.positions, 1, -1))
+
+
+def compact(tail: Tail) -> Tail:
+    """The tail with each row's tokens side by side from slot 0 on: no more holes between them.
+
+    It has taken as many slots as its longest row has tokens. No queries are remembered.
+    """
+    filled_BT = tail.positions >= 0
+    order_BT = jnp.argsort(~filled_BT, axis=1, stable=True)
+
+    def moved(x_BKTH: Array) -> Array:
+        taken = jnp.take_along_axis(x_BKTH, order_BT[:, None, :, None], axis=2)
+        return constrain(taken, "BKTH")
+
+    return tail.replace(
+        keys=tuple(map(moved, tail.keys)),
+        values=tuple(map(moved, tail.values)),
+        positions=jnp.take_along_axis(tail.positions, order_BT, axis=1),
+        cursor=filled_BT.sum(1, dtype=jnp.int32).max(),
+    )
+
+
+def for_rows(cache: Cache, rows: int) -> Cache:
+    """One row's cache for `rows` questions about the same prompt.
+
+    The prompt's entries are held once, by all of them; each row has a tail of its own.
+
+    Raises:
+      ValueError: a cache of several rows, and another number of questions.
+    """
     if cache.batch not in (1, rows):
         raise ValueError(f"the cache has {cache.batch} rows, expected 1 or the prompts' {rows}")
     if cache.batch == rows:
         return cache
-    return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, cache)
+    own = cache.replace(layers=(), pool=None)
+    own = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, own)
+    return own.replace(layers=cache.layers, pool=cache.pool)
+
+
+def with_own_entries(cache: Cache) -> Cache:
+    """The cache with entries for every row, where its rows hold one prompt's together."""
+    if cache.shared == 1:
+        return cache
+    layers, pool = jax.tree.map(
+        lambda x: jnp.repeat(x, cache.shared, axis=0), (cache.layers, cache.pool)
+    )
+    return cache.replace(layers=layers, pool=pool)
 
 
 def full_layer(
@@ -295,17 +344,27 @@ def attend(
         if dead_BKTU is not None:
             tail_BKTS = tail_BKTS & ~dead_BKTU
         return merge([part, _attend_tail(q, tail, layer, tail_BKTS)]).astype(q.dtype)
-    entries = cache.layers[layer]
-    prompt_BKTS = _seen(entries.positions[:, :, None], positions[:, None, :, None], window)
+    part, dead_BKTU = _attend_padded(q, positions, cache, cache.layers[layer], window)
+    if dead_BKTU is not None:
+        tail_BKTS = tail_BKTS & ~dead_BKTU
+    return merge([part, _attend_tail(q, tail, layer, tail_BKTS)]).astype(q.dtype)
+
+
+def _attend_padded(q, positions, cache: Cache, entries: PaddedLayer, window: int | None):
+    """Attention to a padded layer, and which tail slots PrefixKV has evicted."""
+    rows = cache.shared
+    at_XT = folded(positions, rows)
+    prompt_XKTS = _seen(entries.positions[:, :, None], at_XT[:, None, :, None], window)
+    dead_BKTU = None
     if cache.keep_ratio:
-        prompt_dead, tail_dead = dead_slots(entries, tail, cache.prompt_lengths, positions, window)
-        prompt_BKTS &= ~prompt_dead
-        tail_BKTS = tail_BKTS & ~tail_dead
-    parts = [
-        decode_attention(q, entries.keys, entries.values, entries.positions >= 0, prompt_BKTS),
-        _attend_tail(q, tail, layer, tail_BKTS),
-    ]
-    return merge(parts).astype(q.dtype)
+        lengths_X = cache.prompt_lengths[::rows]
+        kept_XK = entries.lengths
+        first_XK, last_XKT = dead_range(kept_XK, lengths_X, at_XT, window)
+        prompt_XKTS &= ~_dead_in_layer(entries, first_XK, last_XKT)
+        dead_BKTU = _dead_in_tail(kept_XK, first_XK, last_XKT, cache.tail, cache.prompt_lengths)
+    filled = entries.positions >= 0
+    part = decode_attention(folded(q, rows), entries.keys, entries.values, filled, prompt_XKTS)
+    return unfolded(part, rows), dead_BKTU
 
 
 def _attend_tail(q, tail: Tail, layer: int, seen_BKTS):
@@ -315,31 +374,51 @@ def _attend_tail(q, tail: Tail, layer: int, seen_BKTS):
 
 def _attend_pool(q, positions, cache: Cache, pool: Pool, layer: int, window: int | None):
     """Attention to a layer's part of the pool, and which tail slots PrefixKV has evicted."""
-    tail = cache.tail
-    start_B, end_B = pool.bounds(layer)
-    kept_BK = pool.counts[:, layer]
+    rows = cache.shared
+    at_XT = folded(positions, rows)
+    start_X, end_X = pool.bounds(layer)
+    kept_XK = pool.counts[:, layer]
     dead = dead_BKTU = None
     if cache.keep_ratio:
-        first_BK, last_BKT = dead_range(kept_BK, cache.prompt_lengths, positions, window)
+        lengths_X = cache.prompt_lengths[::rows]
+        first_XK, last_XKT = dead_range(kept_XK, lengths_X, at_XT, window)
         # A head's slots are a run: its dead ones too.
-        run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK
-        dead = run_BK + first_BK, run_BK[:, None] + last_BKT.swapaxes(1, 2)
-        dead_BKTU = _dead_in_tail(kept_BK, first_BK, last_BKT, tail, cache.prompt_lengths)
+        run_XK = start_X[:, None] + jnp.cumsum(kept_XK, axis=-1) - kept_XK
+        dead = run_XK + first_XK, run_XK[:, None] + last_XKT.swapaxes(1, 2)
+        dead_BKTU = _dead_in_tail(kept_XK, first_XK, last_XKT, cache.tail, cache.prompt_lengths)
     part = pool_attention(
-        q,
-        positions,
+        folded(q, rows),
+        at_XT,
         pool.entries,
         pool.owners,
         pool.positions,
-        start_B,
-        end_B,
-        kv_heads=kept_BK.shape[1],
+        start_X,
+        end_X,
+        kv_heads=kept_XK.shape[1],
         window=window,
         dead=dead,
         scales=pool.scales,
         region=pool.regions[layer] if pool.regions is not None else None,
     )
-    return part, dead_BKTU
+    return unfolded(part, rows), dead_BKTU
+
+
+def folded(x: Array, rows: int) -> Array:
+    """`[B, T, ...]` of rows that share their entries, `rows` of them, as `[B / rows, rows T, ...]`.
+
+    To attention they are one row with more new tokens: what they share is read once for all.
+    """
+    return x if rows == 1 else x.reshape(x.shape[0] // rows, -1, *x.shape[2:])
+
+
+def unfolded(
+    part: tuple[Float[Array, "X Y N H"], Float[Array, "X Y N"]], rows: int
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """What came of folded rows, row by row again."""
+    if rows == 1:
+        return part
+    out, lse = (x.reshape(x.shape[0] * rows, -1, *x.shape[2:]) for x in part)
+    return out, lse
 
 
 def _seen(key_positions: Array, query_positions: Array, window: int | None) -> Array:
@@ -367,9 +446,13 @@ def dead_slots(
     """
     kept_BK = entries.lengths
     first_BK, last_BKT = dead_range(kept_BK, prompt_lengths, positions, window)
-    slot_S = jnp.arange(entries.positions.shape[-1])
-    dead_BKTS = (slot_S >= first_BK[..., None, None]) & (slot_S < last_BKT[..., None])
+    dead_BKTS = _dead_in_layer(entries, first_BK, last_BKT)
     return dead_BKTS, _dead_in_tail(kept_BK, first_BK, last_BKT, tail, prompt_lengths)
+
+
+def _dead_in_layer(entries: PaddedLayer, first_BK, last_BKT):
+    slot_S = jnp.arange(entries.positions.shape[-1])
+    return (slot_S >= first_BK[..., None, None]) & (slot_S < last_BKT[..., None])
 
 
 def dead_range(
@@ -387,7 +470,14 @@ def dead_range(
     return first_BK, first_BK[..., None] + removed_BKT
 
 
-def _dead_in_tail(kept_BK, first_BK, last_BKT, tail: Tail, prompt_lengths):
+def _dead_in_tail(kept_XK, first_XK, last_XKT, tail: Tail, prompt_lengths):
+    """Tail slots that each query of each row no longer sees; rows may share their entries (X)."""
+    batch = prompt_lengths.shape[0]
+    rows = batch // kept_XK.shape[0]
+    kept_BK, first_BK = (jnp.repeat(x, rows, axis=0) for x in (kept_XK, first_XK))
+    heads = kept_XK.shape[1]
+    last_BKT = last_XKT.reshape(-1, heads, rows, last_XKT.shape[-1] // rows)
+    last_BKT = last_BKT.swapaxes(1, 2).reshape(batch, heads, -1)
     grown_BU = tail.positions - prompt_lengths[:, None]
     order_BK1U = kept_BK[..., None, None] + grown_BU[:, None, None]
     return (order_BK1U >= first_BK[..., None, None]) & (order_BK1U < last_BKT[..., None])

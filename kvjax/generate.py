@@ -4,38 +4,38 @@
 draws the same tokens.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kvjax import stages
-from kvjax.cache import Cache, forget, with_room
-from kvjax.capacity import held_slots, slot_bytes
+from kvjax.cache import Cache, with_room
 from kvjax.config import CompressionConfig, Recompress
-from kvjax.loose import slots_needed
+from kvjax.loose import Ratio
 from kvjax.placeholders import Pictures, read
 from kvjax.programs import (
     answer_program,
     ask_program,
+    close_answer_program,
     decode_program,
     evict_program,
-    feed_last_program,
+    flat,
     generate_program,
-    loosen_program,
+    open_answer_program,
     prefill_compress_program,
     start_answer_program,
 )
 from kvjax.prompts import Prompts, bucket, pad
 from kvjax.reconstruction import instructed
-from kvjax.request import FULL, Request, check_rows
-from kvjax.sampling import Sampling
+from kvjax.request import FULL, Request, check_rows, handed_back
+from kvjax.sampling import Sampling, row_keys
 from kvjax.sharding import place
-from kvjax.stages import Answer
+from kvjax.stages import Answer, Held
 from kvjax.text import RunningText, cut_at_stop
 
 # Tokens between two looks at the host while streaming.
@@ -52,7 +52,8 @@ class Generation:
       text: what continues the prompt's text, without special tokens, cut before a stop string;
         None without a tokenizer.
       kept: `[B, L, K]` entries of the prompt that each row, layer and head held.
-      cache_bytes: bytes of keys and values held for the prompts (empty slots included).
+      cache_bytes: bytes of keys and values held for the prompts, empty slots included; what several
+        questions of one prompt share counts once.
       full_cache_bytes: what the uncompressed prompts' buckets would take.
       cache: the cache with question and answer, where it was asked for.
     """
@@ -83,7 +84,7 @@ def generate(
     max_new_tokens: int,
     tokenizer: Any = None,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     eos_ids: int | Sequence[int] | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
@@ -103,7 +104,8 @@ def generate(
       max_new_tokens: most tokens to draw a row, at least 1.
       tokenizer: from `kvjax.load`; needed for text and for `stop`.
       sampling: greedy by default.
-      seed: of sampling, and of the `random` scorer.
+      seed: of sampling, and of the `random` scorer: one number, or one a row. A row draws the same
+        alone and in any batch; rows of one prompt need seeds of their own to differ.
       eos_ids: token or tokens that end a row; the model's own by default, () for none.
       stop: string or strings that end a row and are cut off (looked for on the host, every few
         tokens).
@@ -140,10 +142,10 @@ def generate(
     }
     arrays = request.tokens, request.lengths, request.key, request.rules
     if request.cache is None:
-        held = generate_program(model, *arrays, request.images, config=request.config, **common)
+        found = generate_program(model, *arrays, request.images, config=request.config, **common)
     else:
-        held = answer_program(model, request.cache, *arrays, **common)
-    return as_generation(model, request, *held)
+        found = answer_program(model, request.cache, *arrays, **common)
+    return as_generation(model, request, *found)
 
 
 def stream(
@@ -154,7 +156,7 @@ def stream(
     max_new_tokens: int,
     tokenizer: Any = None,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     eos_ids: int | Sequence[int] | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
@@ -170,7 +172,7 @@ def stream(
         model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
         attention_mask, cache, recompress, images,
     )  # fmt: skip
-    return (step for step, _, _ in _steps(model, request, CHUNK))
+    return (step for step, _ in _steps(model, request, CHUNK))
 
 
 def compress_prompt(
@@ -179,7 +181,7 @@ def compress_prompt(
     config: CompressionConfig,
     *,
     tokenizer: Any = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
     mesh: Mesh | None = None,
@@ -193,55 +195,91 @@ def compress_prompt(
     check_rows(model, looked.rows, config)
     tokens, lengths = pad(looked.rows)
     config = instructed(config, tokenizer, model.config.vocab_size)
-    prompt = tokens, lengths, jax.random.key(seed), looked.images(tokens)
+    prompt = tokens, lengths, row_keys(seed, len(lengths)), looked.images(tokens)
     return prefill_compress_program(model, *prompt, config=config)[1]
 
 
 # ---------------------------------------------------------------------------- host
-def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, Answer, Cache]]:
-    """The stages one by one; each step comes with the state after it."""
-    prompt = request.tokens, request.lengths
-    if request.cache is not None:
-        logits, cache = ask_program(model, request.cache, *prompt, tail_slots=request.tail_slots)
-    else:
-        config = request.config
-        rest = request.key, request.images
+class _State(NamedTuple):
+    """A stream between two stages: what `stages` passes on from one to the next."""
+
+    cache: Cache
+    ratio: Ratio | None
+    held: Held
+    answer: Answer
+
+
+def _begin(model: Any, request: Request) -> _State:
+    """The stages up to the first token of each row."""
+    prompt, rule, asked = (request.tokens, request.lengths), request.recompress, request.cache
+    if asked is None:
+        rest, config = (request.key, request.images), request.config
         logits, cache = prefill_compress_program(model, *prompt, *rest, config=config)
         cache = with_room(cache, request.tail_slots)
+    else:
+        slots = request.tail_slots
+        logits, cache = ask_program(model, asked, *prompt, tail_slots=slots, recompress=rule)
     answer = start_answer_program(
         logits, *prompt, request.key, request.rules, room=request.new_tokens
     )
-    ratio, rule = None, request.recompress
-    if rule is not None:
-        cache, ratio = loosen_program(
-            cache, recompress=rule, heads=model.config.num_heads, new_tokens=request.new_tokens,
-            fraction=request.config.fraction,
-        )  # fmt: skip
+    if rule is None:
+        held = Held(kept=stages.kept_entries(cache), nbytes=cache.nbytes)
+        return _State(cache, None, held, answer)
+    cache, ratio, held = open_answer_program(
+        model, cache, recompress=rule, new_tokens=request.new_tokens,
+        fraction=request.config.fraction, asked=asked is not None,
+    )  # fmt: skip
+    return _State(cache, ratio, held, answer)
+
+
+def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, _State]]:
+    """The stages one by one; each step comes with the state after it."""
+    state, rule = _begin(model, request), request.recompress
+    entries, parts = state.cache.without_tail(), flat(model)
     texts = [RunningText(request.tokenizer, request.stop, row) for row in request.contexts]
     shown, segment = 0, 1  # tokens shown, and where the segment began
     while True:
-        count = int(answer.count)
-        tokens = _drawn(answer.tokens, answer.tokens, shown, count)
-        log_probs = _drawn(answer.log_probs, answer.tokens, shown, count)
-        pieces = [text.add(row) for text, row in zip(texts, tokens, strict=True)]
+        count = int(state.answer.count)
+        step = _step(request, texts, state.answer, shown, count)
         shown = count
-        answer = answer.replace(done=answer.done | np.array([text.stopped for text in texts]))
-        finished = count >= request.new_tokens or bool(answer.done.all())
-        if finished:
-            pieces = [piece + text.flush() for piece, text in zip(pieces, texts, strict=True)]
-        yield Step(tokens, log_probs, pieces if request.tokenizer else None), answer, cache
+        done = state.answer.done | np.array([text.stopped for text in texts])
+        finished = count >= request.new_tokens or bool(done.all())
+        if finished and step.text is not None:
+            pieces = [piece + text.flush() for piece, text in zip(step.text, texts, strict=True)]
+            step = dataclasses.replace(step, text=pieces)
+        state = state._replace(answer=state.answer.replace(done=done))
+        yield step, state
         if finished:
             return
         if rule is not None and count - segment == rule.every:
             windows, segment = model.config.sliding_windows, count
-            cache = evict_program(cache, ratio, recompress=rule, windows=windows)
+            cache = evict_program(state.cache, state.ratio, recompress=rule, windows=windows)
+            state, entries = state._replace(cache=cache), cache.without_tail()
         steps = min(chunk, request.new_tokens - count)
         if rule is not None:
             steps = min(steps, segment + rule.every - count)
+        entries = entries.replace(next_positions=state.cache.next_positions)
         tail, next_positions, answer = decode_program(
-            model, cache.without_tail(), cache.tail, answer, request.rules, steps=steps
+            parts, entries, state.cache.tail, state.answer, request.rules, steps=steps
         )
-        cache = cache.replace(tail=tail, next_positions=next_positions)
+        cache = state.cache.replace(tail=tail, next_positions=next_positions)
+        state = state._replace(cache=cache, answer=answer)
+
+
+def _step(
+    request: Request, texts: Sequence[RunningText], answer: Answer, shown: int, count: int
+) -> Step:
+    """What has come since `shown` tokens: nothing that was drawn after a stop string."""
+    tokens = _drawn(answer.tokens, answer.tokens, shown, count)
+    log_probs = _drawn(answer.log_probs, answer.tokens, shown, count)
+    pieces = [text.add(row) for text, row in zip(texts, tokens, strict=True)]
+    if request.stop:
+        before = (answer.tokens[:, :shown] >= 0).sum(-1).tolist()
+        for row, text in enumerate(texts):
+            if text.stopped:
+                left = max(0, text.count - before[row])
+                tokens[row], log_probs[row] = tokens[row][:left], log_probs[row][:left]
+    return Step(tokens, log_probs, pieces if request.tokenizer else None)
 
 
 def _drawn(array: Array, tokens: Array, start: int, end: int) -> list[list]:
@@ -253,18 +291,17 @@ def _drawn(array: Array, tokens: Array, start: int, end: int) -> list[list]:
 def _collect(model: Any, request: Request, return_cache: bool) -> Generation:
     """A stream's end as a Generation: how rows with stop strings are run."""
     # A cache that is handed back must not hold tokens drawn after a stop string.
-    for _, answer, cache in _steps(model, request, 1 if return_cache else CHUNK):  # noqa: B007
+    for _, state in _steps(model, request, 1 if return_cache else CHUNK):  # noqa: B007
         pass
-    kept = stages.kept_entries(cache)
-    cache_out = None
+    cache = None
     if return_cache:
-        cache_out = feed_last_program(model, cache, answer)
-        cache_out = cache_out.replace(tail=forget(cache_out.tail))
-    return as_generation(model, request, answer, kept, cache_out)
+        rule = request.recompress
+        cache = close_answer_program(model, state.cache, state.answer, state.ratio, recompress=rule)
+    return as_generation(model, request, state.answer, state.held, cache)
 
 
 def as_generation(
-    model: Any, request: Request, answer: Answer, kept: Array, cache: Cache | None
+    model: Any, request: Request, answer: Answer, held: Held, cache: Cache | None
 ) -> Generation:
     """What came of a request."""
     tokens = _drawn(answer.tokens, answer.tokens, 0, answer.tokens.shape[1])
@@ -282,29 +319,18 @@ def as_generation(
         tokens=tokens,
         log_probs=log_probs,
         text=text,
-        kept=np.asarray(kept),
-        cache=cache,
-        **_bytes(model, request),
+        kept=np.asarray(held.kept),
+        cache_bytes=held.nbytes,
+        full_cache_bytes=_full_bytes(model, request),
+        cache=handed_back(cache),
     )
 
 
-def _bytes(model: Any, request: Request) -> dict[str, int]:
-    """Bytes of the prompts' keys and values: as held, and with nothing evicted."""
+def _full_bytes(model: Any, request: Request) -> int:
+    """Bytes of the prompts' keys and values with nothing evicted."""
     config, (batch, tokens) = model.config, request.tokens.shape
-    windows, heads = config.sliding_windows, config.num_kv_heads
+    if (cache := request.cache) is not None:
+        batch, tokens = batch // cache.shared, bucket(int(cache.prompt_lengths.max()))
     itemsize = model.embed.table_VD[...].dtype.itemsize
-    slots, slot = 0, 2 * config.head_dim * itemsize
-    if request.cache is not None:
-        tokens = bucket(int(request.cache.prompt_lengths.max()))
-        held = request.cache.nbytes
-    else:
-        slot = slot_bytes(request.config, tokens, config.head_dim, itemsize)
-        slots = held_slots(request.config, tokens, windows, heads)
-        held = batch * slot * slots
-    if (rule := request.recompress) is not None:
-        fresh = request.cache is None
-        slots = slots if fresh else held // (batch * slot)
-        rest = (request.new_tokens, request.config.fraction) if fresh else (0, 1.0)
-        held = batch * slot * slots_needed(slots, heads * len(windows), rule, *rest)
-    full = batch * 2 * config.head_dim * itemsize * heads * len(windows) * tokens
-    return {"cache_bytes": held, "full_cache_bytes": full}
+    vectors = 2 * config.num_kv_heads * config.num_layers * batch * tokens
+    return vectors * config.head_dim * itemsize

@@ -23,6 +23,7 @@ from kvjax.placeholders import Looked, Pictures, by_prompt, look
 from kvjax.programs import Program
 from kvjax.prompts import as_rows, pad
 from kvjax.request import FULL, check_rows
+from kvjax.sampling import row_keys
 from kvjax.seen import Images
 
 Document = tuple[list[int], int]  # tokens, prefix
@@ -85,7 +86,7 @@ def score(
         lengths,
         after,
         counts,
-        _key(seed, len(rests)),
+        row_keys(seed, len(rests)),
         looked.images(prompt),
         config=config,
         positions=positions,
@@ -156,14 +157,6 @@ def batches(
         for start in range(0, len(group), rows):
             part = group[start : start + rows]
             yield part + part[-1:] * (rows - len(part)), pad_to
-
-
-def _key(seed: int | Sequence[int], texts: int) -> Key[Array, "*row"]:
-    if isinstance(seed, int | np.integer):
-        return jax.random.key(int(seed))
-    if len(seed) != texts:
-        raise ValueError(f"seed has {len(seed)} entries, expected one or {texts}")
-    return jax.vmap(jax.random.key)(jnp.array(list(seed), jnp.uint32))
 
 
 @partial(Program, static_argnames=("config", "positions"))

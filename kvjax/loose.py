@@ -82,7 +82,7 @@ def loosen(
         wanted_BL = jnp.full((batch, layers), width, jnp.int32)
     ratio = None
     if rule.budget is None:
-        ratio = _ratio(cache, pool)
+        ratio = ratio_of(cache, pool)
         most_BLK = allowed(ratio.kept, cache.prompt_lengths, new)
         wanted_BL = jnp.maximum(wanted_BL, most_BLK.sum(-1))
     every_B = jnp.full((batch,), total, jnp.int32)
@@ -93,7 +93,7 @@ def loosen(
     pool = pool.replace(starts=starts, regions=regions, widest=widest)
     pool = dealt(pool, sharding.parts())
     tail = cache.tail
-    if rule.queries:
+    if rule.queries and not tail.queries:
         tail = remember(tail, rule.queries, heads)
     return cache.replace(layers=(), pool=pool, tail=tail, keep_ratio=False), ratio
 
@@ -151,7 +151,7 @@ def _moved(pool: Pool, old_BL, held_BL, starts, total: int) -> Pool:
     )
 
 
-def _ratio(cache: Cache, pool: Pool) -> Ratio:
+def ratio_of(cache: Cache, pool: Pool) -> Ratio:
     """The 25 last entries of each head may go, half of them where there are fewer."""
     kept_BLK = pool.counts
     may_go_BLK = jnp.where(kept_BLK > FROZEN_POINT, FROZEN_POINT, kept_BLK - kept_BLK // 2)
@@ -210,3 +210,13 @@ def cut(pool: Pool, array: Array, index: int, offset_B, width: int) -> Array:
         first, last = pool.regions[index]
         return array[:, first:last]
     return jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, width))(array, offset_B)
+
+
+def entries_of_prompt(pool: Pool, lengths: Int[Array, " B"]) -> Int[Array, "B L K"]:
+    """Entries that each row, layer and head holds of a prompt of this length, not of answers."""
+    pool, found = dealt(pool, 1), []
+    for index in range(pool.counts.shape[1]):
+        layer = look(pool, index)
+        before_BR = layer.positions < lengths[:, None]
+        found.append((layer.owned & before_BR[:, None]).sum(-1, dtype=jnp.int32))
+    return jnp.stack(found, axis=1)

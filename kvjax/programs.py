@@ -6,19 +6,21 @@ runs on the mesh that its first argument, the model or a cache, lies on.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
+import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from kvjax import sharding, stages
-from kvjax.cache import Cache, Tail, forget, with_room
+from kvjax.cache import Cache, Tail, remember, resized, with_room
 from kvjax.config import CompressionConfig, Recompress
-from kvjax.loose import Ratio, loosen
+from kvjax.loose import Ratio
 from kvjax.recompress import evict
 from kvjax.seen import Images
 from kvjax.split import settled
-from kvjax.stages import Answer, Rules
+from kvjax.stages import Answer, Held, Rules
 
 
 class Program:
@@ -43,12 +45,50 @@ class Program:
         return self._jitted._cache_size()  # type: ignore[attr-defined]
 
 
+class Structure:
+    """How a pytree is put together; equal to itself without a look, so that calls are cheap."""
+
+    def __init__(self, treedef: Any):
+        self.treedef, self._hash = treedef, hash(treedef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        same = self is other
+        return same or (isinstance(other, Structure) and self.treedef == other.treedef)
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Flat(struct.PyTreeNode):
+    """A model taken apart once, for a program that is called again and again with it.
+
+    To take a Flax module of 32 layers apart costs a millisecond of Python at every call.
+    """
+
+    leaves: tuple[Array, ...]
+    structure: Structure = struct.field(pytree_node=False)
+
+
+def flat(model: Any) -> Flat:
+    """The model, taken apart."""
+    leaves, treedef = jax.tree.flatten(model)
+    return Flat(tuple(leaves), Structure(treedef))
+
+
+def whole(model: Any) -> Any:
+    """The model, put together again."""
+    if not isinstance(model, Flat):
+        return model
+    return jax.tree.unflatten(model.structure.treedef, model.leaves)
+
+
 @partial(Program, static_argnames=("config", "new_tokens", "tail_slots", "whole", "recompress"))
 def generate_program(
     model: Any,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     rules: Rules,
     images: Images | None = None,
     *,
@@ -57,16 +97,12 @@ def generate_program(
     tail_slots: int,
     whole: bool,
     recompress: Recompress | None = None,
-) -> tuple[Answer, Int[Array, "B L K"], Cache | None]:
+) -> tuple[Answer, Held, Cache | None]:
     """Prefill, compress and decode; the cache comes back, answer included, where `whole`."""
     logits, cache = stages.prefill_compress(model, tokens, lengths, key, config, images)
-    answer = stages.start_answer(logits, tokens, lengths, key, rules, new_tokens)
-    cache, kept = with_room(cache, tail_slots), stages.kept_entries(cache)
-    ratio = None
-    if recompress is not None:
-        heads = model.config.num_heads
-        cache, ratio = loosen(cache, recompress, heads, new_tokens, config.fraction)
-    return _finish(model, cache, kept, answer, rules, whole, recompress, ratio)
+    cache = with_room(cache, tail_slots)
+    prompt = logits, tokens, lengths, key
+    return _answer(model, cache, prompt, rules, new_tokens, whole, recompress, config.fraction)
 
 
 @partial(Program, static_argnames=("new_tokens", "tail_slots", "whole", "recompress"))
@@ -75,40 +111,54 @@ def answer_program(
     cache: Cache,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     rules: Rules,
     *,
     new_tokens: int,
     tail_slots: int,
     whole: bool,
     recompress: Recompress | None = None,
-) -> tuple[Answer, Int[Array, "B L K"], Cache | None]:
+) -> tuple[Answer, Held, Cache | None]:
     """A question to a cache that the caller holds (never donated: it can be asked again)."""
-    cache = settled(cache)
-    kept = stages.kept_entries(cache)
-    if recompress is not None:
-        cache, _ = loosen(cache, recompress, model.config.num_heads)
-    logits, cache = stages.extend_prompt(model, tokens, lengths, with_room(cache, tail_slots))
-    answer = stages.start_answer(logits, tokens, lengths, key, rules, new_tokens)
-    return _finish(model, cache, kept, answer, rules, whole, recompress, None)
+    logits, cache = _ask(model, cache, tokens, lengths, tail_slots, recompress)
+    prompt = logits, tokens, lengths, key
+    return _answer(model, cache, prompt, rules, new_tokens, whole, recompress)
 
 
-def _finish(model, cache, kept, answer, rules, whole, recompress, ratio):
+def _ask(model, cache, tokens, lengths, tail_slots, recompress):
+    cache = with_room(settled(cache), tail_slots)
+    if recompress is not None and recompress.queries:
+        tail = remember(cache.tail, recompress.queries, model.config.num_heads)
+        cache = cache.replace(tail=tail)
+    taken = cache.tail.cursor
+    logits, cache = stages.extend_prompt(model, tokens, lengths, cache)
+    # What follows takes the slots of the question's padding.
+    tail = cache.tail.replace(cursor=taken + lengths.max().astype(jnp.int32))
+    return logits, cache.replace(tail=tail)
+
+
+def _answer(model, cache, prompt, rules, new_tokens, whole, recompress, fraction=None):
+    """Everything after a prompt, or after a question (whose cache has no fraction to keep)."""
+    answer = stages.start_answer(*prompt, rules, new_tokens)
+    asked = fraction is None
+    rest = new_tokens, 1.0 if asked else fraction, asked
+    cache, ratio, held = stages.open_answer(model, cache, recompress, *rest)
     if recompress is None:
-        cache, answer = stages.decode(model, cache, answer, rules, answer.tokens.shape[1] - 1)
+        cache, answer = stages.decode(model, cache, answer, rules, new_tokens - 1)
     else:
         cache, answer = stages.decode_in_segments(model, cache, answer, rules, recompress, ratio)
-    answer, kept = sharding.replicated((answer, kept))
+    answer, held = sharding.replicated((answer, held))
     if not whole:
-        return answer, kept, None
-    cache = stages.feed_last(model, cache, answer)
-    return answer, kept, _readable(cache.replace(tail=forget(cache.tail)))
+        return answer, held, None
+    return answer, held, _readable(stages.close_answer(model, cache, answer, ratio, recompress))
 
 
 def _readable(cache: Cache) -> Cache:
     """The cache, with what a host looks at whole on every device."""
-    lengths = sharding.replicated((cache.prompt_lengths, cache.next_positions))
-    return cache.replace(prompt_lengths=lengths[0], next_positions=lengths[1])
+    whole = cache.prompt_lengths, cache.next_positions, cache.tail.cursor
+    lengths, following, cursor = sharding.replicated(whole)
+    tail = cache.tail.replace(cursor=cursor)
+    return cache.replace(prompt_lengths=lengths, next_positions=following, tail=tail)
 
 
 @partial(Program, static_argnames="config")
@@ -116,7 +166,7 @@ def prefill_compress_program(
     model: Any,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     images: Images | None = None,
     *,
     config: CompressionConfig,
@@ -126,7 +176,7 @@ def prefill_compress_program(
     return logits, _readable(cache)
 
 
-@partial(Program, static_argnames="tail_slots")
+@partial(Program, static_argnames=("tail_slots", "recompress"))
 def ask_program(
     model: Any,
     cache: Cache,
@@ -134,12 +184,10 @@ def ask_program(
     lengths: Int[Array, " B"],
     *,
     tail_slots: int,
+    recompress: Recompress | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """The first stage of a stream that continues a cache."""
-    return stages.extend_prompt(model, tokens, lengths, with_room(settled(cache), tail_slots))
-
-
-feed_last_program = Program(stages.feed_last)
+    return _ask(model, cache, tokens, lengths, tail_slots, recompress)
 
 
 @partial(Program, static_argnames="room")
@@ -147,7 +195,7 @@ def start_answer_program(
     logits: Float[Array, "B V"],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     rules: Rules,
     *,
     room: int,
@@ -157,21 +205,32 @@ def start_answer_program(
     return sharding.replicated(answer)
 
 
+@partial(Program, static_argnames=("recompress", "new_tokens", "fraction", "asked"))
+def open_answer_program(
+    model: Any,
+    cache: Cache,
+    *,
+    recompress: Recompress,
+    new_tokens: int,
+    fraction: float,
+    asked: bool,
+) -> tuple[Cache, Ratio | None, Held]:
+    """The stage before a stream is decoded, where it is compressed again on the way."""
+    rest = recompress, new_tokens, fraction, asked
+    cache, ratio, held = stages.open_answer(model, cache, *rest)
+    return cache, ratio, sharding.replicated(held)
+
+
 @partial(Program, static_argnames="steps", donate_argnames=("tail", "answer"))
 def decode_program(
     model: Any, cache: Cache, tail: Tail, answer: Answer, rules: Rules, *, steps: int
 ) -> tuple[Tail, Int[Array, " B"], Answer]:
-    """The repeated stage of a stream: `steps` more tokens; `cache` comes without a tail."""
-    cache, answer = stages.decode(model, cache.replace(tail=tail), answer, rules, steps)
+    """The repeated stage of a stream: `steps` more tokens; `cache` comes without a tail.
+
+    The model may be `Flat`.
+    """
+    cache, answer = stages.decode(whole(model), cache.replace(tail=tail), answer, rules, steps)
     return cache.tail, cache.next_positions, sharding.replicated(answer)
-
-
-@partial(Program, static_argnames=("recompress", "heads", "new_tokens", "fraction"))
-def loosen_program(
-    cache: Cache, *, recompress: Recompress, heads: int, new_tokens: int, fraction: float
-) -> tuple[Cache, Ratio | None]:
-    """The first stage of a stream that is compressed while it is decoded."""
-    return loosen(cache, recompress, heads, new_tokens, fraction)
 
 
 @partial(Program, static_argnames=("recompress", "windows"), donate_argnames="cache")
@@ -186,16 +245,35 @@ def evict_program(
     return evict(cache, ratio, recompress, windows)
 
 
+@partial(Program, static_argnames="recompress")
+def close_answer_program(
+    model: Any,
+    cache: Cache,
+    answer: Answer,
+    ratio: Ratio | None,
+    *,
+    recompress: Recompress | None,
+) -> Cache:
+    """The last stage of a stream whose cache is handed back."""
+    return _readable(stages.close_answer(model, cache, answer, ratio, recompress))
+
+
+@partial(Program, static_argnames="slots")
+def resize_program(tail: Tail, *, slots: int) -> Tail:
+    """A copy of a tail with other empty slots: what lies between two turns, and no more."""
+    return resized(tail, slots)
+
+
 _PROGRAMS = (
     generate_program,
     answer_program,
     prefill_compress_program,
     ask_program,
     start_answer_program,
+    open_answer_program,
     decode_program,
-    feed_last_program,
-    loosen_program,
     evict_program,
+    close_answer_program,
 )
 
 

@@ -15,10 +15,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax import budgets
-from kvjax.cache import Cache
+from kvjax.cache import Cache, with_own_entries
 from kvjax.config import Recompress
-from kvjax.loose import Ratio, Slots, allowed, cut, look
+from kvjax.loose import Ratio, Slots, allowed, cut, look, loosen, ratio_of
 from kvjax.pool import Pool, dealt, quantized
+
+
+def make_room(
+    cache: Cache,
+    rule: Recompress,
+    heads: int,
+    windows: tuple[int | None, ...],
+    asked: bool,
+    new: int = 0,
+    fraction: float = 1.0,
+) -> tuple[Cache, Ratio | None]:
+    """The cache with room for what an answer adds, and the ratio that it keeps, if it keeps one.
+
+    What PrefixKV's ratio has evicted by now is a mask in such a cache; here it goes for good, so
+    that nothing comes back under a rule that knows of budgets alone.
+
+    Args:
+      cache: of a prompt, with a question behind it or not; rows that share entries get their own.
+      rule: when and to what.
+      heads: query heads N.
+      windows: each layer's sliding window.
+      asked: whether tokens may have come since the prompt.
+      new, fraction: see `kvjax.loose.slots_needed`.
+    """
+    masked = cache.keep_ratio and rule.budget is not None and asked
+    loose, ratio = loosen(with_own_entries(cache), rule, heads, new, fraction)
+    if masked and loose.pool is not None:
+        loose = evict(loose, ratio_of(loose, dealt(loose.pool, 1)), rule, windows)
+    return loose, ratio
 
 
 def evict(

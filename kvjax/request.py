@@ -4,23 +4,27 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, no_type_check
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int, Key
 
-from kvjax.cache import Cache, repeat_rows
+from kvjax.cache import Cache, for_rows
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.placeholders import read
+from kvjax.programs import resize_program
 from kvjax.prompts import Row, bucket, check_context, pad
 from kvjax.reconstruction import instructed
 from kvjax.rows import check_prompt
-from kvjax.sampling import Sampling
+from kvjax.sampling import Sampling, row_keys
 from kvjax.seen import Images
 from kvjax.sharding import known, mesh_of
 from kvjax.stages import Rules
 
 FULL = CompressionConfig.named("full")
+# Slots of the tail that a question to a cache starts with; twice as many, four times, ... for more.
+TAIL = 512
+# A cache that is handed back has a tail of whole blocks of slots.
+BLOCK = 128
 # Tokens of the prompt beside which an answer is decoded.
 CONTEXT = 8
 
@@ -31,7 +35,7 @@ class Request(struct.PyTreeNode):
 
     tokens: Int[Array, "B T"]
     lengths: Int[Array, " B"]
-    key: Key[Array, ""]
+    key: Key[Array, " B"]
     rules: Rules
     cache: Cache | None
     images: Images | None
@@ -74,9 +78,11 @@ class Request(struct.PyTreeNode):
         if cache is None:
             check_rows(model, rows, config, new_tokens=new_tokens)
         else:
-            cache = repeat_rows(cache, len(rows))
+            cache = for_rows(cache, len(rows))
             check_rows(model, rows, FULL, cache.next_positions.tolist(), new_tokens)
-            slots += int(cache.tail.cursor) + tokens.shape[1]
+            # Wide steps: a later turn, whose tail has taken more, still finds its program.
+            slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])
+            cache = with_tail(cache, slots)
         sampling = sampling or Sampling()
         eos = model.config.eos_token_ids if eos_ids is None else eos_ids
         eos = [eos] if isinstance(eos, int) else eos
@@ -86,13 +92,33 @@ class Request(struct.PyTreeNode):
             switches=sampling.switches,
         )
         request = cls(
-            tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=jax.random.key(seed),
+            tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=row_keys(seed, len(rows)),
             rules=rules, cache=cache, config=config, new_tokens=new_tokens,
-            tail_slots=bucket(slots), tokenizer=tokenizer, stop=stop,
+            tail_slots=bucket(slots) if cache is None else slots, tokenizer=tokenizer, stop=stop,
             contexts=tuple(tuple(row[-CONTEXT:]) for row in rows), recompress=recompress,
             images=looked.images(tokens),
         )  # fmt: skip
         return known(request, mesh_of(model))
+
+
+def doubled(slots: int) -> int:
+    """TAIL slots, or as many times twice as many as hold these."""
+    return TAIL * 2 ** max(0, (-(-slots // TAIL) - 1).bit_length())
+
+
+def with_tail(cache: Cache, slots: int) -> Cache:
+    """The cache with a tail of this many slots, at least as many as it has taken."""
+    if cache.tail.positions.shape[1] == slots:
+        return cache
+    return cache.replace(tail=resize_program(cache.tail, slots=slots))
+
+
+def handed_back(cache: Cache | None) -> Cache | None:
+    """An answer's cache for the caller: its tail cut to the blocks that hold something."""
+    if cache is None:
+        return None
+    slots = max(1, -(-int(cache.tail.cursor) // BLOCK)) * BLOCK
+    return cache if slots >= cache.tail.positions.shape[1] else with_tail(cache, slots)
 
 
 def _check_recompress(rule: Recompress, config: CompressionConfig, cache: Cache | None):

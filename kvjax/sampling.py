@@ -5,11 +5,13 @@ rule on or off does.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 # Temperatures below are greedy: the draw is the likeliest token anyway, and logits divided by a
@@ -93,6 +95,22 @@ class Sampling:
             min_p=jnp.float32(self.min_p),
             penalty=jnp.float32(self.repetition_penalty),
         )
+
+
+def row_keys(seed: int | Sequence[int], rows: int) -> Key[Array, " B"]:
+    """A random key for each row, from one seed for all of them or from one a row.
+
+    A row's draws depend on its own seed alone: they are the same alone and in any batch, and two
+    rows of one prompt and one seed draw the same.
+
+    Raises:
+      ValueError: another number of seeds than rows.
+    """
+    if isinstance(seed, int | np.integer):
+        return jnp.broadcast_to(jax.random.key(int(seed)), (rows,))
+    if len(seed) != rows:
+        raise ValueError(f"seed has {len(seed)} entries, expected one number or one a row ({rows})")
+    return jnp.stack([jax.random.key(int(one)) for one in seed])
 
 
 def sample(

@@ -133,11 +133,13 @@ def attend(
     tail, pool = cache.tail, cache.pool
     common = q, positions, tail.keys[layer], tail.values[layer], tail.positions
     equation = "BTNH,BT,BKUH,BKUH,BU,B,"
+    # What rows share lies on every device of the data axis.
+    row = "B" if cache.shared == 1 else "."
     rules = {"window": window, "keep_ratio": cache.keep_ratio}
     if pool is None:
         held = cache.layers[layer]
         body = partial(_attend_padded, **rules)
-        equation += "BKSH,BKSH,BKS->BTNH"
+        equation += f"{row}KSH,{row}KSH,{row}KS->BTNH"
         rest = [held.keys, held.values, held.positions]
     else:
         if pool.parts != sharding.parts():
@@ -149,7 +151,8 @@ def attend(
             first, end = pool.regions[layer]
             region = first // pool.parts, -(-end // pool.parts)
         body = partial(_attend_pool, **rules, region=region)
-        equation += "B.,B,B,BME,BM,BM" + ",B2M" * (pool.scales is not None) + "->BTNH"
+        equation += f"{row}.,{row},{row},{row}ME,{row}M,{row}M"
+        equation += f",{row}2M" * (pool.scales is not None) + "->BTNH"
         rest = [pool.counts[:, layer], *pool.bounds(layer)]
         rest += [pool.entries, pool.owners, pool.positions]
         rest += [pool.scales] if pool.scales is not None else []
@@ -168,27 +171,29 @@ def _tail(k_BKUH, v_BKUH, positions_BU) -> Tail:
 
 
 def _attend_pool(
-    q, positions, k, v, at, lengths, counts_BK, start, end, *slots, window, keep_ratio, region
+    q, positions, k, v, at, lengths, counts_XK, start, end, *slots, window, keep_ratio, region
 ):
-    tail, kv_heads = _tail(k, v, at), counts_BK.shape[1]
+    tail, kv_heads = _tail(k, v, at), counts_XK.shape[1]
+    rows = q.shape[0] // counts_XK.shape[0]
+    at_XT = whole.folded(positions, rows)
     seen_BTU = whole._seen(at[:, None], positions[..., None], window)
     seen_BKTU, dead = seen_BTU[:, None], None
     if keep_ratio:
-        first_BK, last_BKT = whole.dead_range(counts_BK, lengths, positions, window)
-        run_BK = start[:, None] + jnp.cumsum(counts_BK, axis=-1) - counts_BK
-        dead = run_BK + first_BK, run_BK[:, None] + last_BKT.swapaxes(1, 2)
+        first_XK, last_XKT = whole.dead_range(counts_XK, lengths[::rows], at_XT, window)
+        run_XK = start[:, None] + jnp.cumsum(counts_XK, axis=-1) - counts_XK
+        dead = run_XK + first_XK, run_XK[:, None] + last_XKT.swapaxes(1, 2)
         mine = partial(
             lax.dynamic_slice_in_dim,
             start_index=lax.axis_index(HEADS) * k.shape[1],
             slice_size=k.shape[1],
             axis=1,
         )
-        gone = whole._dead_in_tail(*map(mine, (counts_BK, first_BK, last_BKT)), tail, lengths)
+        gone = whole._dead_in_tail(*map(mine, (counts_XK, first_XK, last_XKT)), tail, lengths)
         seen_BKTU = seen_BKTU & ~gone
     entries, owners, places, *scales = slots
-    out, lse = pool_attention(
-        lax.all_gather(q, QUERY_HEADS, axis=2, tiled=True),
-        positions,
+    part = pool_attention(
+        whole.folded(lax.all_gather(q, QUERY_HEADS, axis=2, tiled=True), rows),
+        at_XT,
         entries,
         owners,
         places,
@@ -199,7 +204,7 @@ def _attend_pool(
         scales=scales[0] if scales else None,
         region=region,
     )
-    parts = _to_heads(out, lse)
+    parts = _to_heads(*whole.unfolded(part, rows))
     return merge([*parts, whole._attend_tail(q, tail, 0, seen_BKTU)]).astype(q.dtype)
 
 

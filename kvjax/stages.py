@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax import sharding
-from kvjax.cache import Cache, Tail
+from kvjax.cache import Cache, Tail, compact, forget
 from kvjax.compress import Packing, add_layer, finish, make_plan, probe_request
 from kvjax.config import CompressionConfig, Recompress
-from kvjax.loose import Ratio
+from kvjax.loose import Ratio, entries_of_prompt
 from kvjax.probe import Probe, ProbeRequest
-from kvjax.recompress import evict
+from kvjax.recompress import evict, make_room
 from kvjax.reconstruction import reconstruction_scores
 from kvjax.sampling import Sampling, Switches, Values, sample
 from kvjax.seen import NOTHING, Images, Seen, see
@@ -52,6 +52,19 @@ class Answer(struct.PyTreeNode):
     done: Bool[Array, " B"]
     keys: Key[Array, " B"]
     seen: Bool[Array, "B V"] | None
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Held(struct.PyTreeNode):
+    """What an answer is decoded from.
+
+    Attributes:
+      kept: `[B, L, K]` entries of the prompt that each row, layer and head holds.
+      nbytes: bytes of the keys and values that are held beside the tail, empty slots included.
+    """
+
+    kept: Int[Array, "B L K"]
+    nbytes: int = struct.field(pytree_node=False)
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -112,7 +125,7 @@ def prefill_compress(
       model: the decoder.
       tokens: prompts padded on the right.
       lengths: their real tokens.
-      key: of the `random` scorer; with one for each row rows draw differently.
+      key: of the `random` scorer, one for all rows or one a row.
       config: what is kept.
       images: of all rows, seen by the model's tower before any row is prefilled.
     """
@@ -203,11 +216,14 @@ def start_answer(
     logits: Float[Array, "B V"],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: Key[Array, ""],
+    key: Key[Array, "*row"],
     rules: Rules,
     room: int,
 ) -> Answer:
-    """Draw the first token of each row from the prompt's logits; `room` is O."""
+    """Draw the first token of each row from the prompt's logits; `room` is O.
+
+    Every row draws from a key of its own, whatever its place in the batch.
+    """
     batch, vocab = logits.shape
     seen = None
     if rules.switches.penalty:
@@ -219,7 +235,7 @@ def start_answer(
         log_probs=jnp.zeros((batch, room), jnp.float32),
         count=jnp.zeros((), jnp.int32),
         done=jnp.zeros((batch,), bool),
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
+        keys=jax.vmap(jax.random.fold_in, (0, None))(jnp.broadcast_to(key, (batch,)), 0),
         seen=seen,
     )
     return _draw(logits, answer, rules)
@@ -272,6 +288,35 @@ def decode(
     return cache.replace(tail=tail, next_positions=next_positions), answer
 
 
+def open_answer(
+    model: Any,
+    cache: Cache,
+    recompress: Recompress | None,
+    new_tokens: int,
+    fraction: float,
+    asked: bool,
+) -> tuple[Cache, Ratio | None, Held]:
+    """Make a cache, with its question, ready to be decoded from; the stage before `decode`.
+
+    Args:
+      model: the decoder.
+      cache: with room for the answer, or for a segment of it, in its tail.
+      recompress: when to compress again, or None.
+      new_tokens, fraction: how the cache may grow where the rule keeps a ratio.
+      asked: whether the cache was the caller's, with turns after its prompt.
+
+    Returns:
+      The cache, the ratio that it is to keep, and what a `Generation` says of it.
+    """
+    kept, ratio = kept_entries(cache), None
+    if recompress is not None:
+        config = model.config
+        grown = (new_tokens, fraction) if not asked else (0, 1.0)
+        windows = config.sliding_windows
+        cache, ratio = make_room(cache, recompress, config.num_heads, windows, asked, *grown)
+    return cache, ratio, Held(kept=kept, nbytes=cache.nbytes)
+
+
 def decode_in_segments(
     model: Any,
     cache: Cache,
@@ -280,39 +325,63 @@ def decode_in_segments(
     recompress: Recompress,
     ratio: Ratio | None,
 ) -> tuple[Cache, Answer]:
-    """The whole answer, with the cache compressed again after every segment.
+    """The whole answer, with the cache compressed again before every segment but the first.
 
     The outer loop's state holds the pool; in the inner one, `decode`, it is a constant.
 
     Args:
-      cache, ratio: from `loosen`; the tail has room for a segment.
+      cache, ratio: from `open_answer`; the tail has room for a segment.
       answer: from `start_answer`.
     """
 
-    def unfinished(state):
-        current = state[-1]
+    def unfinished(current: Answer):
         return (current.count < current.tokens.shape[1]) & ~current.done.all()
 
     def segment(state):
         pool, tail, next_positions, current = state
         now = cache.replace(pool=pool, tail=tail, next_positions=next_positions)
         now, current = decode(model, now, current, rules, recompress.every)
-        now = evict(now, ratio, recompress, model.config.sliding_windows)
-        return now.pool, now.tail, now.next_positions, current
+
+        def compress_again(state):
+            pool, tail, _ = state
+            full = now.replace(pool=pool, tail=tail)
+            full = evict(full, ratio, recompress, model.config.sliding_windows)
+            return full.pool, full.tail, jnp.array(False)
+
+        # Once or not at all. A conditional would copy the pool, the state of a loop stays in place.
+        more = unfinished(current)
+        state = lax.while_loop(lambda s: s[-1], compress_again, (now.pool, now.tail, more))
+        return *state[:2], now.next_positions, current
 
     state = cache.pool, cache.tail, cache.next_positions, answer
-    pool, tail, next_positions, answer = lax.while_loop(unfinished, segment, state)
+    pool, tail, next_positions, answer = lax.while_loop(
+        lambda state: unfinished(state[-1]), segment, state
+    )
     return cache.replace(pool=pool, tail=tail, next_positions=next_positions), answer
 
 
-def feed_last(model: Any, cache: Cache, answer: Answer) -> Cache:
-    """Run each row's last token too, so that the cache holds the whole answer."""
+def close_answer(
+    model: Any,
+    cache: Cache,
+    answer: Answer,
+    ratio: Ratio | None,
+    recompress: Recompress | None,
+) -> Cache:
+    """The cache for the next turn: compressed again where it is to be, with the whole answer in it.
+
+    Each row's last token is run too, and the tail has its tokens side by side.
+    """
+    if recompress is not None:
+        cache = evict(cache, ratio, recompress, model.config.sliding_windows)
     drawn_B = (answer.tokens >= 0).sum(-1, dtype=jnp.int32)
     last_B1 = jnp.take_along_axis(answer.tokens, drawn_B[:, None] - 1, axis=1)
     _, cache = model.extend(last_B1, jnp.ones_like(drawn_B), cache)
-    return cache
+    return cache.replace(tail=compact(forget(cache.tail)))
 
 
 def kept_entries(cache: Cache) -> Int[Array, "B L K"]:
-    """Entries of the prompt that each row, layer and head keeps."""
-    return cache.counts
+    """Entries of the prompt that each row, layer and head keeps; answers' do not count."""
+    counts = cache.counts
+    if cache.pool is not None and cache.pool.starts is not None:
+        counts = entries_of_prompt(cache.pool, cache.prompt_lengths)
+    return jnp.broadcast_to(counts, (cache.batch, *counts.shape[1:]))

@@ -21,6 +21,7 @@ class RunningText:
         self.context = context
         self.stop = stop
         self.stopped = False
+        self.count = 0  # tokens up to the one that completed a stop string, or all so far
         self._tokens: list[int] = []
         self._given = 0
 
@@ -29,10 +30,11 @@ class RunningText:
         if self.tokenizer is None or self.stopped:
             return ""
         self._tokens += tokens
+        self.count = len(self._tokens)
         text = self._decode()
         self.stopped = first_stop(text, self.stop) is not None
         if self.stopped:
-            cut, _ = cut_at_stop(self._tokens, self.tokenizer, self.stop, self.context)
+            cut, self.count = cut_at_stop(self._tokens, self.tokenizer, self.stop, self.context)
             return self._give(cut)
         text = text.rstrip(INCOMPLETE)
         # It may end in the beginning of a stop string.

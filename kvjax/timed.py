@@ -12,7 +12,6 @@ from kvjax import stages
 from kvjax.compress import compress, probe_request
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.generate import Generation, as_generation
-from kvjax.loose import loosen
 from kvjax.placeholders import Pictures
 from kvjax.programs import Program
 from kvjax.prompts import Prompts
@@ -40,7 +39,7 @@ def timed_generate(
     max_new_tokens: int,
     tokenizer: Any = None,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     eos_ids: int | Sequence[int] | None = None,
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
@@ -69,11 +68,12 @@ def timed_generate(
 
     def answer_all(model, logits, cache, tokens, lengths, key, rules):
         answer = stages.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
+        rest = recompress, request.new_tokens, config.fraction, False
+        cache, ratio, held = stages.open_answer(model, cache, *rest)
         if recompress is None:
-            return stages.decode(model, cache, answer, rules, request.new_tokens - 1)[1]
-        rest = model.config.num_heads, request.new_tokens, config.fraction
-        cache, ratio = loosen(cache, recompress, *rest)
-        return stages.decode_in_segments(model, cache, answer, rules, recompress, ratio)[1]
+            return stages.decode(model, cache, answer, rules, request.new_tokens - 1)[1], held
+        answer = stages.decode_in_segments(model, cache, answer, rules, recompress, ratio)[1]
+        return answer, held
 
     def read(model, tokens, lengths, images):
         seen = see(model, images)
@@ -82,10 +82,9 @@ def timed_generate(
     logits, *kept = phases.run("prefill", read, model, *prompt, request.images)
     cache = phases.run("compress", shrink, *kept, request.lengths, request.key)
     del kept
-    answer = phases.run(
+    answer, held = phases.run(
         "decode", answer_all, model, logits, cache, *prompt, request.key, request.rules
     )
-    held = stages.kept_entries(cache)
     return as_generation(model, request, answer, held, None), phases.timings()
 
 

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax import cache as caches
-from kvjax.cache import Cache, PaddedLayer, empty_tail, full_layer, repeat_rows, with_room
+from kvjax.cache import (
+    Cache,
+    PaddedLayer,
+    empty_tail,
+    for_rows,
+    full_layer,
+    with_own_entries,
+    with_room,
+)
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
 pack = jax.jit(caches.pack, static_argnums=3, compiler_options=QUICK)
@@ -123,19 +131,23 @@ def test_with_room_keeps_what_the_tail_holds():
     assert wide.layers is cache.layers
 
 
-def test_repeat_rows():
+def test_for_rows():
     one, two = small_cache(batch=1, tail=2), small_cache(batch=2)
-    three = repeat_rows(one, 3)
-    assert (one.batch, three.batch, three.nbytes) == (1, 3, 3 * one.nbytes)
+    three = for_rows(one, 3)
+    assert (one.batch, three.batch, three.shared, three.nbytes) == (1, 3, 3, one.nbytes)
     assert one.nbytes == 2 * 2 * (5 * 2 * 4) * 4  # layers, K and V, entries, fp32
-    for after, before in zip(jax.tree.leaves(three), jax.tree.leaves(one), strict=True):
+    assert three.layers is one.layers  # held once, by all of them
+    apart = with_own_entries(three)
+    assert (apart.shared, apart.nbytes) == (1, 3 * one.nbytes)
+    for after, before in zip(jax.tree.leaves(apart), jax.tree.leaves(one), strict=True):
         if before.ndim:
             before = np.repeat(np.asarray(before), 3, axis=0)
         np.testing.assert_array_equal(after, before)
-    assert repeat_rows(one, 1) is one
-    assert repeat_rows(two, 2) is two
+    assert with_own_entries(two) is two
+    assert for_rows(one, 1) is one
+    assert for_rows(two, 2) is two
     with pytest.raises(ValueError, match=r"^the cache has 2 rows, expected 1 or the prompts' 3$"):
-        repeat_rows(two, 3)
+        for_rows(two, 3)
 
 
 # --------------------------------------------------------------------------- attention
