@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import budgets, sharding
 from kvjax.cache import Cache, PaddedLayer, empty_tail, full_layer, pack
 from kvjax.capacity import capacity, layer_capacity, packs, pool_shape
-from kvjax.config import WINDOWED, CompressionConfig
+from kvjax.config import WINDOWED, CompressionConfig, check_config
 from kvjax.pool import Pool, empty_pool
 from kvjax.probe import Probe, ProbeRequest, Repeat
 from kvjax.rows import Rows, eligible, largest, make_rows, protected
@@ -142,6 +142,7 @@ def _each(change: Callable, key: Key[Array, "*row"]) -> Key[Array, "*row"]:
 
 def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
     """What the scorer of `config` needs from the prefill of a bucket of `tokens`."""
+    check_config(config)
     if config.skips(tokens):
         return ProbeRequest()
     repeat = None

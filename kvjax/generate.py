@@ -16,7 +16,7 @@ from jaxtyping import Array
 from kvjax import stages
 from kvjax.cache import Cache, forget, with_room
 from kvjax.capacity import held_slots, slot_bytes
-from kvjax.config import CompressionConfig, Recompress
+from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.loose import slots_needed
 from kvjax.placeholders import Pictures, read
 from kvjax.programs import (
@@ -30,7 +30,7 @@ from kvjax.programs import (
     prefill_compress_program,
     start_answer_program,
 )
-from kvjax.prompts import Prompts, bucket, pad
+from kvjax.prompts import Ends, Prompts, bucket, pad
 from kvjax.reconstruction import instructed
 from kvjax.request import FULL, Request, check_rows
 from kvjax.sampling import Sampling
@@ -84,7 +84,7 @@ def generate(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    eos_ids: int | Sequence[int] | None = None,
+    eos_ids: Ends | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
@@ -155,7 +155,7 @@ def stream(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    eos_ids: int | Sequence[int] | None = None,
+    eos_ids: Ends | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
@@ -188,6 +188,7 @@ def compress_prompt(
 
     Arguments as in `generate`. The questions are not seen while compressing.
     """
+    check_config(config)
     looked = read(model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask)
     model = place(model, mesh)
     check_rows(model, looked.rows, config)

@@ -10,9 +10,9 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, repeat_rows
-from kvjax.config import CompressionConfig, Recompress
+from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
 from kvjax.placeholders import read
-from kvjax.prompts import Row, bucket, check_context, pad
+from kvjax.prompts import Row, bucket, check_context, eos_tokens, pad
 from kvjax.reconstruction import instructed
 from kvjax.rows import check_prompt
 from kvjax.sampling import Sampling
@@ -59,6 +59,7 @@ class Request(struct.PyTreeNode):
             raise ValueError("chat=True begins a conversation, expected no cache beside it")
         if images is not None and cache is not None:
             raise ValueError("images beside a cache are not read, expected them in its prompt")
+        check_config(config)
         looked = read(
             model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask, chat=chat,
             special=cache is None,
@@ -78,8 +79,7 @@ class Request(struct.PyTreeNode):
             check_rows(model, rows, FULL, cache.next_positions.tolist(), new_tokens)
             slots += int(cache.tail.cursor) + tokens.shape[1]
         sampling = sampling or Sampling()
-        eos = model.config.eos_token_ids if eos_ids is None else eos_ids
-        eos = [eos] if isinstance(eos, int) else eos
+        eos = eos_tokens(eos_ids, model.config.eos_token_ids, model.config.vocab_size)
         rules = Rules(
             values=sampling.values,
             eos=jnp.array([*eos, -1], jnp.int32),
@@ -116,6 +116,7 @@ def check_rows(
 
     `used` counts what the cache holds of each row already, nothing by default.
     """
+    check_repeat(config, model.config.vocab_size)
     used = used or [0] * len(rows)
     check_context(rows, used, new_tokens, model.config.max_position_embeddings)
     if config.profile is not None and len(config.profile) != model.config.num_layers:

@@ -1,7 +1,7 @@
 """timed_generate(): `generate` with its phases compiled and timed apart."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvjax.generate import Generation, as_generation
 from kvjax.loose import loosen
 from kvjax.placeholders import Pictures
 from kvjax.programs import Program
-from kvjax.prompts import Prompts
+from kvjax.prompts import Ends, Prompts
 from kvjax.request import FULL, Request
 from kvjax.sampling import Sampling
 from kvjax.seen import see
@@ -41,7 +41,7 @@ def timed_generate(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    eos_ids: int | Sequence[int] | None = None,
+    eos_ids: Ends | None = None,
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
