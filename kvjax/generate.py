@@ -18,6 +18,7 @@ from kvjax.cache import Cache, forget, with_room
 from kvjax.capacity import held_slots, slot_bytes
 from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.loose import slots_needed
+from kvjax.origin import fingerprint
 from kvjax.placeholders import Pictures, read
 from kvjax.programs import (
     answer_program,
@@ -195,7 +196,8 @@ def compress_prompt(
     tokens, lengths = pad(looked.rows)
     config = instructed(config, tokenizer, model.config.vocab_size)
     prompt = tokens, lengths, jax.random.key(seed), looked.images(tokens)
-    return prefill_compress_program(model, *prompt, config=config)[1]
+    cache = prefill_compress_program(model, *prompt, config=config)[1]
+    return cache.replace(origin=fingerprint(model))
 
 
 # ---------------------------------------------------------------------------- host
@@ -284,7 +286,7 @@ def as_generation(
         log_probs=log_probs,
         text=text,
         kept=np.asarray(kept),
-        cache=cache,
+        cache=cache if cache is None else cache.replace(origin=fingerprint(model)),
         **_bytes(model, request),
     )
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, repeat_rows
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
+from kvjax.origin import owned
 from kvjax.placeholders import read
 from kvjax.prompts import Row, bucket, check_context, eos_tokens, pad
 from kvjax.reconstruction import instructed
@@ -75,7 +76,7 @@ class Request(struct.PyTreeNode):
         if cache is None:
             check_rows(model, rows, config, new_tokens=new_tokens)
         else:
-            cache = repeat_rows(cache, len(rows))
+            cache = repeat_rows(owned(cache, model), len(rows))
             check_rows(model, rows, FULL, cache.next_positions.tolist(), new_tokens)
             slots += int(cache.tail.cursor) + tokens.shape[1]
         sampling = sampling or Sampling()

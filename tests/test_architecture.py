@@ -11,7 +11,7 @@ BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "seen", "shar
 IMAGES = {"image_config", "images"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
-ENGINE |= {"calibrate", "reconstruction", "placeholders", "timed"}
+ENGINE |= {"origin", "calibrate", "reconstruction", "placeholders", "timed"}
 LOADING = {"models", "tokenizer", "load", "convert"}
 
 # Who may import which parts of kvjax; each may import itself.
@@ -25,7 +25,7 @@ ALLOWED = {
     "cache": {"pool", "kernels", "sharding"},
     "split": {"cache", "pool", "kernels", "sharding"},
     "extend": {"cache"},
-    "saved": {"cache", "pool", "config"},
+    "saved": {"cache", "origin", "pool", "config"},
     "seen": set(),
     "image_config": set(),
     "images": {"image_config"},
@@ -34,6 +34,7 @@ ALLOWED = {
     **dict.fromkeys(
         ENGINE, BELOW | COMPRESSION | ENGINE | IMAGES
     ),  # the model comes as an argument
+    "origin": {"cache"},
     "tokenizer": set(),
     "toml": set(),
     "convert": set(),
@@ -90,7 +91,7 @@ def test_imports_follow_the_arrows(part, file):
 
 
 STANDARD = {"collections", "dataclasses", "functools", "math", "types", "typing"}
-STANDARD |= {"contextlib", "importlib", "inspect"}
+STANDARD |= {"contextlib", "importlib", "inspect", "operator"}
 
 
 def test_the_walk_sees_every_part():
