@@ -20,6 +20,7 @@ from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.loose import slots_needed
 from kvjax.origin import fingerprint
 from kvjax.placeholders import Pictures, read
+from kvjax.precision import always_32_bits
 from kvjax.programs import (
     answer_program,
     ask_program,
@@ -174,6 +175,7 @@ def stream(
     return (step for step, _, _ in _steps(model, request, CHUNK))
 
 
+@always_32_bits
 def compress_prompt(
     model: Any,
     prompts: Prompts,

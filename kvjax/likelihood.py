@@ -20,6 +20,7 @@ from kvjax import sharding, stages
 from kvjax.cache import with_room
 from kvjax.config import CompressionConfig, check_config
 from kvjax.placeholders import Looked, Pictures, by_prompt, look
+from kvjax.precision import always_32_bits
 from kvjax.programs import Program
 from kvjax.prompts import as_rows, pad
 from kvjax.request import FULL, check_rows
@@ -45,6 +46,7 @@ class Scored:
     positions: list[list[list[int]]]
 
 
+@always_32_bits
 def score(
     model: Any,
     tokens: Sequence[int] | Sequence[Sequence[int]],

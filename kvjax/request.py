@@ -13,6 +13,7 @@ from kvjax.cache import Cache, repeat_rows
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
 from kvjax.origin import owned
 from kvjax.placeholders import read
+from kvjax.precision import always_32_bits
 from kvjax.prompts import Row, bucket, check_context, eos_tokens, pad
 from kvjax.reconstruction import instructed
 from kvjax.rows import check_prompt
@@ -45,6 +46,7 @@ class Request(struct.PyTreeNode):
     recompress: Recompress | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
+    @always_32_bits
     def make(
         cls, model, prompts, config, new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
         attention_mask, cache, recompress=None, images=None,

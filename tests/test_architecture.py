@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # What compression may build on.
 BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "seen", "sharding", "split"}
+BELOW |= {"precision"}
 IMAGES = {"image_config", "images"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
@@ -22,9 +23,10 @@ ALLOWED = {
     "pool": set(),
     "probe": set(),
     "sharding": set(),
+    "precision": set(),
     "cache": {"pool", "kernels", "sharding"},
     "split": {"cache", "pool", "kernels", "sharding"},
-    "extend": {"cache"},
+    "extend": {"cache", "precision"},
     "saved": {"cache", "origin", "pool", "config"},
     "seen": set(),
     "image_config": set(),
