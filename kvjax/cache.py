@@ -86,6 +86,8 @@ class Cache(struct.PyTreeNode):
       next_positions: `[B]` position of the row's next token, whatever was evicted.
       keep_ratio: whether the retained ratio is held while the answer grows (PrefixKV).
       rotary_shift: `[B]` rotary minus true position of new tokens (M-RoPE), or None for 0.
+      origin: fingerprint of the model that made it (`kvjax.origin`); None inside of programs, and
+        for one's own model (`kvjax.compress`).
     """
 
     layers: tuple[PaddedLayer, ...]
@@ -95,6 +97,7 @@ class Cache(struct.PyTreeNode):
     pool: Pool | None = None
     keep_ratio: bool = struct.field(pytree_node=False, default=False)
     rotary_shift: Int[Array, " B"] | None = None
+    origin: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def batch(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from kvjax.config import CompressionConfig, ConfigError
+from kvjax.config import CompressionConfig, ConfigError, check_config
 from kvjax.generate import compress_prompt
 from kvjax.methods import METHODS
 from kvjax.placeholders import read
@@ -54,6 +54,7 @@ class Profile:
 
 def check_calibrates(config: CompressionConfig) -> None:
     """Raise ConfigError unless the layer sizes of `config` follow from scores."""
+    check_config(config)
     if config.layers != "prefix":
         names = ", ".join(name for name, method in METHODS.items() if method.layers == "prefix")
         raise ConfigError(
@@ -165,7 +166,7 @@ def read_profile(path: str | Path) -> tuple[float, ...]:
     """
     expected = f"profile {path}, expected a JSON list of the fraction (0 to 1) evicted per layer"
     try:
-        evicted = json.loads(Path(path).read_bytes().decode("utf-8"))
+        evicted = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{expected} ({error})") from None
 

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import budgets, sharding
 from kvjax.cache import Cache, PaddedLayer, empty_tail, full_layer, pack
 from kvjax.capacity import capacity, layer_capacity, packs, pool_shape
-from kvjax.config import WINDOWED, CompressionConfig
+from kvjax.config import WINDOWED, CompressionConfig, check_config
 from kvjax.pool import Pool, empty_pool
+from kvjax.precision import always_32_bits
 from kvjax.probe import Probe, ProbeRequest, Repeat
 from kvjax.rows import Rows, eligible, largest, make_rows, protected
 from kvjax.scores import READS, Layer, output_aware, score
@@ -61,6 +62,7 @@ class Plan(struct.PyTreeNode):
     tokens: int = struct.field(pytree_node=False)
 
 
+@always_32_bits
 def compress(
     keys: Sequence[Float[Array, "B T K H"]],
     values: Sequence[Float[Array, "B T K H"]],
@@ -90,8 +92,8 @@ def compress(
       ValueError: a probe without what the scorer reads.
     """
     batch, tokens = keys[0].shape[:2]
-    if lengths is None:
-        lengths = jnp.full((batch,), tokens, jnp.int32)
+    lengths = jnp.full((batch,), tokens) if lengths is None else lengths
+    lengths = lengths.astype(jnp.int32)
     wanted = probe_request(config, tokens)
     for index, probe in enumerate(probes):
         given = 0 if probe.queries is None else probe.queries.shape[1]
@@ -142,6 +144,7 @@ def _each(change: Callable, key: Key[Array, "*row"]) -> Key[Array, "*row"]:
 
 def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
     """What the scorer of `config` needs from the prefill of a bucket of `tokens`."""
+    check_config(config)
     if config.skips(tokens):
         return ProbeRequest()
     repeat = None

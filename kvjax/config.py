@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from kvjax.methods import METHODS, SCORERS, HeadAllocator, LayerAllocator, Recent, Scorer
 
@@ -30,8 +31,8 @@ class CompressionConfig:
       window: observation window, in tokens, below the budget; None for min(32, budget // 2), and
         8 and 1 in place of 32 for "l2-window" and "tova", as in their papers.
       reduce: "mean" or "sum" of the window's queries (the same ranking inside a layer).
-      pool: smoothing of window scores along the sequence: "max", "average" (zero-padded, always
-        divided by `kernel`) or "none".
+      pool: smoothing of window scores along the sequence: "max", "average" (or "avg"; zero-padded,
+        always divided by `kernel`) or "none".
       kernel: width of the pooling, odd; SnapKV and Ada-KV use 7 with "max".
       group: "mean" or "max" over the query heads of a KV head.
       floor: Ada-KV's alpha in [0, 1], the share of the budget spread evenly over heads; with
@@ -68,7 +69,7 @@ class CompressionConfig:
     epsilon: float = 0.0
     window: int | None = None
     reduce: Literal["mean", "sum"] = "mean"
-    pool: Literal["max", "average", "none"] = "max"
+    pool: Literal["max", "average", "avg", "none"] = "max"
     kernel: int = 7
     group: Literal["mean", "max"] = "mean"
     floor: float = 0.2
@@ -93,8 +94,13 @@ class CompressionConfig:
         return cls(method=name, budget=budget, **(row | settings))
 
     def __post_init__(self):
-        if isinstance(self.profile, list):  # hashable, as a static argument must be
+        # Hashable, as a static argument must be, and one spelling for what is the same.
+        if isinstance(self.profile, list):
             object.__setattr__(self, "profile", tuple(self.profile))
+        if self.pool == "avg":
+            object.__setattr__(self, "pool", "average")
+        if self.repeat is not None:
+            object.__setattr__(self, "repeat", _instructions(self))
         choices = {
             "scorer": get_args(Scorer),
             "layers": get_args(LayerAllocator),
@@ -269,9 +275,38 @@ def parse_budget(text: str) -> int | float:
     raise ConfigError(f"budget={text!r}, expected a number of entries (N) or 0 < P <= 100 (P%)")
 
 
+def check_config(config: Any) -> None:
+    """Raise ConfigError unless this is a CompressionConfig; a method's name is none yet."""
+    if not isinstance(config, CompressionConfig):
+        example = config if isinstance(config, str) and config in METHODS else "snapkv"
+        raise ConfigError(
+            f"config={config!r}, expected a CompressionConfig, such as"
+            f" CompressionConfig.named({example!r}, budget=1024)"
+        )
+
+
+def check_repeat(config: CompressionConfig, vocab_size: int) -> None:
+    """Raise ConfigError where `repeat` has ids that are not in 0 .. vocab_size - 1."""
+    for ids in config.repeat or ():
+        for token in ids:
+            if token >= vocab_size:
+                _fail(config, "repeat", f"token ids of 0 to {vocab_size - 1}, got {token}")
+
+
+def _instructions(config: CompressionConfig) -> tuple[tuple[int, ...], ...]:
+    expected = "two sequences of token ids, each of at least 0"
+    try:
+        both = tuple(tuple(map(operator.index, ids)) for ids in config.repeat or ())
+    except TypeError:
+        _fail(config, "repeat", expected)
+    if len(both) != 2 or any(token < 0 for ids in both for token in ids):
+        _fail(config, "repeat", expected)
+    return both
+
+
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _fail(config: CompressionConfig, name: str, expected: str):
+def _fail(config: CompressionConfig, name: str, expected: str) -> NoReturn:
     raise ConfigError(f"{name}={getattr(config, name)!r}, expected {expected}")

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache import Cache, attend, write_layer, write_positions
+from kvjax.precision import always_32_bits
 
 
+@always_32_bits
 def claim(cache: Cache, tokens: int) -> Cache:
     """Take the next slots of the tail for `tokens` new tokens of every row. Jittable.
 
@@ -32,11 +34,13 @@ def claim(cache: Cache, tokens: int) -> Cache:
     )
 
 
+@always_32_bits
 def claimed_positions(cache: Cache, tokens: int) -> Int[Array, "B T"]:
     """True positions of the `tokens` tokens claimed last: what RoPE takes for them."""
     return cache.next_positions[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
 
 
+@always_32_bits
 def append(
     cache: Cache, layer: int, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
 ) -> Cache:
@@ -44,6 +48,7 @@ def append(
     return cache.replace(tail=write_layer(cache.tail, layer, keys, values))
 
 
+@always_32_bits
 def decode_attention(
     q: Float[Array, "B T N H"], cache: Cache, layer: int = 0, *, window: int | None = None
 ) -> Float[Array, "B T N H"]:

@@ -15,9 +15,11 @@ from jaxtyping import Array
 
 from kvjax import stages
 from kvjax.cache import Cache, with_room
-from kvjax.config import CompressionConfig, Recompress
+from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.loose import Ratio
+from kvjax.origin import fingerprint
 from kvjax.placeholders import Pictures, read
+from kvjax.precision import always_32_bits
 from kvjax.programs import (
     answer_program,
     ask_program,
@@ -30,7 +32,7 @@ from kvjax.programs import (
     prefill_compress_program,
     start_answer_program,
 )
-from kvjax.prompts import Prompts, bucket, pad
+from kvjax.prompts import Ends, Prompts, bucket, pad
 from kvjax.reconstruction import instructed
 from kvjax.request import FULL, Request, check_rows, handed_back
 from kvjax.sampling import Sampling, row_keys
@@ -85,7 +87,7 @@ def generate(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int | Sequence[int] = 0,
-    eos_ids: int | Sequence[int] | None = None,
+    eos_ids: Ends | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
@@ -157,7 +159,7 @@ def stream(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int | Sequence[int] = 0,
-    eos_ids: int | Sequence[int] | None = None,
+    eos_ids: Ends | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
@@ -175,6 +177,7 @@ def stream(
     return (step for step, _ in _steps(model, request, CHUNK))
 
 
+@always_32_bits
 def compress_prompt(
     model: Any,
     prompts: Prompts,
@@ -190,13 +193,15 @@ def compress_prompt(
 
     Arguments as in `generate`. The questions are not seen while compressing.
     """
+    check_config(config)
     looked = read(model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask)
     model = place(model, mesh)
     check_rows(model, looked.rows, config)
     tokens, lengths = pad(looked.rows)
     config = instructed(config, tokenizer, model.config.vocab_size)
     prompt = tokens, lengths, row_keys(seed, len(lengths)), looked.images(tokens)
-    return prefill_compress_program(model, *prompt, config=config)[1]
+    cache = prefill_compress_program(model, *prompt, config=config)[1]
+    return cache.replace(origin=fingerprint(model))
 
 
 # ---------------------------------------------------------------------------- host
@@ -277,7 +282,7 @@ def _step(
         before = (answer.tokens[:, :shown] >= 0).sum(-1).tolist()
         for row, text in enumerate(texts):
             if text.stopped:
-                left = max(0, text.count - before[row])
+                left = max(0, text.taken - before[row])
                 tokens[row], log_probs[row] = tokens[row][:left], log_probs[row][:left]
     return Step(tokens, log_probs, pieces if request.tokenizer else None)
 
@@ -322,7 +327,7 @@ def as_generation(
         kept=np.asarray(held.kept),
         cache_bytes=held.nbytes,
         full_cache_bytes=_full_bytes(model, request),
-        cache=handed_back(cache),
+        cache=handed_back(cache, model),
     )
 
 

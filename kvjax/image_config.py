@@ -234,7 +234,7 @@ def load_image_config(directory: str | Path, kind: type[ImageConfig] | None = No
     if path is None:
         raise ValueError(f"{directory} must hold {' or '.join(_FILES)}")
     try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))
+        mapping = json.loads(path.read_text(encoding="utf-8-sig"))
         expect(isinstance(mapping, dict), "the file", "a JSON object", mapping)
         mapping = mapping.get("image_processor", mapping)
         found = mapping.get("image_processor_type", mapping.get("feature_extractor_type"))

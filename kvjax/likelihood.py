@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax import sharding, stages
 from kvjax.cache import with_room
-from kvjax.config import CompressionConfig
+from kvjax.config import CompressionConfig, check_config
 from kvjax.placeholders import Looked, Pictures, by_prompt, look
+from kvjax.precision import always_32_bits
 from kvjax.programs import Program
 from kvjax.prompts import as_rows, pad
 from kvjax.request import FULL, check_rows
@@ -46,6 +47,7 @@ class Scored:
     positions: list[list[list[int]]]
 
 
+@always_32_bits
 def score(
     model: Any,
     tokens: Sequence[int] | Sequence[Sequence[int]],
@@ -77,6 +79,7 @@ def score(
       ValueError: a prefix outside that range, an id outside the vocabulary, a text longer than
         the model's context.
     """
+    check_config(config)
     looked, rests = _divided(model, tokens, prefix_length, config, images)
     prompt, lengths = pad(looked.rows, pad_to[0])
     after, counts = pad(rests, pad_to[1])

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kvjax.image_config import ClipImages, ImageConfig, QwenImages, load_image_config
-from kvjax.models.checkpoint import is_orbax, load_orbax
+from kvjax.models.checkpoint import is_orbax, load_orbax, load_orbax_config
+from kvjax.models.config import ModelConfig, load_config
 from kvjax.models.decoder import Decoder
 from kvjax.models.llava import Llava
-from kvjax.models.qwen_vl import QwenVL, load_qwen_vl
-from kvjax.models.vision_config import QWEN, vision_architecture
+from kvjax.models.qwen_vl import QwenVL, load_qwen_config, load_qwen_vl
+from kvjax.models.vision_config import QWEN, load_vision_config, vision_architecture
 from kvjax.models.vision_weights import load_vision_decoder
 from kvjax.models.weights import load_decoder
 from kvjax.tokenizer import load_tokenizer
@@ -45,6 +46,20 @@ def load(
     return load_model(directory, dtype=dtype, progress=progress, mesh=mesh), load_tokenizer(
         directory
     )
+
+
+def load_model_config(directory: str | Path) -> ModelConfig:
+    """The decoder's config of a checkpoint that `load` reads, without its weights.
+
+    Raises:
+      ValueError: what is missing or unknown, by name.
+    """
+    if is_orbax(directory):
+        return load_orbax_config(directory)
+    architecture = vision_architecture(directory)
+    if architecture is None:
+        return load_config(directory)
+    return (load_qwen_config if architecture == QWEN else load_vision_config)(directory)[0]
 
 
 def load_model(

@@ -17,6 +17,7 @@ from kvjax import sharding, stages
 from kvjax.cache import Cache, Tail, remember, resized, with_room
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.loose import Ratio
+from kvjax.precision import in_32_bits
 from kvjax.recompress import evict
 from kvjax.seen import Images
 from kvjax.split import settled
@@ -24,20 +25,20 @@ from kvjax.stages import Answer, Held, Rules
 
 
 class Program:
-    """A jitted function, traced and run on the mesh that its first argument lies on."""
+    """A jitted function, traced and run on the mesh that its first argument lies on, in 32 bits."""
 
     def __init__(self, function: Callable, **settings: Any):
         self._jitted = jax.jit(function, **settings)
 
     def __call__(self, first: Any, *arguments: Any, **named: Any) -> Any:
         mesh = sharding.mesh_of(first)
-        with sharding.using(mesh):
+        with in_32_bits(), sharding.using(mesh):
             return self._jitted(first, *sharding.known(arguments, mesh), **named)
 
     def lower(self, first: Any, *arguments: Any, **named: Any) -> jax.stages.Lowered:
         """As `jax.jit`'s."""
         mesh = sharding.mesh_of(first)
-        with sharding.using(mesh):
+        with in_32_bits(), sharding.using(mesh):
             return self._jitted.lower(first, *sharding.known(arguments, mesh), **named)
 
     def _cache_size(self) -> int:

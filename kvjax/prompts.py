@@ -1,14 +1,16 @@
 """From what users hand over (text, token ids, padded arrays) to one right-padded batch."""
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
+import jax
 import numpy as np
-from jinja2 import TemplateError
 
-Row = Sequence[int | np.integer] | np.ndarray
+Row = Sequence[int | np.integer] | np.ndarray | jax.Array
 Prompts = str | Sequence[str] | Row | Sequence[Row]
+Ends = int | np.integer | Row | Set[int]
 
 
 def bucket(tokens: int) -> int:
@@ -22,10 +24,14 @@ def bucket(tokens: int) -> int:
 
 
 def is_one(prompts: Prompts) -> bool:
-    """Whether this is one prompt: a text, or token ids."""
-    return isinstance(prompts, str) or (
-        len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
-    )
+    """Whether this is one prompt: a text, or token ids (a list or an array of one axis)."""
+    if isinstance(prompts, str):
+        return True
+    if (axes := getattr(prompts, "ndim", None)) is not None:
+        return axes == 1 and len(prompts) > 0
+    # An entry of a list may be a number, or an array without axes.
+    first = prompts[0] if len(prompts) else ()
+    return isinstance(first, int) or getattr(first, "ndim", None) == 0
 
 
 def as_rows(
@@ -47,7 +53,8 @@ def as_rows(
       attention_mask: 1 for the real tokens of an array padded on either side.
       vocab_size: ids are 0 .. vocab_size - 1.
       chat: put each text into the tokenizer's chat template as the user's turn.
-      special: let the tokenizer add its special tokens (BOS); False for a later turn.
+      special: let the tokenizer add its special tokens (BOS), where the text does not begin with
+        BOS already, as a rendered chat template does; False for a later turn.
       images: how many each prompt has, and
       placeholder: what stands for one in a text: a chat template is told of them.
 
@@ -105,9 +112,26 @@ def _row(
     if not prompt:
         return []
     if chat:
-        text = chat_text(prompt, tokenizer, images, placeholder)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        prompt, special = chat_text(prompt, tokenizer, images, placeholder), False
+    return encoded(prompt, tokenizer, special=special)
+
+
+def encoded(text: str, tokenizer: Any, *, special: bool = True, **settings: Any) -> list[int]:
+    """Token ids of a text, which never begin with BOS twice.
+
+    Args:
+      text: may begin with BOS as a text (a chat template that is rendered already).
+      tokenizer: a Hugging Face tokenizer.
+      special: let it add its special tokens.
+      settings: passed on to the tokenizer.
+    """
+    ids = list(tokenizer(text, add_special_tokens=special, **settings)["input_ids"])
+    if special and ids[1:2] == ids[:1]:
+        # What it puts before a text: a tokenizer.json by itself does not say which token is BOS.
+        added = list(tokenizer("", add_special_tokens=True)["input_ids"])
+        if ids[:1] == added[:1]:
+            return ids[1:]
+    return ids
 
 
 def chat_text(prompt: str, tokenizer: Any, images: int = 0, placeholder: str = "") -> str:
@@ -117,10 +141,7 @@ def chat_text(prompt: str, tokenizer: Any, images: int = 0, placeholder: str = "
 
     def turn(content: Any) -> str:
         turns = [{"role": "user", "content": content}]
-        try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"the chat template does not take this prompt ({error})") from None
+        return rendered(turns, tokenizer, add_generation_prompt=True)
 
     if not images:
         return turn(prompt)
@@ -130,9 +151,52 @@ def chat_text(prompt: str, tokenizer: Any, images: int = 0, placeholder: str = "
     for index, text in enumerate(prompt.split(placeholder)):
         parts += [{"type": "image"}] * (index > 0)
         parts += [{"type": "text", "text": text}] * bool(text)
-    rendered = turn(parts)
-    # A template for text alone would write such a list as it is, or leave images out.
-    return rendered if rendered.count(placeholder) == prompt.count(placeholder) else turn(prompt)
+    # A template for text alone fails on such a list, writes it as it is, or leaves images out.
+    with contextlib.suppress(ValueError):
+        text = turn(parts)
+        if text.count(placeholder) == prompt.count(placeholder):
+            return text
+    return turn(prompt)
+
+
+def rendered(turns: Sequence[dict[str, Any]], tokenizer: Any, **settings: Any) -> str:
+    """The turns of a conversation as the tokenizer's chat template writes them.
+
+    Raises:
+      ValueError: the template fails on them.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(turns), tokenize=False, **settings)
+    except Exception as error:  # a template is a program: TypeError and KeyError are among it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the chat template does not take this prompt ({reason})") from None
+
+
+def eos_tokens(eos_ids: Ends | None, own: Sequence[int], vocab_size: int) -> list[int]:
+    """The tokens that end a row.
+
+    Args:
+      eos_ids: an id, several in a sequence, a set or an array, () for none, None for the model's.
+      own: the model's own; models with a cut vocabulary may have ids outside it.
+      vocab_size: ids that are given are 0 .. vocab_size - 1.
+
+    Raises:
+      ValueError: no token ids, or ids outside the vocabulary.
+    """
+    if eos_ids is None:
+        return list(own)
+    expected = f"expected token ids of 0 to {vocab_size - 1}"
+    given = sorted(eos_ids) if isinstance(eos_ids, Set) else eos_ids
+    try:
+        ids = np.atleast_1d(np.asarray(given))
+    except ValueError:  # lists of several lengths
+        raise ValueError(f"eos_ids={eos_ids!r}, {expected}") from None
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"eos_ids={eos_ids!r}, {expected}")
+    for token in ids.tolist():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"eos_ids has {token}, {expected}")
+    return ids.tolist()
 
 
 def pad(rows: Sequence[Row] | np.ndarray, at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:

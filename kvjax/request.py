@@ -9,10 +9,12 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, for_rows
-from kvjax.config import CompressionConfig, Recompress
+from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
+from kvjax.origin import fingerprint, owned
 from kvjax.placeholders import read
+from kvjax.precision import always_32_bits
 from kvjax.programs import resize_program
-from kvjax.prompts import Row, bucket, check_context, pad
+from kvjax.prompts import Row, bucket, check_context, eos_tokens, pad
 from kvjax.reconstruction import instructed
 from kvjax.rows import check_prompt
 from kvjax.sampling import Sampling, row_keys
@@ -48,6 +50,7 @@ class Request(struct.PyTreeNode):
     recompress: Recompress | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
+    @always_32_bits
     def make(
         cls, model, prompts, config, new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
         attention_mask, cache, recompress=None, images=None,
@@ -63,6 +66,7 @@ class Request(struct.PyTreeNode):
             raise ValueError("chat=True begins a conversation, expected no cache beside it")
         if images is not None and cache is not None:
             raise ValueError("images beside a cache are not read, expected them in its prompt")
+        check_config(config)
         looked = read(
             model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask, chat=chat,
             special=cache is None,
@@ -78,14 +82,13 @@ class Request(struct.PyTreeNode):
         if cache is None:
             check_rows(model, rows, config, new_tokens=new_tokens)
         else:
-            cache = for_rows(cache, len(rows))
+            cache = for_rows(owned(cache, model), len(rows))
             check_rows(model, rows, FULL, cache.next_positions.tolist(), new_tokens)
             # Wide steps: a later turn, whose tail has taken more, still finds its program.
             slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])
             cache = with_tail(cache, slots)
         sampling = sampling or Sampling()
-        eos = model.config.eos_token_ids if eos_ids is None else eos_ids
-        eos = [eos] if isinstance(eos, int) else eos
+        eos = eos_tokens(eos_ids, model.config.eos_token_ids, model.config.vocab_size)
         rules = Rules(
             values=sampling.values,
             eos=jnp.array([*eos, -1], jnp.int32),
@@ -113,10 +116,11 @@ def with_tail(cache: Cache, slots: int) -> Cache:
     return cache.replace(tail=resize_program(cache.tail, slots=slots))
 
 
-def handed_back(cache: Cache | None) -> Cache | None:
-    """An answer's cache for the caller: its tail cut to the blocks that hold something."""
+def handed_back(cache: Cache | None, model: Any) -> Cache | None:
+    """An answer's cache for the caller: whose it is, its tail cut to the blocks that are in use."""
     if cache is None:
         return None
+    cache = cache.replace(origin=fingerprint(model))
     slots = max(1, -(-int(cache.tail.cursor) // BLOCK)) * BLOCK
     return cache if slots >= cache.tail.positions.shape[1] else with_tail(cache, slots)
 
@@ -142,6 +146,7 @@ def check_rows(
 
     `used` counts what the cache holds of each row already, nothing by default.
     """
+    check_repeat(config, model.config.vocab_size)
     used = used or [0] * len(rows)
     check_context(rows, used, new_tokens, model.config.max_position_embeddings)
     if config.profile is not None and len(config.profile) != model.config.num_layers:

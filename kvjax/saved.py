@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,24 +18,11 @@ from safetensors.numpy import save_file
 
 from kvjax.cache import Cache, PaddedLayer, Tail
 from kvjax.config import CompressionConfig
+from kvjax.origin import check_cache, fingerprint
 from kvjax.pool import Pool, dealt
 
 _FORMAT = "kvjax-cache-1"
 _POOL = ("entries", "owners", "positions", "counts", "starts", "scales")
-_SAMPLE = 256  # values of each weight that the fingerprint reads
-
-
-def fingerprint(model: Any) -> str:
-    """A digest of the model's configs, and of shape, dtype and some values of each weight."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    if (vision := getattr(model, "vision_config", None)) is not None:
-        digest.update(repr(vision).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        step = max(1, leaf.size // _SAMPLE)
-        sample = np.asarray(jnp.ravel(leaf)[::step][:_SAMPLE])
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(sample.tobytes())
-    return digest.hexdigest()
 
 
 def save_cache(
@@ -45,12 +31,18 @@ def save_cache(
     """Write a cache; a file of this name is replaced once the new one is whole.
 
     Args:
-      path: of the file.
+      path: of the file, in a folder that exists.
       cache: from `compress_prompt`, or from an answer (its tail is written too).
       model: the model that made it.
       config: how it was compressed, for the record.
+
+    Raises:
+      ValueError: a path that cannot be written, or a cache of another model.
     """
     target = Path(path)
+    if not target.parent.is_dir() or target.is_dir():
+        raise ValueError(f"path={str(path)!r}, expected the name of a file in a folder that exists")
+    check_cache(cache, model)
     if cache.pool is not None:
         cache = cache.replace(pool=dealt(cache.pool, 1))
     arrays = {name: np.asarray(value) for name, value in _arrays(cache).items()}
@@ -65,8 +57,13 @@ def save_cache(
     }
     part = target.with_name(target.name + ".part")
     metadata = {"format": _FORMAT, "facts": json.dumps(facts)}
-    save_file({n: np.asarray(a, order="C") for n, a in arrays.items()}, part, metadata=metadata)
-    os.replace(part, target)
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    try:
+        save_file(whole, part, metadata=metadata)
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"path={str(path)!r} cannot be written ({error})") from None
     return target
 
 
@@ -141,6 +138,7 @@ def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
         next_positions=arrays["next_positions"],
         keep_ratio=facts["keep_ratio"],
         rotary_shift=arrays.get("rotary_shift"),
+        origin=facts["model"],
     )
 
 

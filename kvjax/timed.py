@@ -14,7 +14,7 @@ from kvjax.config import CompressionConfig, Recompress
 from kvjax.generate import Generation, as_generation
 from kvjax.placeholders import Pictures
 from kvjax.programs import Program
-from kvjax.prompts import Prompts
+from kvjax.prompts import Ends, Prompts
 from kvjax.request import FULL, Request
 from kvjax.sampling import Sampling
 from kvjax.seen import see
@@ -40,7 +40,7 @@ def timed_generate(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     seed: int | Sequence[int] = 0,
-    eos_ids: int | Sequence[int] | None = None,
+    eos_ids: Ends | None = None,
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,

@@ -1,8 +1,11 @@
 """The tokenizer beside a checkpoint, read by transformers; torch is not needed."""
 
+import codecs
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ def load_tokenizer(directory: str | Path) -> Any:
 
     `transformers.AutoTokenizer` reads it, from the folder alone and without running code from it.
     Where that fails, `tokenizer.json` is read by itself, which knows no chat template and no role
-    of a special token.
+    of a special token. Byte order marks, on which transformers fails, are passed over.
 
     Args:
       directory: the folder.
@@ -34,14 +37,14 @@ def load_tokenizer(directory: str | Path) -> Any:
     settings, vocabulary = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if settings.is_file():
         try:
-            json.loads(settings.read_text(encoding="utf-8"))
+            json.loads(settings.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{settings} is not valid JSON ({error})") from None
-    with _quiet_transformers() as transformers:
+    with _quiet_transformers() as transformers, _without_marks(folder) as clean:
         # What a damaged file raises is not documented; KeyError and bare Exception are among it.
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                clean, local_files_only=True, trust_remote_code=False
             )
             if tokenizer.chat_template is None:
                 tokenizer.chat_template = _processors_template(folder)
@@ -53,11 +56,38 @@ def load_tokenizer(directory: str | Path) -> Any:
                 f"{folder} has no tokenizer.json and cannot be read without ({reason})"
             )
         try:
-            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(vocabulary))
+            file = str(clean / vocabulary.name)
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=file)
         except Exception as error:
             raise ValueError(
                 f"{vocabulary} is not a valid tokenizer.json ({_one_line(error)})"
             ) from None
+
+
+@contextlib.contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or where a text in it begins with a byte order mark a copy of its small files."""
+    marked = [path for path in _texts(folder) if _begins_with_mark(path)]
+    if not marked:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        for path in [*_texts(folder), *folder.glob("*.model")]:
+            if path in marked:
+                (copy / path.name).write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+            else:
+                shutil.copyfile(path, copy / path.name)
+        yield copy
+
+
+def _texts(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".txt")]
+
+
+def _begins_with_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
 
 
 def _processors_template(folder: Path) -> str | None:
@@ -65,7 +95,7 @@ def _processors_template(folder: Path) -> str | None:
     path = folder / "chat_template.json"
     if not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+    return json.loads(path.read_text(encoding="utf-8-sig"))["chat_template"]
 
 
 def _one_line(error: Exception) -> str:

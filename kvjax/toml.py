@@ -9,12 +9,14 @@ from typing import Any
 def read_settings[Kind](path: str | Path, kind: type[Kind]) -> Kind:
     """Read a file into the dataclass `kind`; a field with a default may be missing.
 
+    A byte order mark is passed over.
+
     Raises:
       ValueError: not TOML, an unknown or missing key, a value of the wrong type or range.
       OSError: it cannot be read.
     """
     try:
-        keys = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        keys = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML ({error})") from None
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]

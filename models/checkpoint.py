@@ -106,6 +106,15 @@ def load_orbax(
     return decoder
 
 
+def load_orbax_config(directory: str | Path) -> ModelConfig:
+    """The model's config, of what `save_orbax` wrote.
+
+    Raises:
+      ValueError: no such checkpoint, or one that is damaged.
+    """
+    return _read_config(Path(directory) / CONFIG)[0]
+
+
 def is_orbax(directory: str | Path) -> bool:
     """Whether `save_orbax` wrote this directory."""
     return (Path(directory) / CONFIG).is_file()
@@ -113,7 +122,7 @@ def is_orbax(directory: str | Path) -> bool:
 
 def _read_config(path: Path) -> tuple[ModelConfig, Any]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8-sig"))
         if facts["format"] != FORMAT or facts["dtype"] not in _DTYPES:
             raise ValueError(f"format {facts['format']!r} and dtype {facts['dtype']!r}")
         fields = dict(facts["config"])

@@ -67,9 +67,9 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds."""
+    """The JSON object that a file holds, a byte order mark aside."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -109,7 +109,8 @@ class ModelConfig:
       mrope_section: None, or of M-RoPE (Qwen2-VL, Wang et al. 2024, section 2.1): how many of the
         H / 2 rotated pairs turn with a token's time, how many with its row, how many with its
         column. Text has one position for all three.
-      max_position_embeddings: tokens the model was trained for: prompt and answer at most.
+      max_position_embeddings: tokens the model was trained for: prompt and answer at most. Of
+        linear scaling `from_hf` takes what a file states times the factor.
       sliding_windows: one entry a layer: None, or w: a query at p sees keys p-w+1 .. p. The empty
         tuple stands for None in every layer.
       qkv_bias, o_bias, mlp_bias: which projections have biases.
@@ -205,6 +206,10 @@ class ModelConfig:
         expect(keys["hidden_act"] == "silu", "hidden_act", "'silu'", keys["hidden_act"])
         names = (*_WIDTHS, "max_position_embeddings")
         sizes: dict[str, Any] = {name: positive_int(name, keys[name]) for name in names}
+        if rope_scaling is not None and rope_scaling.kind == "linear":
+            # Such files state the length before scaling; those of llama3's kind the whole one.
+            sizes["max_position_embeddings"] *= max(rope_scaling.factor, 1.0)
+            sizes["max_position_embeddings"] = int(sizes["max_position_embeddings"])
         return cls(
             architecture=architecture,
             **sizes,

@@ -12,6 +12,7 @@ os.environ.setdefault(
 )
 
 import jax
+import jaxtyping
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,14 @@ def programs_are_dropped():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked():
+    """Calls of wrong types, as users can make them: the tests' own check of types is off."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # What compression may build on.
 BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "seen", "sharding", "split"}
+BELOW |= {"precision"}
 IMAGES = {"image_config", "images"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
-ENGINE |= {"calibrate", "reconstruction", "placeholders", "timed"}
+ENGINE |= {"origin", "calibrate", "reconstruction", "placeholders", "timed"}
 LOADING = {"models", "tokenizer", "load", "convert"}
 
 # Who may import which parts of kvjax; each may import itself.
@@ -22,10 +23,11 @@ ALLOWED = {
     "pool": set(),
     "probe": set(),
     "sharding": set(),
+    "precision": set(),
     "cache": {"pool", "kernels", "sharding"},
     "split": {"cache", "pool", "kernels", "sharding"},
-    "extend": {"cache"},
-    "saved": {"cache", "pool", "config"},
+    "extend": {"cache", "precision"},
+    "saved": {"cache", "origin", "pool", "config"},
     "seen": set(),
     "image_config": set(),
     "images": {"image_config"},
@@ -34,6 +36,7 @@ ALLOWED = {
     **dict.fromkeys(
         ENGINE, BELOW | COMPRESSION | ENGINE | IMAGES
     ),  # the model comes as an argument
+    "origin": {"cache"},
     "tokenizer": set(),
     "toml": set(),
     "convert": set(),
@@ -90,7 +93,7 @@ def test_imports_follow_the_arrows(part, file):
 
 
 STANDARD = {"collections", "dataclasses", "functools", "math", "types", "typing"}
-STANDARD |= {"contextlib", "importlib", "inspect"}
+STANDARD |= {"contextlib", "importlib", "inspect", "operator"}
 
 
 def test_the_walk_sees_every_part():

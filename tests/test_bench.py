@@ -1,6 +1,7 @@
 """The benchmarks: caches of the bytes they claim, rows that add up. Speed itself is not tested."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 import kvjax
 from kvjax import CompressionConfig
 from kvjax.bench import budgets, decode, report
-from kvjax.bench.presets import preset, random_model
+from kvjax.bench.presets import model_config, preset, random_model
 from kvjax.bench.report import Settings
 from kvjax.bench.timing import bandwidth, timed
+from kvjax.load import load_model
+from kvjax.models.config import load_config
 
 
 def test_timing_counts_runs_and_steps():
@@ -136,6 +139,21 @@ def test_reports(run, tmp_path, kind):
     assert all(name in out for name in names)
     pytest.importorskip("matplotlib")
     assert (tmp_path / f"bench_{kind}_cpu_1m.png").stat().st_size > 3000
+
+
+def test_a_checkpoints_directory_is_measured(run, tmp_path):
+    """Its own config and weights; the files of the report are named after it."""
+    directory = Path(__file__).parent / "fixtures" / "hf" / "llama2-gqa"
+    flags = ["--batch", "1", "--prompt", 64, "--new", 2, "--budget", 16, "--repeats", 1]
+    flags += ["--methods", "snapkv/padded", "--model", directory, "--out", tmp_path]
+    code, out, _ = run("bench", "decode", *flags)
+    assert code == 0
+    last = json.loads(out.splitlines()[-1])
+    assert last["machine"]["weights"] == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(load_model(directory, progress=False))
+    )
+    assert json.loads((tmp_path / "bench_decode_cpu_llama2-gqa.json").read_text()) == last
+    assert model_config(str(directory), 64) == load_config(directory)  # all that scores need
 
 
 @pytest.mark.parametrize(

@@ -207,11 +207,15 @@ def test_llama3_rope_in_every_spelling(changes):
     config = ModelConfig.from_hf(mapping(**changes))
     assert config.rope_theta == 500000.0
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert config.max_position_embeddings == 512
 
 
 def test_other_rope_kinds():
     linear = ModelConfig.from_hf(mapping(rope_scaling={"type": "linear", "factor": 4}))
     assert linear.rope_scaling == RopeScaling("linear", 4.0)
+    assert linear.max_position_embeddings == 4 * 512  # llama3's states the whole length
+    halves = ModelConfig.from_hf(mapping(rope_scaling={"type": "linear", "factor": 2.5}))
+    assert halves.max_position_embeddings == 1280
     for plain in (None, {}, {"rope_type": "default"}, {"type": "default"}, {"rope_theta": 500000}):
         config = ModelConfig.from_hf(mapping(rope_scaling=plain, partial_rotary_factor=1.0))
         assert (config.rope_theta, config.rope_scaling) == (500000.0, None)

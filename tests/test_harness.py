@@ -88,6 +88,17 @@ def test_likelihood_is_read_from_the_compressed_cache(harness, rows):
         assert abs(whole.nll[0] - one.nll[1]) > 1e-4  # the prefill's is another number
 
 
+def test_no_continuation_is_certain(harness, rows):
+    """Neither the context's last token nor another request's tokens stand for it."""
+    prompt, word = rows[0]["prompt"], " " + rows[0]["choices"][0]
+    context, one = tokens_of(harness, prompt), tokens_of(harness, prompt + word)[-1:]
+    requests = [(("", ""), [1], []), ((prompt, word), context, one), ((prompt, ""), context, [])]
+    found = harness._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert found[0] == found[2] == (0.0, True)
+    assert found[1] == harness._loglikelihood_tokens(requests[1:2], disable_tqdm=True)[0]
+    assert found[1][0] < 0
+
+
 def test_a_long_context_loses_its_beginning(rows):
     short = Harness("tiny", "snapkv", "25%", batch_size=2, max_length=64)
     prompt, word = rows[0]["prompt"], " " + rows[0]["choices"][0]

@@ -2,10 +2,16 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from kvjax.prompts import as_rows, bucket, check_context, pad
+from kvjax.eval.runner import as_tokens
+from kvjax.eval.tasks import Ask, Document
+from kvjax.eval.tasks.lengths import prompt_tokens
+from kvjax.prompts import as_rows, bucket, chat_text, check_context, encoded, eos_tokens, pad
 from kvjax.text import RunningText, cut_at_stop, first_stop
 
 VOCABULARY = 300
@@ -68,6 +74,10 @@ def test_buckets_are_near_monotone_and_few():
         ([(5, 6), np.array([8], np.uint8)], [[5, 6], [8]]),
         (np.array([[5, 6], [7, 8]], np.int32), [[5, 6], [7, 8]]),
         ([0, VOCABULARY - 1], [[0, VOCABULARY - 1]]),
+        (jnp.array([5, 6, 7]), [[5, 6, 7]]),
+        ([jnp.array([5, 6]), jnp.array([7])], [[5, 6], [7]]),
+        (list(jnp.array([5, 6])), [[5, 6]]),
+        (jnp.array([[5, 6], [7, 8]]), [[5, 6], [7, 8]]),
     ],
 )
 def test_token_ids_in_any_form(prompts, expected):
@@ -89,6 +99,78 @@ def test_chat():
     expected = [list(b"<user>hi<model>")]
     assert rows_of("hi", tokenizer=tokenizer, chat=True) == expected
     assert rows_of(["hi"], tokenizer=tokenizer, chat=True, special=False) == expected
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_rendered_template_has_one_beginning(named):
+    """Handed over as text it begins with BOS; a tokenizer.json alone does not name that token."""
+    vocabulary = {"<s>": 0, "hi": 1, "?": 2}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["<s>"])
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    roles = {"bos_token": "<s>"} if named else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **roles)
+    for text, expected in (("<s>hi", [0, 1]), ("hi", [0, 1]), ("hi hi", [0, 1, 1]), ("<s>", [0])):
+        assert rows_of(text, tokenizer=tokenizer) == [expected]
+        assert encoded(text, tokenizer, verbose=False) == expected
+        assert prompt_tokens(tokenizer, text, "") == len(expected)
+        ask = Ask(id="q", question="", answers=("hi",), new_tokens=1, metric="perplexity")
+        document = Document(id="d", task="t", context=text, asks=(ask,))
+        assert as_tokens(document, ask, tokenizer, False)[0] == tuple(expected)
+    assert rows_of("<s>hi", tokenizer=tokenizer, special=False) == [[0, 1]]
+
+
+class Failing(Bytes):
+    """A template that joins texts, and fails on anything else."""
+
+    def apply_chat_template(self, turns, tokenize: bool, add_generation_prompt: bool) -> str:
+        return "<u>" + turns[0]["content"] + {}[self.chat_template]
+
+
+def test_templates_that_fail_say_so_in_one_sentence():
+    with pytest.raises(ValueError, match=r"template does not take this prompt \(KeyError: 'x'\)$"):
+        rows_of("hi", tokenizer=Failing(chat_template="x"), chat=True)
+
+
+def test_a_template_for_text_alone_is_given_text():
+    """It joins a text to the content, which is a list where images are told of."""
+
+    class Joining(Bytes):
+        def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+            return "<u>" + turns[0]["content"]
+
+    found = chat_text("what?", Joining(chat_template="x"), images=1, placeholder="<i>")
+    assert found == "<u><i>what?"
+
+
+# --------------------------------------------------------------------------- ends
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, [2, 999]),
+        ((), []),
+        (5, [5]),
+        (np.int64(5), [5]),
+        (np.array([5, 6]), [5, 6]),
+        (jnp.array(5), [5]),
+        ([np.int32(5), 6], [5, 6]),
+        ({6, 5}, [5, 6]),
+    ],
+)
+def test_ends_in_any_form(given, expected):
+    found = eos_tokens(given, (2, 999), 300)
+    assert found == expected
+    assert all(type(token) is int for token in found)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given", [300, -1, [5, 300], np.int64(300), "</s>", 1.5, [[5], [6, 7]]])
+def test_ends_that_are_no_tokens_are_named(given):
+    with pytest.raises(ValueError, match=r"^eos_ids.*expected token ids of 0 to 299$"):
+        eos_tokens(given, (2,), 300)
 
 
 def test_padded_arrays():

@@ -206,6 +206,48 @@ def test_chat_templates_enclose_context_and_question(loaded):
     assert as_tokens(document, ask, Chat(), False) == ((99, 4, 4), (3, 3))
 
 
+class Trimming:
+    """Characters to their code points, BOS 1; a template that trims, as Llama 3's does."""
+
+    chat_template = "{{ messages[0].content | trim }}"
+
+    def __call__(self, text, add_special_tokens, verbose=True):
+        return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        return f"<u>{turns[0]['content'].strip()}<e>"
+
+
+@pytest.mark.parametrize(
+    ("context", "question", "expected"),
+    [
+        ("one \n", "", ("<u>one", "<e>")),
+        (" one \n", "two ", ("<u>one \n", "two<e>")),
+        ("o\x1fne\ue000", " t\x1fo", ("<u>o\x1fne\ue000", " t\x1fo<e>")),
+    ],
+)
+def test_a_turn_is_divided_whatever_template_and_text_hold(context, question, expected):
+    """A template that trims takes white space at the end of a context, and no mark with it."""
+    ask = Ask(id="q", question=question, answers=("x",), new_tokens=1, metric="rouge-l")
+    document = Document(id="d", task="t", context=context, asks=(ask,))
+    found = as_tokens(document, ask, Trimming(), True)
+    assert tuple("".join(map(chr, part)) for part in found) == expected
+
+
+@pytest.mark.parametrize(("name", "chat"), [("lcc", False), ("trec", False), ("qasper", True)])
+def test_longbench_keeps_its_few_shot_and_code_tasks_plain(tmp_path, name, chat):
+    row = {"input": "Which?", "context": "The context.", "answers": ["A"], "all_classes": ["A"]}
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    settings = EvalSettings(
+        model="tiny", tasks=(f"longbench/{name}",), methods=("full",), budgets=(), chat=True,
+        lengths=(4096,), data=str(tmp_path),
+    )  # fmt: skip
+    [question] = runner._questions(settings, None, Trimming(), Workers(0, 1))
+    text = "".join(map(chr, [*question.context, *question.rest]))
+    assert text.startswith("<u>") == text.endswith("<e>") == chat
+    assert (text[0] == "\x01") != chat  # BOS is the template's own affair
+
+
 def test_killed_and_run_again(whole, tmp_path):
     """SIGKILL in the middle of the command; what it wrote stays, and no row is lost or doubled."""
     config, out = tmp_path / "e.toml", tmp_path / "out"

@@ -1,11 +1,13 @@
-"""Models of known shapes with random weights."""
+"""Models to measure: of known shapes with random weights, or a checkpoint's."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kvjax.load import load_model, load_model_config
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 
@@ -35,10 +37,32 @@ def preset(name: str, context: int) -> ModelConfig:
       ValueError: an unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"--model {name}, expected one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"--model {name}, expected one of {', '.join(PRESETS)}, or a checkpoint's directory"
+        )
     shape = dict(zip(_KEYS, PRESETS[name], strict=True))
     extra = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": context}
     return ModelConfig.from_hf(shape | extra)
+
+
+def model_config(name: str, context: int) -> ModelConfig:
+    """A preset's for this context, or that of a checkpoint's directory.
+
+    Raises:
+      ValueError: neither, or a checkpoint that is not read.
+    """
+    return load_model_config(name) if _is_directory(name) else preset(name, context)
+
+
+def model_of(name: str, config: ModelConfig) -> Decoder:
+    """A checkpoint's weights, or random ones of this config, in the default dtype."""
+    if _is_directory(name):
+        return load_model(name, dtype=default_dtype(), progress=False)
+    return random_model(config)
+
+
+def _is_directory(name: str) -> bool:
+    return name not in PRESETS and Path(name).is_dir()
 
 
 def default_dtype() -> Any:

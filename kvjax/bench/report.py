@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from kvjax.bench import budgets, decode, generate, scores
-from kvjax.bench.presets import default_dtype, preset, random_model
+from kvjax.bench.presets import default_dtype, model_config, model_of
 from kvjax.bench.timing import bandwidth
 from kvjax.config import CompressionConfig
 
@@ -30,7 +30,7 @@ class Settings:
     """What to measure.
 
     Attributes:
-      model: a key of `presets.PRESETS`.
+      model: a key of `presets.PRESETS`, or the directory of a checkpoint.
       batches: rows, one run for each.
       prompt, new: tokens.
       budget: entries a KV head.
@@ -66,7 +66,7 @@ class Settings:
 def measure(kind: str, settings: Settings) -> dict[str, Any]:
     """Run a benchmark: the machine, the settings, and a list of rows."""
     configs = settings.configs()
-    config = preset(settings.model, settings.prompt + settings.new)
+    config = model_config(settings.model, settings.prompt + settings.new)
     dtype = default_dtype()
     machine = {
         "backend": jax.default_backend(),
@@ -87,7 +87,7 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
             rows += [{"batch": batch} | row for row in found]
         machine["peak_rss"] = budgets.peak_rss()
     else:
-        model = random_model(config)
+        model = model_of(settings.model, config)
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         machine["weights"] = weights
         for batch in settings.batches:
@@ -201,7 +201,7 @@ def run(kind: str, settings: Settings, out: Path | None) -> None:
     print(table(report))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        stem = f"bench_{kind}_{report['machine']['backend']}_{settings.model}"
+        stem = f"bench_{kind}_{report['machine']['backend']}_{Path(settings.model).name}"
         (out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
         if figures.available():
             print(figures.bench(out / f"{stem}.png", report), file=sys.stderr)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from kvjax.cli.parser import build_parser
+from kvjax.precision import in_32_bits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         _quieten()
-        arguments.run(arguments)
+        with in_32_bits():
+            arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it exits, and would complain there.

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from kvjax.eval.settings import load_eval_settings
 
     settings = load_eval_settings(arguments.config)
-    text = Path(arguments.config).read_text(encoding="utf-8")
+    text = Path(arguments.config).read_text(encoding="utf-8-sig")
     if arguments.distributed:
         join()
     mine = workers(arguments.split)

@@ -9,14 +9,14 @@ Sample = str | list[int]  # a text, or token ids
 
 
 def read_text(path: str) -> str:
-    """The whole file as it is.
+    """The whole file as it is, but for a byte order mark.
 
     Raises:
       ValueError: not UTF-8.
       OSError: it cannot be read.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}, byte {error.start})") from None
 

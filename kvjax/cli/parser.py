@@ -168,7 +168,8 @@ def _bench_flags(parser: Parser) -> None:
     def either(name: str) -> str:
         return f"({small[name]}; {large[name]} of budgets)"
 
-    add("--model", metavar="M", help=f"{', '.join(PRESETS)}, random weights {either('model')}")
+    known = f"{', '.join(PRESETS)}, random weights, or a checkpoint's directory"
+    add("--model", metavar="M", help=f"{known} {either('model')}")
     add("--batch", metavar="N,N", help=f"rows {either('batch')}")
     add("--prompt", type=whole(64), metavar="N", help=f"tokens {either('prompt')}")
     add("--new", type=whole(2), default=64, metavar="N", help="tokens to decode (64)")

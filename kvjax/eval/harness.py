@@ -29,7 +29,7 @@ from kvjax import tiny
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.eval.pod import workers
 from kvjax.likelihood import Document, Scored, batches
-from kvjax.prompts import bucket
+from kvjax.prompts import bucket, encoded, rendered
 from kvjax.sampling import Sampling
 
 FULL = CompressionConfig.named("full")
@@ -114,18 +114,15 @@ class Harness(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Token ids; special tokens unless the text begins with BOS already."""
-        if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        return encoded(string, self.tokenizer, special=add_special_tokens is not False)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The turns as the checkpoint's template writes them."""
-        return self.tokenizer.apply_chat_template(
+        return rendered(
             chat_history,
-            tokenize=False,
+            self.tokenizer,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
@@ -137,18 +134,26 @@ class Harness(TemplateLM):
         disable_tqdm: bool = False,
         **ignored: Any,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would give it."""
+        """Log-likelihood of each continuation, and whether greedy decoding would give it.
+
+        A continuation of no tokens is certain: 0.0 and True.
+        """
         documents, rests = [], []
         for _, context, continuation in requests:
-            rests.append(continuation[-(self.max_length - 1) :])
-            tokens = (context + rests[-1])[-self.max_length :]
-            documents.append((tokens, max(1, len(tokens) - len(rests[-1]) - 1)))
-        scored = self._scored(documents, disable_tqdm)
+            if continuation:
+                rests.append(continuation[-(self.max_length - 1) :])
+                tokens = (context + rests[-1])[-self.max_length :]
+                documents.append((tokens, max(1, len(tokens) - len(rests[-1]) - 1)))
+        scored = zip(rests, self._scored(documents, disable_tqdm), strict=True)
         found = []
-        for (key, _, _), rest, one in zip(requests, rests, scored, strict=True):
-            nll, top1 = one.nll[-len(rest) :], one.top1[-len(rest) :]
-            found.append((-sum(nll), top1 == rest))
-            self.cache_hook.add_partial("loglikelihood", key, found[-1])
+        for key, _, continuation in requests:
+            answer = (0.0, True)
+            if continuation:
+                rest, one = next(scored)
+                first = len(one.nll) - len(rest)
+                answer = (-sum(one.nll[first:]), one.top1[first:] == rest)
+            found.append(answer)
+            self.cache_hook.add_partial("loglikelihood", key, answer)
         return found
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
@@ -166,7 +171,7 @@ class Harness(TemplateLM):
         totals = [0.0] * len(requests)
         scored = self._scored(documents, disable_tqdm)
         for index, count, one in zip(owners, wanted, scored, strict=True):
-            totals[index] -= sum(one.nll[-count:])
+            totals[index] -= sum(one.nll[len(one.nll) - count :])
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals

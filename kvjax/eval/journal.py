@@ -102,7 +102,7 @@ def _claim(folder: Path, settings: str, team: int) -> None:
             os.replace(part, config)
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be written ({error.strerror})") from None
-    if config.read_text(encoding="utf-8") != settings:
+    if config.read_text(encoding="utf-8-sig") != settings:
         raise ValueError(
             f"--out {folder} holds results of other settings ({config}), expected a new folder"
         )

@@ -29,10 +29,12 @@ from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
 from kvjax.eval.tasks.example import IMAGE
 from kvjax.placeholders import by_prompt, look, mark, placeholder
-from kvjax.prompts import bucket, chat_text
+from kvjax.prompts import bucket, chat_text, encoded
 from kvjax.reconstruction import instructed
 
 FULL = CompressionConfig.named("full")
+# Characters without a meaning, which are no white space: one marks where a context ends.
+_PRIVATE = range(0xE000, 0xF900)
 # Tokens left for a chat template around the prompt.
 CHAT_TOKENS = 64
 # Tasks whose answers are compared with the model's own from the full cache.
@@ -124,6 +126,7 @@ def _questions(
 ) -> Iterator[Question]:
     for name in settings.tasks:
         for length in settings.lengths:
+            chat = settings.chat and TASKS[name].chat
             given = TaskSettings(
                 tokenizer=tokenizer,
                 length=length,
@@ -131,7 +134,7 @@ def _questions(
                 seed=settings.seed,
                 data=settings.data or None,
                 haystack=settings.haystack or None,
-                reserve=CHAT_TOKENS if settings.chat else 0,
+                reserve=CHAT_TOKENS if chat else 0,
                 depths=settings.depths,
                 questions=settings.questions,
                 continuation=settings.continuation,
@@ -140,7 +143,7 @@ def _questions(
                 if index % workers.count != workers.index:
                     continue
                 for ask in document.asks:
-                    context, rest = as_tokens(document, ask, tokenizer, settings.chat, model)
+                    context, rest = as_tokens(document, ask, tokenizer, chat, model)
                     size = len(context)
                     if document.images:
                         pictures = by_prompt(list(document.images), list(context), model)
@@ -159,13 +162,8 @@ def as_tokens(
     before, after, special = document.context, ask.question + ask.lead, True
     scored, pictures = ask.metric == "perplexity", len(document.images)
     if chat and (pictures or not scored):
-        end = "\x1f"  # no text has it
-        turn, token = before + end + ask.question, ""
-        if pictures:
-            token = placeholder(model, tokenizer)
-            turn = re.sub(rf"\n?{IMAGE}\n?", lambda _: token, turn)
-        text = chat_text(turn, tokenizer, pictures, token)
-        before, after = text.split(end)
+        token = placeholder(model, tokenizer) if pictures else ""
+        before, after = _in_turn(before, ask.question, tokenizer, pictures, token)
         if scored:
             before, after = before + after, ""
         after, special = after + ask.lead, False
@@ -173,13 +171,31 @@ def as_tokens(
         before = before.replace(IMAGE, mark(model, tokenizer))
     if scored:
         after += ask.answers[0]
-    first = tokenizer(before, add_special_tokens=special)["input_ids"]
-    rest = tokenizer(after, add_special_tokens=False)["input_ids"]
+    first = encoded(before, tokenizer, special=special)
+    rest = encoded(after, tokenizer, special=False)
     if scored and not pictures:  # one text, however it falls into words
-        whole = tokenizer(before + after, add_special_tokens=special)["input_ids"]
+        whole = encoded(before + after, tokenizer, special=special)
         if whole[: len(first)] == first:
             rest = whole[len(first) :]
     return tuple(first), tuple(rest)
+
+
+def _in_turn(
+    context: str, question: str, tokenizer: Any, pictures: int, token: str
+) -> tuple[str, str]:
+    """Both as the user's turn, divided where the context ends; `token` stands for a picture."""
+
+    def turn(between: str) -> str:
+        text = context + between + question
+        if pictures:
+            text = re.sub(rf"\n?{IMAGE}\n?", lambda _: token, text)
+        return chat_text(text, tokenizer, pictures, token)
+
+    whole = turn("")
+    end = next(mark for mark in map(chr, _PRIVATE) if mark not in whole + context + question)
+    before, _, after = turn(end).partition(end)
+    # A template that trims leaves the context's last spaces alone where the mark follows them.
+    return (whole.removesuffix(after), after) if whole.endswith(after) else (before, after)
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[list[list[Question]]]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import kvjax
 from kvjax.convert import convert_llama2c
 from kvjax.eval.continuation import evaluate
+from kvjax.prompts import encoded
 
 PREFIX, REST, DOCUMENTS = 192, 128, 24
 MISSING = """\
@@ -32,7 +33,7 @@ def documents_of(text: str, tokenizer: Any, length: int) -> list[dict]:
     found = []
     pieces = text.split("<|endoftext|>") if "<|endoftext|>" in text else [text]
     for piece in pieces:
-        ids = tokenizer(piece.strip(), verbose=False)["input_ids"]
+        ids = encoded(piece.strip(), tokenizer, verbose=False)
         # One long text serves as well as many short ones.
         for start in range(0, len(ids) - length + 1, length):
             found.append({"ids": ids[start : start + length], "prompt": PREFIX})

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvjax.config import ConfigError
 from kvjax.eval.tasks.example import Ask, Document, TaskSettings
+from kvjax.prompts import encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Sample:
 
 def tokens_of(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     """Token ids of a text, with the tokenizer's special tokens (BOS) or without."""
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return encoded(text, tokenizer, special=special, verbose=False)
 
 
 def prompt_tokens(tokenizer: Any, context: str, rest: str) -> int:

@@ -2,10 +2,11 @@
 
 Rows about the same context become one document. A prompt that is longer than `length` loses its
 middle, as in LongBench (which gives 32k models prompts of 31,500 tokens, the answer not counted); a
-document with several questions is cut once, for the longest of them.
+document with several questions is cut once, for the longest of them. The six few-shot and code
+tasks get no chat template (`Task.chat`), as in LongBench.
 
-Source: Bai et al. 2023 (arXiv 2308.14508), THUDM/LongBench @2e00731f. Two things are not done: no
-template of certain chat models (`Task.chat` says where LongBench has one), and "samsum" does not
+Source: Bai et al. 2023 (arXiv 2308.14508), THUDM/LongBench @2e00731f. Two things are not done: the
+templates of certain chat models are not LongBench's but the tokenizer's own, and "samsum" does not
 end at the first line break while it is generated (only that line counts).
 """
 
