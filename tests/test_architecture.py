@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What compression may build on.
-BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "seen", "sharding", "split"}
+BELOW = {"config", "methods", "integers", "pool", "cache", "probe", "kernels", "seen", "sharding"}
+BELOW |= {"split"}
 IMAGES = {"image_config", "images"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
@@ -19,10 +20,11 @@ ALLOWED = {
     "kernels": set(),
     "methods": set(),
     "config": {"methods"},
+    "integers": set(),
     "pool": set(),
     "probe": set(),
     "sharding": set(),
-    "cache": {"pool", "kernels", "sharding"},
+    "cache": {"pool", "kernels", "sharding", "integers"},
     "split": {"cache", "pool", "kernels", "sharding"},
     "extend": {"cache"},
     "saved": {"cache", "pool", "config"},
