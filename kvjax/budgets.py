@@ -5,14 +5,20 @@ heads. All of them are jitted, batched over leading axes, and work by counting: 
 found by bisection on the bit pattern of the scores, so nothing is sorted but PrefixKV's curves.
 
 B batch, L layers, K KV heads, S cached tokens. Sizes and budgets are int32 entries per KV head.
+Budgets of all layers and heads together are below 2**31, for a slot is an int32 index; entries that
+are only counted may be more (`kvjax.integers`).
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-# A fraction such as Ada-KV's floor is held in thousandths, so that the arithmetic is exact.
+from kvjax.integers import MOST, divided_product, floor_of_product, total, total_before
+
+# Fractions are held in whole parts, so that the arithmetic is exact: Ada-KV's floor in thousandths,
+# budgets and profiles in millionths.
 THOUSAND = 1000
+MILLION = 1_000_000
 
 
 # ---------------------------------------------------------------------------- selection
@@ -37,11 +43,12 @@ def kth_largest(
     counts leaves the last axes: where they are split over a mesh, counts are all that chips
     exchange.
     """
-    counted = tuple(range(-axes, 0))
+    counted, rows = tuple(range(-axes, 0)), tuple(range(1 - axes, 0))
 
     def try_bit(index, found):
         candidate = found | (jnp.uint32(1) << jnp.asarray(31 - index, jnp.uint32))
-        count = (keys >= jnp.expand_dims(candidate, counted)).sum(counted, dtype=jnp.int32)
+        count = (keys >= jnp.expand_dims(candidate, counted)).sum(-1, dtype=jnp.int32)
+        count = total(count, rows) if rows else count
         return jnp.where(count >= k, candidate, found)
 
     return lax.fori_loop(0, 32, try_bit, jnp.zeros(k.shape, jnp.uint32))
@@ -56,7 +63,12 @@ def select_top(
 
     Fewer than k eligible: all of them. Scores are >= 0.
     """
-    keys = ranking_keys(scores, eligible)
+    return _select(ranking_keys(scores, eligible), k)
+
+
+def _select(keys: UInt[Array, "*shape S"], k: Int[Array, "*shape"]) -> Bool[Array, "*shape S"]:
+    """Mask of the k largest keys of the last axis above 0; ties go to the lower index."""
+    eligible = keys > 0
     k = jnp.minimum(k, eligible.sum(-1, dtype=jnp.int32))
     threshold = kth_largest(keys, k)[..., None]
     above, tied = keys > threshold, (keys == threshold) & eligible
@@ -80,63 +92,74 @@ def count_top(
     """
     rows = tuple(range(1 - axes, 0))
     eligible = (keys > 0).sum(-1, dtype=jnp.int32)
-    k = jnp.minimum(k, eligible.sum(rows))
+    k = jnp.minimum(k, total(eligible, rows))
     threshold = jnp.expand_dims(kth_largest(keys, k, axes), tuple(range(-axes, 0)))
     above = (keys > threshold).sum(-1, dtype=jnp.int32)
     tied = ((keys == threshold) & (keys > 0)).sum(-1, dtype=jnp.int32)
     queue = tied.reshape(*k.shape, -1)
-    spare = jnp.maximum(k - above.sum(rows), 0)[..., None]
-    taken = jnp.clip(spare - (jnp.cumsum(queue, axis=-1) - queue), 0, queue)
-    return above + taken.reshape(above.shape)
+    spare = jnp.maximum(k - above.sum(rows, dtype=jnp.int32), 0)
+    return above + _in_turn(queue, spare).reshape(above.shape)
+
+
+def _in_turn(queue: Int[Array, "*shape X"], amount: Int[Array, "*shape"]) -> Int[Array, "*shape X"]:
+    """Give `amount` away, each place of the queue in order taking all that it can."""
+    return jnp.clip(amount[..., None] - total_before(queue), 0, queue)
 
 
 # ---------------------------------------------------------------------------- sharing out
 def largest_remainder(
     numerators: Int[Array, "*shape X"], denominator: Int[Array, "*#shape"] | int
 ) -> Int[Array, "*shape X"]:
-    """Integers near numerators / denominator whose sum is the quotients' sum (an integer).
+    """Integers near numerators / denominator whose sum is the quotients' sum, rounded down.
 
     Hamilton's method: round down, then one more to the largest remainders, ties to the lower
-    index. Each result is the quotient rounded down or up.
+    index. Each result is the quotient rounded down or up. Numerators may be negative; X times the
+    denominator is below 2**31.
     """
     denominator = jnp.asarray(denominator, jnp.int32)[..., None]
     floors, remainders = numerators // denominator, numerators % denominator
     spare = remainders.sum(-1, dtype=jnp.int32) // denominator[..., 0]
-    one_more = select_top(remainders.astype(jnp.float32), spare, remainders > 0)
+    one_more = _select(remainders.astype(jnp.uint32), spare)
     return floors + one_more
 
 
 def spread(
     wanted: Int[Array, "*shape X"],
     caps: Int[Array, "*shape X"],
-    total: Int[Array, "*shape"],
+    budget: Int[Array, "*shape"],
     least: Int[Array, "*shape X"] | int = 0,
 ) -> Int[Array, "*shape X"]:
     """`wanted` clipped to [least, caps]; the others take what the caps cut off, or make up `least`.
 
-    The result is wanted + level, clipped, with the highest integer level whose sum is at most
-    `total`; what is left goes one each to the lowest indices that the next level would raise. It
-    sums to `total`, as far as the bounds allow. No entry falls when `total` grows, nor when an
-    entry of `wanted` and `total` grow alike.
+    The result is wanted + level, clipped, with the highest integer level whose sum is at most the
+    budget; what is left goes one each to the lowest indices that the next level would raise. It
+    sums to the budget, as far as the bounds allow. No entry falls when the budget grows, nor when
+    an entry of `wanted` and the budget grow alike.
 
     Args:
       wanted: sizes >= 0.
       caps, least: bounds, 0 <= least <= caps.
+      budget: what the sizes sum to.
     """
 
+    room = jnp.maximum(caps - wanted, 0)
+
     def sizes_at(level):
-        return jnp.clip(wanted + level[..., None], least, caps)
+        raised = wanted + jnp.minimum(level[..., None], room)  # never past int32
+        return jnp.maximum(jnp.minimum(raised, caps), least)
 
     def halve(_, bounds):
         low, high = bounds
-        middle = (low + high + 1) // 2
-        fits = sizes_at(middle).sum(-1, dtype=jnp.int32) <= total
+        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up
+        fits = total(sizes_at(middle)) <= budget
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
 
-    zero = jnp.zeros(total.shape, jnp.int32)
-    level, _ = lax.fori_loop(0, 31, halve, (zero - wanted.max(), zero + caps.max()))
+    zero = jnp.zeros(budget.shape, jnp.int32)
+    level, _ = lax.fori_loop(
+        0, 32, halve, (zero - wanted.max(), zero + jnp.minimum(caps.max(), MOST - 1))
+    )
     sizes = sizes_at(level)
-    spare = (total - sizes.sum(-1, dtype=jnp.int32))[..., None]
+    spare = (budget - total(sizes))[..., None]
     can_grow = sizes_at(level + 1) > sizes
     return sizes + (can_grow & (jnp.cumsum(can_grow, axis=-1, dtype=jnp.int32) <= spare))
 
@@ -177,8 +200,10 @@ def pyramid_layers(base: Int[Array, " B"], caps: Int[Array, "B L"], beta: int) -
     high = jnp.minimum(2 * base - base // beta, caps.max(-1))
     low = 2 * base - high
     index = jnp.arange(layers, dtype=jnp.int32)
-    ramp = high[:, None] * (layers - 1) - index * (high - low)[:, None]
-    return spread(largest_remainder(ramp, layers - 1), caps, layers * base)
+    # index * (high - low) / (layers - 1) in two parts: the product may not fit int32.
+    step, rest = (high - low)[:, None] // (layers - 1), (high - low)[:, None] % (layers - 1)
+    ramp = high[:, None] - index * step + largest_remainder(-index * rest, layers - 1)
+    return spread(ramp, caps, layers * base)
 
 
 def profile_layers(
@@ -190,19 +215,24 @@ def profile_layers(
 ) -> Int[Array, "B L"]:
     """Sizes from a stored profile: the fraction of the prompt that each layer retains.
 
-    Without `base`, layer l keeps lengths * retained[l], largest remainder over the layers, in
-    all round(lengths * sum(retained)). With `base`, the profile is scaled to L * base. A layer
-    keeps its protected entries whatever its profile says; the others make up for them.
+    Shares are resolved to millionths. Without `base`, layer l keeps lengths * retained[l], largest
+    remainder over the layers, in all lengths * sum(retained), rounded. With `base`, the profile is
+    scaled to L * base. A layer keeps its protected entries whatever its profile says; the others
+    make up for them, as far as they have any to spare.
     """
     layers = caps.shape[-1]
-    weight = retained.astype(jnp.float32)
-    asked = lengths * weight.sum() if base is None else layers * base
-    total = jnp.round(asked).astype(jnp.int32)
-    quota = total[:, None] * (weight / weight.sum())
-    floors = jnp.floor(quota).astype(jnp.int32)
-    spare = total - floors.sum(-1, dtype=jnp.int32)
-    one_more = select_top(quota - floors, spare, jnp.ones(caps.shape, bool))
-    return spread(floors + one_more, caps, total, protected)
+    shares = jnp.round(retained.astype(jnp.float32) * MILLION).astype(jnp.int32)
+    bits = (MILLION * layers).bit_length()
+    if base is None:
+        floors, rest = divided_product(lengths[:, None], shares, MILLION)
+        budget = floors.sum(-1, dtype=jnp.int32)
+        budget += (rest.sum(-1, dtype=jnp.int32) + MILLION // 2) // MILLION
+    else:
+        budget = layers * base
+        whole = jnp.maximum(shares.sum(dtype=jnp.int32), 1)
+        floors, rest = divided_product(budget[:, None], shares, whole, bits)
+    one_more = _select(rest.astype(jnp.uint32), budget - floors.sum(-1, dtype=jnp.int32))
+    return spread(floors + one_more, caps, budget, protected)
 
 
 def prefix_layers(
@@ -233,7 +263,7 @@ def prefix_layers(
       Sizes that sum to min(L * base, eligible), each at least `protected`; monotone in `base`.
     """
     room = eligible.sum(-1, dtype=jnp.int32) - protected
-    budget = scores.shape[1] * base - protected.sum(-1)
+    budget = scores.shape[1] * base - protected.sum(-1, dtype=jnp.int32)
     return protected + _shortest_prefixes(scores, eligible, room, jnp.zeros_like(room), budget)
 
 
@@ -256,7 +286,7 @@ def _shortest_prefixes(scores, eligible, room, least, budget):
 
     # Smallest keys first: rank by the complement of the bit pattern.
     keys = jnp.where(usable, ~lax.bitcast_convert_type(before, jnp.uint32), jnp.uint32(0))
-    budget = jnp.minimum(budget, room.reshape(flat).sum(-1))
+    budget = jnp.minimum(budget, total(room.reshape(flat)))
     threshold = jnp.expand_dims(kth_largest(keys, budget, axes), tuple(range(-axes, 0)))
     above = (keys > threshold).sum(-1, dtype=jnp.int32)
     tied = ((keys == threshold) & usable).sum(-1, dtype=jnp.int32)
@@ -273,9 +303,7 @@ def _in_order(
 ) -> Int[Array, "B L"]:
     """Give `amount` away, each layer in falling priority taking all that it can."""
     order = jnp.argsort(-priority, axis=-1, stable=True)
-    queue = jnp.take_along_axis(available, order, axis=-1)
-    taken_before = jnp.cumsum(queue, axis=-1) - queue
-    given = jnp.clip(amount[:, None] - taken_before, 0, queue)
+    given = _in_turn(jnp.take_along_axis(available, order, axis=-1), amount)
     return jnp.take_along_axis(given, jnp.argsort(order, axis=-1), axis=-1)
 
 
@@ -320,10 +348,12 @@ def ada_heads(
     count = count_top(ranking_keys(scores, contenders), heads * base)
     alpha = round(floor * THOUSAND)
     even = count.sum(-1, keepdims=True, dtype=jnp.int32) // heads
-    mix = (THOUSAND - alpha) * count + alpha * even
+    # alpha (even - count) / 1000 in two parts: the product may not fit int32.
+    whole, rest = (even - count) // THOUSAND, (even - count) % THOUSAND
+    count, mix = count + alpha * whole, alpha * rest
     by_mass = jnp.argsort(-jnp.where(eligible, scores, 0.0).sum(-1), axis=-1, stable=True)
-    sizes = largest_remainder(jnp.take_along_axis(mix, by_mass, axis=-1), THOUSAND)
-    return jnp.take_along_axis(sizes, jnp.argsort(by_mass, axis=-1), axis=-1)
+    more = largest_remainder(jnp.take_along_axis(mix, by_mass, axis=-1), THOUSAND)
+    return count + jnp.take_along_axis(more, jnp.argsort(by_mass, axis=-1), axis=-1)
 
 
 # ---------------------------------------------------------------------------- layers and heads
@@ -383,6 +413,6 @@ def joint_heads(
       and `budget` together.
     """
     room = eligible.sum(-1, dtype=jnp.int32)
-    least = base * round(floor * THOUSAND) // THOUSAND
+    least = floor_of_product(base, round(floor * THOUSAND), THOUSAND)
     least = jnp.minimum(least[:, None, None], room)
     return _shortest_prefixes(scores, eligible, room, least, budget)

@@ -16,6 +16,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.integers import floor_of_product
 from kvjax.kernels.decode_attention import decode_attention, merge, pool_attention
 from kvjax.pool import Pool, kept_mask
 from kvjax.sharding import constrain
@@ -484,10 +485,3 @@ def _dead_in_tail(kept_XK, first_XK, last_XKT, tail: Tail, prompt_lengths):
     grown_BU = tail.positions - prompt_lengths[:, None]
     order_BK1U = kept_BK[..., None, None] + grown_BU[:, None, None]
     return (order_BK1U >= first_BK[..., None, None]) & (order_BK1U < last_BKT[..., None])
-
-
-def floor_of_product(t: Array, x: Array | int, n: Array | int) -> Array:
-    """t * x // n for 0 <= x <= n < 2**20 and t < 2**21 without leaving int32."""
-    high, low = t >> 10, t & 1023
-    whole, rest = high * x // n, high * x % n
-    return (whole << 10) + ((rest << 10) + low * x) // n

@@ -6,7 +6,8 @@ L layers, K KV heads. Everything here is static: what it returns becomes the sha
 import math
 
 from kvjax import budgets
-from kvjax.config import CompressionConfig
+from kvjax.config import CompressionConfig, ConfigError
+from kvjax.integers import MOST
 from kvjax.kernels.platform import platform
 from kvjax.rows import largest
 
@@ -28,15 +29,50 @@ def packs(config: CompressionConfig) -> bool:
 def pool_shape(
     config: CompressionConfig, tokens: int, windows: tuple[int | None, ...], kv_heads: int
 ) -> tuple[int, tuple[tuple[int, int], ...] | None]:
-    """Slots of the pool for a bucket of `tokens`, and each layer's region where it is fixed."""
-    layers, base = len(windows), min(largest(config, tokens).base, tokens)
-    if config.profile is not None:
-        total = min(_profile_reach(config, base, tokens, 0)[0], layers * tokens)
-        return kv_heads * total, None
-    if config.layers != "uniform" or any(window is not None for window in windows):
-        return kv_heads * layers * base, None
-    size = kv_heads * base
-    return layers * size, tuple((index * size, (index + 1) * size) for index in range(layers))
+    """Slots of the pool for a bucket of `tokens`, and each layer's region where it is fixed.
+
+    No layer is given slots for more than it can see when the prompt ends.
+
+    Raises:
+      ConfigError: more slots than an index can count.
+    """
+    base = largest(config, tokens).base
+    shares = [_visible(base, tokens, window) for window in windows]
+    # A layer that cannot hold its share leaves it to the others, which depends on the prompt.
+    fixed = config.layers == "uniform" and len(set(shares)) == 1
+    if not fixed:
+        room = sum(_visible(tokens, tokens, window) for window in windows)
+        shares = [min(_total(config, tokens, windows), room)]
+    slots = _checked(config, kv_heads * sum(shares), tokens)
+    if not fixed:
+        return slots, None
+    size = kv_heads * shares[0]
+    return slots, tuple((index * size, (index + 1) * size) for index in range(len(windows)))
+
+
+def _total(config: CompressionConfig, tokens: int, windows: tuple[int | None, ...]) -> int:
+    """Most entries a head, of all layers, of a prompt of at most `tokens` tokens."""
+    rows = largest(config, tokens)
+    if config.profile is None or config.budget is not None:
+        return len(windows) * rows.base
+    shares = sum(_millionths(config))
+    asked = (tokens * shares + budgets.MILLION // 2) // budgets.MILLION
+    # Whatever the profile says, a layer keeps what is protected.
+    held = rows.sinks + rows.recent
+    return max(asked, sum(_visible(held, tokens, window) for window in windows))
+
+
+def _millionths(config: CompressionConfig) -> list[int]:
+    return [round(share * budgets.MILLION) for share in config.profile or ()]
+
+
+def _checked(config: CompressionConfig, slots: int, tokens: int) -> int:
+    if slots > MOST:
+        raise ConfigError(
+            f"budget={config.budget!r} comes to {slots} slots for a prompt of {tokens} tokens,"
+            f" expected at most {MOST}"
+        )
+    return slots
 
 
 def capacity(
@@ -53,6 +89,7 @@ def capacity(
     """
     size = _reach(config, tokens, index, windows)
     if config.heads in ("global", "joint"):
+        _checked(config, kv_heads * _total(config, tokens, windows), tokens)
         size = kv_heads * size
     elif config.heads == "ada":
         alpha = round(config.floor * budgets.THOUSAND) / budgets.THOUSAND
@@ -77,17 +114,17 @@ def _reach(
 ) -> int:
     rows, layers = largest(config, tokens), len(windows)
     base, held = rows.base, rows.sinks + rows.recent
-    total, most, size = layers * base, base, base
+    total, most, size = _total(config, tokens, windows), base, base
     if config.profile is not None:
-        total, most, size = _profile_reach(config, base, tokens, index)
+        most, size = _profile_reach(config, base, tokens, index)
         size = max(size, held)
     elif config.layers in ("prefix", "global", "joint"):
         size = total
     elif config.layers == "pyramid" and layers > 1:
         ramp, low = base - held, (base - held) // config.beta
-        step = 2 * (ramp - low) / (layers - 1)
         most = 2 * base
-        size = held + 1 + max(math.ceil(2 * ramp - low - index * step), ramp)
+        fallen = 2 * (ramp - low) * index // (layers - 1)
+        size = held + 1 + max(2 * ramp - low - fallen, ramp)
     cut = any(window is not None and window <= most for window in windows)
     if cut and len(set(windows)) + (config.layers != "uniform") > 1:
         size = total  # what other layers cannot hold may all come here
@@ -96,23 +133,25 @@ def _reach(
 
 def _profile_reach(
     config: CompressionConfig, base: int, tokens: int, index: int
-) -> tuple[int, int, int]:
-    """Most entries that a profile gives to all layers, to any one, and to layer `index`."""
-    profile = config.profile or ()
-    layers, shares = len(profile), sum(profile)
+) -> tuple[int, int]:
+    """Most entries that a profile gives to any layer, and to layer `index`."""
+    shares = _millionths(config)
+    layers, whole = len(shares), max(sum(shares), 1)
     if config.budget is None:
-        total, scale, crowded = math.ceil(tokens * shares) + 1, float(tokens), False
+        scaled, among = tokens, budgets.MILLION
     else:
-        total, scale = layers * base, layers * base / shares
-        # A layer that wants more than a short prompt has leaves the rest to the others.
-        part = 1 if isinstance(config.budget, int) else config.fraction
-        crowded = part * layers * max(profile) > shares
-    size = profile[index] * scale
-    if crowded:
-        # No layer is raised by more than `base`, nor above one that the profile prefers to it.
-        peers = sum(share >= profile[index] for share in profile)
-        size = min(size + base, total / peers)
-    return total, math.ceil(max(profile) * scale) + base, math.ceil(size) + 2
+        scaled, among = layers * base, whole
+    size = -(-shares[index] * scaled // among)
+    if config.budget is not None:
+        # A layer that wants more than a short prompt has leaves the rest to the others. None of
+        # them is raised by more than `base`, nor above one that the profile prefers to it.
+        part = budgets.MILLION
+        if not isinstance(config.budget, int):
+            part = round(config.fraction * budgets.MILLION)
+        if part * layers * max(shares) > whole * budgets.MILLION:
+            peers = sum(share >= shares[index] for share in shares)
+            size = min(size + base, -(-layers * base // peers))
+    return -(-max(shares) * scaled // among) + base, size + 2
 
 
 def held_slots(

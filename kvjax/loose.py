@@ -13,8 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from kvjax import budgets, sharding
-from kvjax.cache import FROZEN_POINT, Cache, floor_of_product, remember
+from kvjax.cache import FROZEN_POINT, Cache, remember
 from kvjax.config import ConfigError, Recompress
+from kvjax.integers import floor_of_product
 from kvjax.pool import Pool, dealt
 
 
@@ -169,7 +170,7 @@ def allowed(kept: Int[Array, "B ..."], lengths: Int[Array, " B"], grown) -> Int[
     """Entries of a head at the prompt's ratio, `grown` tokens after it (PrefixKV)."""
     lengths = lengths.reshape(-1, *(1,) * (kept.ndim - 1))
     grown = jnp.broadcast_to(jnp.asarray(grown, jnp.int32), kept.shape)
-    return kept + grown - floor_of_product(grown, lengths - kept, lengths)
+    return kept + grown - floor_of_product(grown, jnp.maximum(lengths - kept, 0), lengths)
 
 
 # ---------------------------------------------------------------------------- a layer

@@ -144,14 +144,16 @@ def put_layer(
 ) -> Pool:
     """Write one layer's kept entries behind those of the layers before it.
 
-    `room` is at least the most entries that the layer's heads keep together.
+    `room` is at least the most entries that the layer's heads keep together. Were it less, the last
+    heads' last ones would be lost, and `counts` would say so: it counts what is stored.
     """
+    counts_BK = stored(pool, layer, keep, room)
     batch, tokens, kv_heads, head_dim = keys.shape
     running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
     wanted_R = jnp.arange(1, room + 1, dtype=jnp.int32)
     found_BR = jax.vmap(lambda running: jnp.searchsorted(running, wanted_R))(running_BX)
     found_BR = found_BR.astype(jnp.int32)
-    filled_BR = found_BR < kv_heads * tokens
+    filled_BR = wanted_R <= counts_BK.sum(-1, keepdims=True, dtype=jnp.int32)
     found_BR = jnp.minimum(found_BR, kv_heads * tokens - 1)
     owner_BR, position_BR = found_BR // tokens, found_BR % tokens
     # Rows are taken from [B, T * K, H] as it lies: no transposed copy of the prompt.
@@ -172,14 +174,22 @@ def put_layer(
     new.append(jnp.where(filled_BR[..., None], jnp.concatenate(halves, axis=-1), 0))
     old.append(pool.entries)
     owners, positions, *scales, entries = _written(pool, layer, old, new, filled_BR)
-    counts = pool.counts.at[:, layer].set(keep.sum(-1, dtype=jnp.int32))
     return pool.replace(
         entries=entries,
         owners=owners,
         positions=positions,
-        counts=counts,
+        counts=pool.counts.at[:, layer].set(counts_BK),
         scales=jnp.stack(scales, axis=1) if scales else None,
     )
+
+
+def stored(pool: Pool, layer: int, keep: Bool[Array, "B K T"], room: int) -> Int[Array, "B K"]:
+    """How many of the entries that a layer's heads keep have a slot there."""
+    start_B, _ = pool.bounds(layer)
+    end = pool.owners.shape[1] if pool.regions is None else pool.regions[layer][1]
+    ends_BK = jnp.cumsum(keep.sum(-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
+    ends_BK = jnp.minimum(ends_BK, jnp.minimum(room, end - start_B)[:, None])
+    return jnp.diff(ends_BK, axis=-1, prepend=0)
 
 
 def _written(pool: Pool, layer: int, old: list[Array], new: list[Array], filled_BR: Array):

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from kvjax.cache import floor_of_product
+from kvjax.budgets import MILLION
 from kvjax.config import CompressionConfig, ConfigError
+from kvjax.integers import floor_of_product
 
 # Queries observed where the config does not say.
 DEFAULT_WINDOW = 32
 DEFAULT_WINDOWS = {"l2-window": 8, "tova": 1}
-MILLION = 1_000_000
 
 
 @no_type_check  # jax maps trees to other leaves than arrays

@@ -44,7 +44,7 @@ def put_layer(
     if pool.parts == 1:
         return pools.put_layer(pool, layer, keys, values, keep, room)
     keep = sharding.constrain(keep, "BKT")
-    counts_BK = sharding.constrain(keep.sum(-1, dtype=jnp.int32), "B.")
+    counts_BK = sharding.constrain(pools.stored(pool, layer, keep, room), "B.")
     start_B, _ = pool.bounds(layer)
     scaled = pool.scales is not None
     body = partial(_put_here, room=room, parts=pool.parts)

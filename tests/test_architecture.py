@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What compression may build on.
-BELOW = {"config", "methods", "pool", "cache", "probe", "kernels", "seen", "sharding", "split"}
-BELOW |= {"precision"}
+BELOW = {"config", "methods", "integers", "pool", "cache", "probe", "kernels", "seen", "sharding"}
+BELOW |= {"split", "precision"}
 IMAGES = {"image_config", "images"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
@@ -20,11 +20,12 @@ ALLOWED = {
     "kernels": set(),
     "methods": set(),
     "config": {"methods"},
+    "integers": set(),
     "pool": set(),
     "probe": set(),
     "sharding": set(),
     "precision": set(),
-    "cache": {"pool", "kernels", "sharding"},
+    "cache": {"pool", "kernels", "sharding", "integers"},
     "split": {"cache", "pool", "kernels", "sharding"},
     "extend": {"cache", "precision"},
     "saved": {"cache", "origin", "pool", "config"},

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kvjax import cache as caches
 from kvjax.cache import (
@@ -26,7 +24,6 @@ attend = jax.jit(caches.attend, static_argnums=(3, 4), compiler_options=QUICK)
 dead_slots = jax.jit(caches.dead_slots, compiler_options=QUICK)
 write_positions = jax.jit(caches.write_positions)
 write_layer = jax.jit(caches.write_layer, static_argnums=1)
-floor_of_product = jax.jit(caches.floor_of_product)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -322,18 +319,3 @@ def test_attend_holds_the_ratio():
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     without = attend(q, positions, cache.replace(keep_ratio=False), 0, None)
     assert np.abs(np.asarray(without) - expected).max() > 0.1
-
-
-triples = st.integers(1, 2**20 - 1).flatmap(
-    lambda n: st.tuples(st.integers(0, 2**21 - 1), st.integers(0, n), st.just(n))
-)
-# Products far above 2**31, and the corners of the stated range.
-corners = [(2**21 - 1, n - d, n) for n in (2**20 - 1, 2**20 - 2, 3, 2, 1) for d in (0, 1)]
-
-
-@settings(deadline=None, database=None, max_examples=60)
-@given(st.lists(triples, min_size=20, max_size=20))
-def test_floor_of_product_is_exact(drawn):
-    cases = np.array(drawn + corners, np.int32)
-    expected = [t * x // n for t, x, n in cases.tolist()]
-    np.testing.assert_array_equal(floor_of_product(*jnp.array(cases.T)), expected)

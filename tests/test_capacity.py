@@ -15,7 +15,7 @@ from synthetic import probe_of
 from kvjax import METHODS, CompressionConfig, ConfigError, budgets
 from kvjax.cache import PaddedLayer
 from kvjax.capacity import capacity, held_slots, layer_capacity, pool_shape
-from kvjax.compress import compress
+from kvjax.compress import compress, make_plan
 from kvjax.rows import check_prompt, largest, make_rows, protected
 
 named = partial(CompressionConfig.named, layout="padded")
@@ -207,6 +207,107 @@ def test_capacity_holds_every_head_of_every_length(family):
 def test_capacity_where_layers_lend_to_each_other(config, windows):
     for kind in SCORES:
         check_capacity(config, windows, kind)
+
+
+# ---------------------------------------------------------------------------- the pool
+def layer_sizes(config: CompressionConfig, windows: tuple[int | None, ...]) -> np.ndarray:
+    """Entries per head `[T, L]` of a prompt of each length up to the bucket's, without scores."""
+    lengths = jnp.asarray(EVERY_LENGTH, jnp.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        for part in JITTED:
+            patch.setattr(*part)
+        return np.asarray(make_plan(config, lengths, BUCKET, windows).sizes)
+
+
+def check_pool(config: CompressionConfig, windows: tuple[int | None, ...]):
+    """Every length fits, in all and in each layer, and the fullest fills the pool."""
+    sizes = layer_sizes(config, windows)
+    slots, regions = pool_shape(config, BUCKET, windows, HEADS)
+    assert HEADS * sizes.sum(1).max() <= slots
+    if config.budget is not None and 1 not in windows:
+        assert HEADS * sizes.sum(1).max() == slots
+    for layer, most in enumerate(sizes.max(0)):
+        assert most <= layer_capacity(config, BUCKET, layer, windows)
+        if regions is not None:
+            assert HEADS * most <= regions[layer][1] - regions[layer][0]
+
+
+@pytest.mark.parametrize("family", ["uniform", "pyramid", "profile"])
+def test_the_pool_holds_every_length_and_wastes_nothing(family):
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(cases(family))
+    def check(case):
+        args, extra, windows = case
+        check_pool(named(*args, **extra), windows)
+
+    check()
+
+
+SMALL = (0.05, 0.0, 0.1, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (named("prefixkv", profile=(0.05,) * DEPTH), (None,) * DEPTH),
+        (named("prefixkv", profile=SMALL, sinks=4, recent=3), (None,) * DEPTH),
+        (named("ada-prefixkv", profile=SMALL), (None, 9, None, 5)),
+        (named("prefixkv", 0.1, profile=SMALL), (None,) * DEPTH),
+        (named("prefixkv", 3, profile=SMALL), (8,) * DEPTH),
+        (named("snapkv", 12), (5, 5, 5, 5)),
+        (named("snapkv", 12), (5, None, 5, None)),
+        (named("snapkv", 4), (5, None, 9, None)),
+        (named("ada-pyramid", 12), (5, 9, 5, 5)),
+    ],
+)
+def test_the_pool_of_small_profiles_and_of_sliding_windows(config, windows):
+    check_pool(config, windows)
+
+
+def stored(config, lengths, tokens, windows=(None, None)):
+    """A packed cache of random keys, and the entries of each row that its pool holds."""
+    keys = [
+        jax.random.normal(jax.random.key(i), (len(lengths), tokens, 2, 4))
+        for i, _ in enumerate(windows)
+    ]
+    probes = [probe_of(i, len(lengths), tokens, 2, 2, 4, tokens) for i, _ in enumerate(windows)]
+    call = jax.jit(compress, static_argnames=("config", "windows"))
+    cache = call(keys, keys, probes, config, lengths=jnp.array(lengths), windows=windows)
+    return cache, (np.asarray(cache.pool.owners) >= 0).sum(1).tolist()
+
+
+def test_a_small_profile_loses_nothing_of_a_short_prompt():
+    """The first and the last token of every head, more than 5 % of 10 tokens."""
+    config = CompressionConfig.named("prefixkv", profile=(0.05, 0.05))
+    cache, held = stored(config, (10, 3), 10)
+    assert cache.counts.tolist() == [[[2, 2], [2, 2]]] * 2
+    assert held == [8, 8]
+    assert np.flatnonzero(cache.kept_mask(10)[0, 1, 1]).tolist() == [0, 9]
+
+
+def test_sliding_windows_get_no_slots_that_they_cannot_fill():
+    """Of 32 tokens the next one sees 6 in a layer whose window is 7."""
+    config = CompressionConfig.named("snapkv", 12, layout="packed")
+    for windows, sizes in (((7, 7), (6, 6)), ((7, 9), (6, 8)), ((7, 20), (6, 18))):
+        slots, regions = pool_shape(config, 32, windows, 2)
+        assert slots == 2 * sum(sizes)
+        assert regions == (((0, 12), (12, 24)) if sizes == (6, 6) else None)
+    cache, held = stored(config, (32,), 32, (7, 20))
+    assert held == [2 * (6 + 18)]
+    assert cache.counts.tolist() == [[[6, 6], [18, 18]]]
+    assert cache.nbytes == 2 * (6 + 18) * 2 * 4 * 4
+
+
+def test_more_slots_than_an_index_counts_are_refused():
+    windows = (None,) * 80
+    message = "budget=1000000 comes to 5120000000 slots for a prompt of 1000000 tokens, expected"
+    for config in (CompressionConfig.named("ada-snapkv", 10**6), named("kv-compress", 10**6)):
+        with pytest.raises(ConfigError, match=message):
+            pool_shape(config, 10**6, windows, 64)
+    with pytest.raises(ConfigError, match=message):
+        capacity(named("kv-compress", 10**6), 10**6, 0, windows, 64)
+    assert pool_shape(named("ada-snapkv", 10**5), 10**6, windows, 64)[0] == 512 * 10**6
+    assert capacity(named("snapkv", 10**6), 10**6, 0, windows, 64) == 10**6
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Padding is NaN throughout, so that a padded key that is scored, ranked or gathered shows.
 """
 
+import dataclasses
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 import kvjax.scores
 from kvjax import METHODS, CompressionConfig, Probe, budgets
 from kvjax.cache import PaddedLayer, pack
-from kvjax.compress import choose, compress, probe_request
+from kvjax.compress import Packing, choose, compress, probe_request
 from kvjax.rows import Rows, eligible, make_rows, protected
 
 N, K, H = 4, 2, 3
@@ -37,6 +38,7 @@ PARTS += [(budgets, "joint_heads", ("floor",))]
 PARTS += [(kvjax.scores, "window_scores", ("window", "power", "group"))]
 PARTS += [(kvjax.scores, "over_group", ("kv_heads", "how"))]
 PARTS += [(kvjax.scores, "pool", ("how", "kernel")), (subject, "pack", ("slots",))]
+PARTS += [(subject, "put_layer", ("layer", "room"))]
 PARTS += [(subject, name, ("tokens", "window")) for name in ("eligible", "protected")]
 JITTED = [
     (module, name, jax.jit(getattr(module, name), static_argnames=static))
@@ -124,8 +126,13 @@ def seen(n: int, window: int | None) -> range:
 @pytest.mark.parametrize("budget", [12, 0.4], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_kept(method, budget, windows):
-    config = named(method, budget)
-    (keys, values, _), cache = compressed(config, windows=windows)
+    config, pools = named(method, budget), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "_pack", partial(packed_beside, subject._pack, pools))
+        (keys, values, _), cache = compressed(config, windows=windows)
+    if method != "full":
+        assert_stored(pools[-1], cache)
+        assert pools[-1].nbytes <= cache.nbytes
     rows = make_rows(config, jnp.asarray(LENGTHS))
     for i, n in enumerate(LENGTHS):
         base, sinks, recent = (int(x[i]) for x in (rows.base, rows.sinks, rows.recent))
@@ -151,6 +158,29 @@ def test_what_is_kept(method, budget, windows):
             assert total == K * min(len(windows) * base, sum(len(seen(n, w)) for w in windows))
     for layer, one in enumerate(cache.layers):
         check_gathered(one, keys[layer], values[layer], whole=method == "full")
+
+
+def packed_beside(pack_layer, pools: list, kept, index, layer, size, plan):
+    """`_pack`, of the same choice in the packed layout too: `pools` has it after each layer."""
+    beside = Packing(pool=pools[-1] if pools and index else None)
+    packed = plan.replace(config=dataclasses.replace(plan.config, layout="packed"))
+    pools.append(pack_layer(beside, index, layer, size, packed).pool)
+    return pack_layer(kept, index, layer, size, plan)
+
+
+def assert_stored(pool, padded):
+    """The pool holds what `counts` says of each layer and head, and that is what was chosen."""
+    owners, places, counts = map(np.asarray, (pool.owners, pool.positions, pool.counts))
+    of_layers = counts.sum(-1)
+    starts = of_layers.cumsum(1) - of_layers
+    if pool.regions is not None:
+        starts = np.broadcast_to([first for first, _ in pool.regions], starts.shape)
+    for i, layer, head in np.ndindex(counts.shape):
+        run = slice(starts[i, layer], starts[i, layer] + of_layers[i, layer])
+        stored = places[i, run][owners[i, run] == head].tolist()
+        assert len(stored) == counts[i, layer, head]
+        assert stored == kept(padded.layers[layer], i)[head]
+    assert (owners >= 0).sum() == counts.sum()
 
 
 def check_gathered(layer: PaddedLayer, keys, values, whole: bool):

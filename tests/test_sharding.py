@@ -19,8 +19,9 @@ from kvjax.models.checkpoint import load_orbax, save_orbax
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.weights import load_decoder, parameter_at, tensor_specs
-from kvjax.pool import dealt
+from kvjax.pool import dealt, empty_pool
 from kvjax.programs import decode_program, prefill_compress_program, start_answer_program
+from kvjax.split import put_layer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "hf"
 HEADS, HEAD_DIM = 8, 16
@@ -196,6 +197,36 @@ def test_a_skewed_allocation_leaves_devices_even(mesh):
     first_layer = [np.asarray(shard.data)[0, :16] for shard in shards]
     assert sum((owners == 0).sum() for owners in first_layer) == 2 * 38
     assert {(owners == 0).sum() for owners in first_layer} <= {9, 10}
+
+
+def test_counts_say_what_the_split_pool_stores(mesh):
+    """Also of entries that have no slot, as in one device's pool: the pool is 10 slots short."""
+    rng = np.random.default_rng(0)
+    keep = rng.random((2, 2, 4, 32)) < np.array([0.4, 0.2]).reshape(1, 2, 1, 1)
+    slots = int(keep.sum((0, 2, 3)).max()) - 10
+    keys, values = (rng.normal(size=(2, 2, 32, 4, 4)).astype(np.float32) for _ in (0, 1))
+
+    def fill(keys, values, keep):
+        pool = empty_pool(keys[0], 2, slots, None, False, sharding.parts())
+        for layer in (0, 1):
+            pool = put_layer(pool, layer, keys[layer], values[layer], keep[layer], 100)
+        return pool
+
+    def filled(placed):
+        with sharding.using(placed):
+            arrays = map(jnp.asarray, (keys, values, keep))
+            return jax.jit(fill)(*sharding.known(tuple(arrays), placed))
+
+    alone, split = filled(None), filled(sharding.fitted(mesh, 8, 4))
+    assert (alone.parts, split.parts) == (1, 4)
+    expected = keep.sum(-1).swapaxes(0, 1)
+    assert (np.asarray(alone.counts) == expected).all((1, 2)).tolist() == [False, True]
+    for pool in (alone, split):
+        np.testing.assert_array_equal((pool.owners >= 0).sum(1), pool.counts.sum((1, 2)))
+    np.testing.assert_array_equal(alone.counts[0, 1] < expected[0, 1], [0, 0, 0, 1])
+    np.testing.assert_array_equal(split.counts[1], alone.counts[1])
+    # Of several devices there are slots for up to a multiple of them.
+    assert 0 <= int((split.counts - alone.counts)[0].sum()) < 4
 
 
 # ---------------------------------------------------------------------------- collectives
