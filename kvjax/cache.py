@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.kernels.decode_attention import decode_attention, merge, pool_attention
+from kvjax.kernels.decode_attention import Evicted, merge, padded_attention, pool_attention
 from kvjax.pool import Pool, kept_mask
 from kvjax.sharding import constrain
 
@@ -287,45 +287,46 @@ def attend(
       positions: their positions, -1 for padding (its output is zeros).
       window: width of a sliding-window layer, or None.
     """
-    tail = cache.tail
-    tail_BTS = _seen(tail.positions[:, None], positions[..., None], window)
-    tail_BKTS = tail_BTS[:, None]
-    if cache.pool is not None:
-        part, dead_BKTU = _attend_pool(q, positions, cache, cache.pool, layer, window)
-        if dead_BKTU is not None:
-            tail_BKTS = tail_BKTS & ~dead_BKTU
-        return merge([part, _attend_tail(q, tail, layer, tail_BKTS)]).astype(q.dtype)
-    entries = cache.layers[layer]
-    prompt_BKTS = _seen(entries.positions[:, :, None], positions[:, None, :, None], window)
+    tail, pool, of_prompt, of_tail = cache.tail, cache.pool, None, None
     if cache.keep_ratio:
-        prompt_dead, tail_dead = dead_slots(entries, tail, cache.prompt_lengths, positions, window)
-        prompt_BKTS &= ~prompt_dead
-        tail_BKTS = tail_BKTS & ~tail_dead
-    parts = [
-        decode_attention(q, entries.keys, entries.values, entries.positions >= 0, prompt_BKTS),
-        _attend_tail(q, tail, layer, tail_BKTS),
-    ]
-    return merge(parts).astype(q.dtype)
+        if pool is not None:
+            kept_BK, slots = pool.counts[:, layer], 0
+        else:
+            kept_BK = cache.layers[layer].lengths
+            slots = cache.layers[layer].positions.shape[-1]
+        lengths = cache.prompt_lengths
+        of_prompt, of_tail = dead_slots(kept_BK, lengths, positions, window, tail, slots)
+    if pool is not None:
+        part = _attend_pool(q, positions, pool, layer, window, of_prompt)
+    else:
+        entries = cache.layers[layer]
+        held = entries.keys, entries.values, entries.positions
+        part = padded_attention(q, positions, *held, window=window, evicted=of_prompt)
+    return merge([part, attend_tail(q, positions, tail, layer, window, of_tail)]).astype(q.dtype)
 
 
-def _attend_tail(q, tail: Tail, layer: int, seen_BKTS):
-    filled_B1S = (tail.positions >= 0)[:, None]
-    return decode_attention(q, tail.keys[layer], tail.values[layer], filled_B1S, seen_BKTS)
+def attend_tail(
+    q: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    tail: Tail,
+    layer: int,
+    window: int | None,
+    evicted: Evicted | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend new tokens to one layer of the tail: output and log-sum-exp, in fp32."""
+    held = tail.keys[layer], tail.values[layer], tail.positions[:, None]
+    return padded_attention(q, positions, *held, window=window, evicted=evicted)
 
 
-def _attend_pool(q, positions, cache: Cache, pool: Pool, layer: int, window: int | None):
-    """Attention to a layer's part of the pool, and which tail slots PrefixKV has evicted."""
-    tail = cache.tail
+def _attend_pool(q, positions, pool: Pool, layer: int, window, evicted: Evicted | None):
     start_B, end_B = pool.bounds(layer)
     kept_BK = pool.counts[:, layer]
-    dead = dead_BKTU = None
-    if cache.keep_ratio:
-        first_BK, last_BKT = dead_range(kept_BK, cache.prompt_lengths, positions, window)
+    dead = None
+    if evicted is not None:
         # A head's slots are a run: its dead ones too.
         run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK
-        dead = run_BK + first_BK, run_BK[:, None] + last_BKT.swapaxes(1, 2)
-        dead_BKTU = _dead_in_tail(kept_BK, first_BK, last_BKT, tail, cache.prompt_lengths)
-    part = pool_attention(
+        dead = run_BK + evicted.first, run_BK[:, None] + evicted.last
+    return pool_attention(
         q,
         positions,
         pool.entries,
@@ -339,22 +340,17 @@ def _attend_pool(q, positions, cache: Cache, pool: Pool, layer: int, window: int
         scales=pool.scales,
         region=pool.regions[layer] if pool.regions is not None else None,
     )
-    return part, dead_BKTU
-
-
-def _seen(key_positions: Array, query_positions: Array, window: int | None) -> Array:
-    seen = key_positions <= query_positions
-    return seen if window is None else seen & (query_positions - key_positions < window)
 
 
 def dead_slots(
-    entries: PaddedLayer,
-    tail: Tail,
+    kept: Int[Array, "B K"],
     prompt_lengths: Int[Array, " B"],
     positions: Int[Array, "B T"],
-    window: int | None = None,
-) -> tuple[Bool[Array, "B K T S"], Bool[Array, "B K T U"]]:
-    """PrefixKV's eviction while decoding, as a mask (upstream's fixed-point elimination).
+    window: int | None,
+    tail: Tail,
+    slots: int = 0,
+) -> tuple[Evicted, Evicted]:
+    """PrefixKV's eviction while decoding, in closed form (upstream's fixed-point elimination).
 
     Of a prompt of N tokens a head kept m. When a row has seen N + t tokens, its length is held at
     ratio m / N by removing floor(t (N - m) / N) entries, in position order, from the kept slot
@@ -362,14 +358,20 @@ def dead_slots(
     tail. A query at position p finds what was removed when p tokens had been seen. Of a
     sliding-window layer N is what it could still see, so that one that kept all of it loses none.
 
+    Args:
+      kept: m of each head.
+      positions: the queries'.
+      slots: of each head where the layout is padded.
+
     Returns:
-      Which prompt slots and which tail slots each query no longer sees.
+      Which of a head's kept entries, and which of the tail's, each query no longer sees.
     """
-    kept_BK = entries.lengths
-    first_BK, last_BKT = dead_range(kept_BK, prompt_lengths, positions, window)
-    slot_S = jnp.arange(entries.positions.shape[-1])
-    dead_BKTS = (slot_S >= first_BK[..., None, None]) & (slot_S < last_BKT[..., None])
-    return dead_BKTS, _dead_in_tail(kept_BK, first_BK, last_BKT, tail, prompt_lengths)
+    first_BK, last_BKT = dead_range(kept, prompt_lengths, positions, window)
+    last_BTK = last_BKT.swapaxes(1, 2)
+    order_S = jnp.arange(slots, dtype=jnp.int32)[None, None]
+    grown_BU = tail.positions - prompt_lengths[:, None]
+    order_BKU = kept[..., None] + grown_BU[:, None]
+    return Evicted(order_S, first_BK, last_BTK), Evicted(order_BKU, first_BK, last_BTK)
 
 
 def dead_range(
@@ -385,12 +387,6 @@ def dead_range(
     removed_BKT = floor_of_product(grown_B1T, offered_B11 - kept[..., None], offered_B11)
     first_BK = jnp.where(kept > FROZEN_POINT, kept - FROZEN_POINT, kept // 2)
     return first_BK, first_BK[..., None] + removed_BKT
-
-
-def _dead_in_tail(kept_BK, first_BK, last_BKT, tail: Tail, prompt_lengths):
-    grown_BU = tail.positions - prompt_lengths[:, None]
-    order_BK1U = kept_BK[..., None, None] + grown_BU[:, None, None]
-    return (order_BK1U >= first_BK[..., None, None]) & (order_BK1U < last_BKT[..., None])
 
 
 def floor_of_product(t: Array, x: Array | int, n: Array | int) -> Array:

@@ -171,20 +171,21 @@ def _attend_pool(
     q, positions, k, v, at, lengths, counts_BK, start, end, *slots, window, keep_ratio, region
 ):
     tail, kv_heads = _tail(k, v, at), counts_BK.shape[1]
-    seen_BTU = whole._seen(at[:, None], positions[..., None], window)
-    seen_BKTU, dead = seen_BTU[:, None], None
+    of_tail = dead = None
     if keep_ratio:
-        first_BK, last_BKT = whole.dead_range(counts_BK, lengths, positions, window)
+        gone, of_tail = whole.dead_slots(counts_BK, lengths, positions, window, tail)
         run_BK = start[:, None] + jnp.cumsum(counts_BK, axis=-1) - counts_BK
-        dead = run_BK + first_BK, run_BK[:, None] + last_BKT.swapaxes(1, 2)
+        dead = run_BK + gone.first, run_BK[:, None] + gone.last
         mine = partial(
             lax.dynamic_slice_in_dim,
             start_index=lax.axis_index(HEADS) * k.shape[1],
             slice_size=k.shape[1],
-            axis=1,
         )
-        gone = whole._dead_in_tail(*map(mine, (counts_BK, first_BK, last_BKT)), tail, lengths)
-        seen_BKTU = seen_BKTU & ~gone
+        of_tail = of_tail._replace(
+            order=mine(of_tail.order, axis=1),
+            first=mine(of_tail.first, axis=1),
+            last=mine(of_tail.last, axis=2),
+        )
     entries, owners, places, *scales = slots
     out, lse = pool_attention(
         lax.all_gather(q, QUERY_HEADS, axis=2, tiled=True),
@@ -200,7 +201,8 @@ def _attend_pool(
         region=region,
     )
     parts = _to_heads(out, lse)
-    return merge([*parts, whole._attend_tail(q, tail, 0, seen_BKTU)]).astype(q.dtype)
+    tail_part = whole.attend_tail(q, positions, tail, 0, window, of_tail)
+    return merge([*parts, tail_part]).astype(q.dtype)
 
 
 def _here(slot: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
