@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.integers import floor_of_product
-from kvjax.kernels.decode_attention import decode_attention, merge, pool_attention
+from kvjax.kernels.decode_attention import Evicted, merge, padded_attention, pool_attention
 from kvjax.pool import Pool, kept_mask
 from kvjax.sharding import constrain
 
@@ -340,71 +340,63 @@ def attend(
       positions: their positions, -1 for padding (its output is zeros).
       window: width of a sliding-window layer, or None.
     """
-    tail = cache.tail
-    tail_BTS = _seen(tail.positions[:, None], positions[..., None], window)
-    tail_BKTS = tail_BTS[:, None]
-    if cache.pool is not None:
-        part, dead_BKTU = _attend_pool(q, positions, cache, cache.pool, layer, window)
-        if dead_BKTU is not None:
-            tail_BKTS = tail_BKTS & ~dead_BKTU
-        return merge([part, _attend_tail(q, tail, layer, tail_BKTS)]).astype(q.dtype)
-    part, dead_BKTU = _attend_padded(q, positions, cache, cache.layers[layer], window)
-    if dead_BKTU is not None:
-        tail_BKTS = tail_BKTS & ~dead_BKTU
-    return merge([part, _attend_tail(q, tail, layer, tail_BKTS)]).astype(q.dtype)
-
-
-def _attend_padded(q, positions, cache: Cache, entries: PaddedLayer, window: int | None):
-    """Attention to a padded layer, and which tail slots PrefixKV has evicted."""
-    rows = cache.shared
-    at_XT = folded(positions, rows)
-    prompt_XKTS = _seen(entries.positions[:, :, None], at_XT[:, None, :, None], window)
-    dead_BKTU = None
+    tail, pool, rows = cache.tail, cache.pool, cache.shared
+    of_prompt = of_tail = None
     if cache.keep_ratio:
-        lengths_X = cache.prompt_lengths[::rows]
-        kept_XK = entries.lengths
-        first_XK, last_XKT = dead_range(kept_XK, lengths_X, at_XT, window)
-        prompt_XKTS &= ~_dead_in_layer(entries, first_XK, last_XKT)
-        dead_BKTU = _dead_in_tail(kept_XK, first_XK, last_XKT, cache.tail, cache.prompt_lengths)
-    filled = entries.positions >= 0
-    part = decode_attention(folded(q, rows), entries.keys, entries.values, filled, prompt_XKTS)
-    return unfolded(part, rows), dead_BKTU
+        if pool is not None:
+            kept_XK, slots = pool.counts[:, layer], 0
+        else:
+            kept_XK = cache.layers[layer].lengths
+            slots = cache.layers[layer].positions.shape[-1]
+        kept_BK, lengths = jnp.repeat(kept_XK, rows, axis=0), cache.prompt_lengths
+        of_prompt, of_tail = dead_slots(kept_BK, lengths, positions, window, tail, slots)
+        of_prompt = folded_evicted(of_prompt, rows)
+    asked = folded(q, rows), folded(positions, rows)
+    if pool is not None:
+        part = _attend_pool(*asked, pool, layer, window, of_prompt)
+    else:
+        entries = cache.layers[layer]
+        held = entries.keys, entries.values, entries.positions
+        part = padded_attention(*asked, *held, window=window, evicted=of_prompt)
+    parts = [unfolded(part, rows), attend_tail(q, positions, tail, layer, window, of_tail)]
+    return merge(parts).astype(q.dtype)
 
 
-def _attend_tail(q, tail: Tail, layer: int, seen_BKTS):
-    filled_B1S = (tail.positions >= 0)[:, None]
-    return decode_attention(q, tail.keys[layer], tail.values[layer], filled_B1S, seen_BKTS)
+def attend_tail(
+    q: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    tail: Tail,
+    layer: int,
+    window: int | None,
+    evicted: Evicted | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Attend new tokens to one layer of the tail: output and log-sum-exp, in fp32."""
+    held = tail.keys[layer], tail.values[layer], tail.positions[:, None]
+    return padded_attention(q, positions, *held, window=window, evicted=evicted)
 
 
-def _attend_pool(q, positions, cache: Cache, pool: Pool, layer: int, window: int | None):
-    """Attention to a layer's part of the pool, and which tail slots PrefixKV has evicted."""
-    rows = cache.shared
-    at_XT = folded(positions, rows)
-    start_X, end_X = pool.bounds(layer)
-    kept_XK = pool.counts[:, layer]
-    dead = dead_BKTU = None
-    if cache.keep_ratio:
-        lengths_X = cache.prompt_lengths[::rows]
-        first_XK, last_XKT = dead_range(kept_XK, lengths_X, at_XT, window)
+def _attend_pool(q, positions, pool: Pool, layer: int, window, evicted: Evicted | None):
+    start_B, end_B = pool.bounds(layer)
+    kept_BK = pool.counts[:, layer]
+    dead = None
+    if evicted is not None:
         # A head's slots are a run: its dead ones too.
-        run_XK = start_X[:, None] + jnp.cumsum(kept_XK, axis=-1) - kept_XK
-        dead = run_XK + first_XK, run_XK[:, None] + last_XKT.swapaxes(1, 2)
-        dead_BKTU = _dead_in_tail(kept_XK, first_XK, last_XKT, cache.tail, cache.prompt_lengths)
-    part = pool_attention(
-        folded(q, rows),
-        at_XT,
+        run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK
+        dead = run_BK + evicted.first, run_BK[:, None] + evicted.last
+    return pool_attention(
+        q,
+        positions,
         pool.entries,
         pool.owners,
         pool.positions,
-        start_X,
-        end_X,
-        kv_heads=kept_XK.shape[1],
+        start_B,
+        end_B,
+        kv_heads=kept_BK.shape[1],
         window=window,
         dead=dead,
         scales=pool.scales,
         region=pool.regions[layer] if pool.regions is not None else None,
     )
-    return unfolded(part, rows), dead_BKTU
 
 
 def folded(x: Array, rows: int) -> Array:
@@ -413,6 +405,11 @@ def folded(x: Array, rows: int) -> Array:
     To attention they are one row with more new tokens: what they share is read once for all.
     """
     return x if rows == 1 else x.reshape(x.shape[0] // rows, -1, *x.shape[2:])
+
+
+def folded_evicted(evicted: Evicted, rows: int) -> Evicted:
+    """What rows that share their entries have evicted of them, as of `folded` rows."""
+    return evicted._replace(first=evicted.first[::rows], last=folded(evicted.last, rows))
 
 
 def unfolded(
@@ -425,19 +422,15 @@ def unfolded(
     return out, lse
 
 
-def _seen(key_positions: Array, query_positions: Array, window: int | None) -> Array:
-    seen = key_positions <= query_positions
-    return seen if window is None else seen & (query_positions - key_positions < window)
-
-
 def dead_slots(
-    entries: PaddedLayer,
-    tail: Tail,
+    kept: Int[Array, "B K"],
     prompt_lengths: Int[Array, " B"],
     positions: Int[Array, "B T"],
-    window: int | None = None,
-) -> tuple[Bool[Array, "B K T S"], Bool[Array, "B K T U"]]:
-    """PrefixKV's eviction while decoding, as a mask (upstream's fixed-point elimination).
+    window: int | None,
+    tail: Tail,
+    slots: int = 0,
+) -> tuple[Evicted, Evicted]:
+    """PrefixKV's eviction while decoding, in closed form (upstream's fixed-point elimination).
 
     Of a prompt of N tokens a head kept m. When a row has seen N + t tokens, its length is held at
     ratio m / N by removing floor(t (N - m) / N) entries, in position order, from the kept slot
@@ -445,18 +438,20 @@ def dead_slots(
     tail. A query at position p finds what was removed when p tokens had been seen. Of a
     sliding-window layer N is what it could still see, so that one that kept all of it loses none.
 
+    Args:
+      kept: m of each head.
+      positions: the queries'.
+      slots: of each head where the layout is padded.
+
     Returns:
-      Which prompt slots and which tail slots each query no longer sees.
+      Which of a head's kept entries, and which of the tail's, each query no longer sees.
     """
-    kept_BK = entries.lengths
-    first_BK, last_BKT = dead_range(kept_BK, prompt_lengths, positions, window)
-    dead_BKTS = _dead_in_layer(entries, first_BK, last_BKT)
-    return dead_BKTS, _dead_in_tail(kept_BK, first_BK, last_BKT, tail, prompt_lengths)
-
-
-def _dead_in_layer(entries: PaddedLayer, first_BK, last_BKT):
-    slot_S = jnp.arange(entries.positions.shape[-1])
-    return (slot_S >= first_BK[..., None, None]) & (slot_S < last_BKT[..., None])
+    first_BK, last_BKT = dead_range(kept, prompt_lengths, positions, window)
+    last_BTK = last_BKT.swapaxes(1, 2)
+    order_S = jnp.arange(slots, dtype=jnp.int32)[None, None]
+    grown_BU = tail.positions - prompt_lengths[:, None]
+    order_BKU = kept[..., None] + grown_BU[:, None]
+    return Evicted(order_S, first_BK, last_BTK), Evicted(order_BKU, first_BK, last_BTK)
 
 
 def dead_range(
@@ -472,16 +467,3 @@ def dead_range(
     removed_BKT = floor_of_product(grown_B1T, offered_B11 - kept[..., None], offered_B11)
     first_BK = jnp.where(kept > FROZEN_POINT, kept - FROZEN_POINT, kept // 2)
     return first_BK, first_BK[..., None] + removed_BKT
-
-
-def _dead_in_tail(kept_XK, first_XK, last_XKT, tail: Tail, prompt_lengths):
-    """Tail slots that each query of each row no longer sees; rows may share their entries (X)."""
-    batch = prompt_lengths.shape[0]
-    rows = batch // kept_XK.shape[0]
-    kept_BK, first_BK = (jnp.repeat(x, rows, axis=0) for x in (kept_XK, first_XK))
-    heads = kept_XK.shape[1]
-    last_BKT = last_XKT.reshape(-1, heads, rows, last_XKT.shape[-1] // rows)
-    last_BKT = last_BKT.swapaxes(1, 2).reshape(batch, heads, -1)
-    grown_BU = tail.positions - prompt_lengths[:, None]
-    order_BK1U = kept_BK[..., None, None] + grown_BU[:, None, None]
-    return (order_BK1U >= first_BK[..., None, None]) & (order_BK1U < last_BKT[..., None])

@@ -24,7 +24,7 @@ from kvjax.stages import Rules
 
 FULL = CompressionConfig.named("full")
 # Slots of the tail that a question to a cache starts with; twice as many, four times, ... for more.
-TAIL = 512
+TAIL = 256
 # A cache that is handed back has a tail of whole blocks of slots.
 BLOCK = 128
 # Tokens of the prompt beside which an answer is decoded.

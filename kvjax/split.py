@@ -175,25 +175,27 @@ def _attend_pool(
 ):
     tail, kv_heads = _tail(k, v, at), counts_XK.shape[1]
     rows = q.shape[0] // counts_XK.shape[0]
-    at_XT = whole.folded(positions, rows)
-    seen_BTU = whole._seen(at[:, None], positions[..., None], window)
-    seen_BKTU, dead = seen_BTU[:, None], None
+    of_tail = dead = None
     if keep_ratio:
-        first_XK, last_XKT = whole.dead_range(counts_XK, lengths[::rows], at_XT, window)
+        counts_BK = jnp.repeat(counts_XK, rows, axis=0)
+        gone, of_tail = whole.dead_slots(counts_BK, lengths, positions, window, tail)
+        gone = whole.folded_evicted(gone, rows)
         run_XK = start[:, None] + jnp.cumsum(counts_XK, axis=-1) - counts_XK
-        dead = run_XK + first_XK, run_XK[:, None] + last_XKT.swapaxes(1, 2)
+        dead = run_XK + gone.first, run_XK[:, None] + gone.last
         mine = partial(
             lax.dynamic_slice_in_dim,
             start_index=lax.axis_index(HEADS) * k.shape[1],
             slice_size=k.shape[1],
-            axis=1,
         )
-        gone = whole._dead_in_tail(*map(mine, (counts_XK, first_XK, last_XKT)), tail, lengths)
-        seen_BKTU = seen_BKTU & ~gone
+        of_tail = of_tail._replace(
+            order=mine(of_tail.order, axis=1),
+            first=mine(of_tail.first, axis=1),
+            last=mine(of_tail.last, axis=2),
+        )
     entries, owners, places, *scales = slots
     part = pool_attention(
         whole.folded(lax.all_gather(q, QUERY_HEADS, axis=2, tiled=True), rows),
-        at_XT,
+        whole.folded(positions, rows),
         entries,
         owners,
         places,
@@ -205,7 +207,8 @@ def _attend_pool(
         region=region,
     )
     parts = _to_heads(*whole.unfolded(part, rows))
-    return merge([*parts, whole._attend_tail(q, tail, 0, seen_BKTU)]).astype(q.dtype)
+    tail_part = whole.attend_tail(q, positions, tail, 0, window, of_tail)
+    return merge([*parts, tail_part]).astype(q.dtype)
 
 
 def _here(slot: Int[Array, "*shape"]) -> Int[Array, "*shape"]:

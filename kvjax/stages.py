@@ -200,15 +200,38 @@ def extend_prompt(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """A question after a compressed prompt, block by block; logits after each row's last token.
 
-    The cache has room for T rounded up to whole blocks.
+    Blocks are of one size, the largest divisor of T up to BLOCK (a bucket of `prompts.bucket` has
+    one above BLOCK / 2), and run in a loop whose constant the kept entries are: a long question
+    compiles as fast as a short one. The cache has room for T tokens.
     """
-    hidden = []
-    for start in range(0, tokens.shape[1], BLOCK):
-        block_BT = tokens[:, start : start + BLOCK]
-        counts = jnp.clip(lengths - start, 0, block_BT.shape[1])
-        x_BTD, cache = model.extend(block_BT, counts, cache)
-        hidden.append(x_BTD)
-    return last_logits(model, jnp.concatenate(hidden, axis=1), lengths), cache
+    size = _question_block(tokens.shape[1])
+    if size == tokens.shape[1]:
+        x_BTD, cache = model.extend(tokens, lengths, cache)
+        return last_logits(model, x_BTD, lengths), cache
+    last_B = jnp.maximum(lengths - 1, 0)
+
+    def block(state, start):
+        tail, next_positions, found_BD = state
+        now = cache.replace(tail=tail, next_positions=next_positions)
+        block_BC = lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+        x_BCD, now = model.extend(block_BC, jnp.clip(lengths - start, 0, size), now)
+        at_B = last_B - start
+        near_B11 = jnp.clip(at_B, 0, size - 1)[:, None, None]
+        mine_BD = jnp.take_along_axis(x_BCD, near_B11, axis=1)[:, 0]
+        here_B1 = ((at_B >= 0) & (at_B < size))[:, None]
+        found_BD = jnp.where(here_B1, mine_BD, found_BD)
+        return (now.tail, now.next_positions, found_BD), None
+
+    nothing_BD = jnp.zeros_like(model.embed(tokens[:, :1])[:, 0])
+    starts = jnp.arange(0, tokens.shape[1], size, dtype=jnp.int32)
+    (tail, next_positions, x_BD), _ = lax.scan(
+        block, (cache.tail, cache.next_positions, nothing_BD), starts
+    )
+    return model.logits(x_BD), cache.replace(tail=tail, next_positions=next_positions)
+
+
+def _question_block(tokens: int) -> int:
+    return max(size for size in range(1, BLOCK + 1) if tokens % size == 0)
 
 
 # ---------------------------------------------------------------------------- answer

@@ -1,6 +1,7 @@
 """The cache: packing, the tail, attention by true position, PrefixKV's eviction as a mask."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from kvjax import cache as caches
 from kvjax.cache import (
     Cache,
-    PaddedLayer,
+    Tail,
     empty_tail,
     for_rows,
     full_layer,
@@ -21,9 +22,14 @@ from kvjax.cache import (
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
 pack = jax.jit(caches.pack, static_argnums=3, compiler_options=QUICK)
 attend = jax.jit(caches.attend, static_argnums=(3, 4), compiler_options=QUICK)
-dead_slots = jax.jit(caches.dead_slots, compiler_options=QUICK)
 write_positions = jax.jit(caches.write_positions)
 write_layer = jax.jit(caches.write_layer, static_argnums=1)
+
+
+@partial(jax.jit, static_argnums=4, compiler_options=QUICK)
+def dead_masks(kept, prompts, positions, tail, slots):
+    found = caches.dead_slots(kept, prompts, positions, None, tail, slots)
+    return [evicted.mask() for evicted in found]
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -257,13 +263,10 @@ def upstream(prompt: int, kept: int, steps: int) -> list[list[int]]:
 def dead(prompts, kept, steps):
     """`dead_slots` of heads that keep `kept` [B, K] of `prompts` [B] tokens, query by query."""
     kept, prompts = np.asarray(kept), np.asarray(prompts, np.int32)
-    slots = np.arange(kept.max() + 3)  # three slots too many
-    where = np.where(slots < kept[..., None], slots, -1).astype(np.int32)
-    empty = jnp.zeros((*where.shape, 1))
-    layer = PaddedLayer(empty, empty, jnp.array(where))
     positions = jnp.array(prompts[:, None] + np.arange(steps, dtype=np.int32))
-    tail = empty_tail((layer,), steps).replace(positions=positions)
-    return map(np.asarray, dead_slots(layer, tail, jnp.array(prompts), positions))
+    tail = Tail((), (), positions, jnp.zeros((), jnp.int32))
+    counts, slots = jnp.array(kept, jnp.int32), int(kept.max()) + 3  # three too many
+    return map(np.asarray, dead_masks(counts, jnp.array(prompts), positions, tail, slots))
 
 
 def test_ratio_by_hand():

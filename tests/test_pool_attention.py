@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from kvjax.kernels import decode_attention
 from kvjax.kernels.decode_attention import packed, pool_attention, tpu
+from kvjax.kernels.decode_attention.by_head import block_size, owned
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -222,6 +224,136 @@ def test_int8_entries_come_with_scales():
     without = {name: value for name, value in case.items() if name != "scales"}
     with pytest.raises(ValueError, match="entries are int8, expected int8 with scales, or neither"):
         pool_attention(**without, kv_heads=2)
+
+
+# ---------------------------------------------------------------------------- many rows
+MANY = {"tokens": 7, "heads": 6, "kv_heads": 2, "head_dim": 64, "slots": 300}  # 21 rows a head
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Blocks of one head's rows from five on, several a head, the last one not full."""
+    for module in (packed, tpu):
+        monkeypatch.setattr(module, "FEW", 4)
+    monkeypatch.setattr(packed, "BLOCK", 70)
+    monkeypatch.setattr(packed, "SCORES", 70 * 2 * 16)
+    monkeypatch.setattr(tpu, "MOST_ROWS", 16)
+
+
+def ragged(seed, owners):
+    """One row with seven tokens, the other with two and padding."""
+    case = make_case(seed, owners=owners, **MANY)
+    case["query_positions"][1, 2:] = -1
+    return case
+
+
+def both(case, **rules):
+    """The reference's and the TPU kernel's answers to a question's many rows."""
+    case, rules = jax.tree.map(jnp.asarray, (case, rules))
+    call = partial(pool_attention, **case, kv_heads=2, **rules)
+    yield jax.jit(partial(call, implementation="xla"))()
+    yield tpu.pool_attention(**case, kv_heads=2, tile=128, interpret=True, **rules)
+
+
+@pytest.mark.parametrize("owners", OWNERS)
+def test_many_rows_match_float64(owners, many):
+    case = ragged(23, owners)
+    expected = oracle(case, 2)
+    assert not expected[0][1, 2:].any()  # padded tokens see nothing
+    for out, lse in both(case):
+        np.testing.assert_allclose(out, expected[0], atol=5e-6)
+        np.testing.assert_allclose(lse, expected[1], atol=5e-6)
+
+
+def test_many_rows_with_a_window_and_evicted_slots(many):
+    case = ragged(29, "any")
+    dead = make_dead(7, case, 2)
+    expected = oracle(case, 2, 30, dead)
+    rules = {"dead": jax.tree.map(jnp.asarray, dead)}
+    case, rules = jax.tree.map(jnp.asarray, (case, rules))
+    xla = packed.pool_attention(**case, kv_heads=2, window=30, **rules)
+    mosaic = tpu.pool_attention(**case, kv_heads=2, window=30, tile=128, interpret=True, **rules)
+    for out, lse in (xla, mosaic):
+        np.testing.assert_allclose(out, expected[0], atol=5e-6)
+        np.testing.assert_allclose(lse, expected[1], atol=5e-6)
+
+
+@pytest.mark.parametrize("owners", ["any", "one slot"])
+def test_many_rows_with_int8_entries(owners, many):
+    case, exact = quantized(ragged(31, owners))
+    expected = oracle(exact, 2)
+    for out, lse in both(case):
+        np.testing.assert_allclose(out, expected[0], atol=5e-6)
+        np.testing.assert_allclose(lse, expected[1], atol=5e-6)
+
+
+def test_many_rows_in_a_fixed_region(many):
+    case = ragged(37, "holes")
+    case["start"][:], case["end"][:] = 20, [250, 180]
+    outside = np.ones(300, bool)
+    outside[20:250] = False
+    case["entries"][:, outside] = np.nan
+    expected = oracle(case, 2)
+    for module, rules in ((packed, {}), (tpu, {"tile": 128, "interpret": True})):
+        arrays = jax.tree.map(jnp.asarray, case)
+        out, lse = module.pool_attention(**arrays, kv_heads=2, region=(20, 250), **rules)
+        np.testing.assert_allclose(out, expected[0], atol=5e-6)
+        np.testing.assert_allclose(lse, expected[1], atol=5e-6)
+
+
+def test_tokens_in_parts(monkeypatch):
+    """Seven tokens of a call in parts of two, with what each has evicted."""
+    case = make_case(41, tokens=7)
+    dead = make_dead(3, case, 2)
+    case, dead = jax.tree.map(jnp.asarray, (case, dead))
+    expected = pool_attention(**case, kv_heads=2, dead=dead)
+    monkeypatch.setattr(decode_attention, "MOST_ROWS", 2 * 6 * 2)
+    for got, wanted in zip(pool_attention(**case, kv_heads=2, dead=dead), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+def test_bounds_of_what_a_head_owns():
+    """Whatever the order: slots 1..8 are the layer's, head 1 owns two of them, head 2 none."""
+    owners = jnp.array([[1, 0, -1, 1, 0, 0, 1, -1, 0, 2]], jnp.int8)
+    bounds = jnp.array([1]), jnp.array([9])
+    first, end = owned(owners, *bounds, 3)
+    assert (first.tolist(), end.tolist()) == ([[1, 3, 0]], [[9, 7, 0]])
+    again = owned(owners, *bounds, 3, region=(1, 9))
+    assert [bound.tolist() for bound in again] == [first.tolist(), end.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "multiple", "size"),
+    [(5, 256, 16, 16), (320, 256, 16, 160), (512, 256, 16, 256)],
+)
+def test_blocks_are_as_full_as_may_be(rows, most, multiple, size):
+    assert block_size(rows, most, multiple) == size
+
+
+def test_scores_of_many_rows_never_span_a_layer():
+    """Temporaries of a question of 128 tokens, Llama-3-8B's heads, 16 times the slots.
+
+    A slot's scores would be 16 KB, its entry is 512 bytes. What still grows is the reduction that
+    finds heads' bounds, 8 bytes for each slot and head on a CPU, nothing on an accelerator.
+    """
+
+    def temporaries(slots, region):
+        array = jax.ShapeDtypeStruct
+        arrays = {
+            "q": array((1, 128, 32, 128), jnp.bfloat16),
+            "query_positions": array((1, 128), jnp.int32),
+            "entries": array((1, slots, 256), jnp.bfloat16),
+            "owners": array((1, slots), jnp.int8),
+            "positions": array((1, slots), jnp.int32),
+            "start": array((1,), jnp.int32),
+            "end": array((1,), jnp.int32),
+        }
+        run = partial(pool_attention, kv_heads=8, region=region, implementation="xla")
+        compiled = jax.jit(lambda call: run(**call)).lower(arrays).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = (temporaries(slots, (0, slots)) for slots in (8192, 131_072))
+    assert many - few < 1.1 * 8 * 8 * (131_072 - 8192)
 
 
 # ---------------------------------------------------------------------------- over a mesh

@@ -10,15 +10,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention import gpu, packed, tpu
+from kvjax.kernels.decode_attention.padded import Evicted, padded_attention
+from kvjax.kernels.decode_attention.parts import over_tokens
 from kvjax.kernels.decode_attention.reference import decode_attention, merge, merge_over
 from kvjax.kernels.platform import Platform, platform
 
-__all__ = ["decode_attention", "merge", "pool_attention"]
+__all__ = ["Evicted", "decode_attention", "merge", "padded_attention", "pool_attention"]
 
 Implementation = Literal["xla", "pallas", "triton"]
 
 _BY_PLATFORM: dict[Platform, Implementation] = {"tpu": "pallas", "gpu": "triton"}
 _MODULES: dict[str, Any] = {"xla": packed, "pallas": tpu, "triton": gpu}
+# Rows (new tokens x query heads, of a whole batch) that are ordered by KV head at once: what they
+# need on the way, 1 to 2 KB each, takes 250 MB at most.
+MOST_ROWS = 2**17
 
 
 def pool_attention(
@@ -40,7 +45,8 @@ def pool_attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attend new tokens to one layer's slots of a packed pool.
 
-    Every query head is multiplied with every slot, and counts those whose owner is its KV head.
+    Every query head counts the slots whose owner is its KV head. Few rows (new tokens x query
+    heads) are multiplied with every slot; many are taken head by head, each with its own slots.
 
     Args:
       q: queries after RoPE; K divides N.
@@ -77,12 +83,18 @@ def pool_attention(
         if region is not None:
             raise ValueError(f"region={region}, expected None with axis={axis!r}: slots are split")
         start, end, dead = _on_this_device(axis, owners.shape[1], start, end, dead)
-    arrays = q, query_positions, entries, owners, positions, start, end
-    rules: dict[str, Any] = {"kv_heads": kv_heads, "window": window, "dead": dead, "scales": scales}
     module = _module(implementation, q, entries)
-    if module is packed:
-        rules["region"] = region
-    part = module.pool_attention(*arrays, **rules)
+    rules: dict[str, Any] = {
+        "kv_heads": kv_heads, "window": window, "scales": scales, "region": region
+    }  # fmt: skip
+
+    def attend(q, query_positions, last):
+        gone = None if dead is None else (dead[0], last)
+        pool = entries, owners, positions, start, end
+        return module.pool_attention(q, query_positions, *pool, dead=gone, **rules)
+
+    queries = q, query_positions, None if dead is None else dead[1]
+    part = over_tokens(attend, queries, max(1, MOST_ROWS // (q.shape[0] * heads)))
     return part if axis is None else merge_over(axis, part)
 
 

@@ -1,6 +1,9 @@
 """The packed pool's attention on a GPU: a Triton kernel, called through jax-triton.
 
-B batch, R rows (T new tokens x N query heads), M slots, P splits, H head dim, E = 2 H.
+Few rows (T new tokens x N query heads) are one block, which meets every slot of a layer. Many are
+blocks of one KV head each, with the slots that it owns (`by_head.py`).
+
+B batch, Y rows in X blocks, M slots, P splits, H head dim, E = 2 H.
 """
 
 from importlib.util import find_spec
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int8
 
+from kvjax.kernels.decode_attention.by_head import Blocks, by_token, in_blocks
 from kvjax.kernels.decode_attention.reference import merge_weights, query_rows
 from kvjax.kernels.platform import triton_options
 
@@ -18,18 +22,20 @@ TILE = 64
 PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 MOST_SPLITS = 64
 LEAST_TILES = 8  # of a split: what it leaves to be merged is small beside what it reads
+FEW = 64  # rows of several tokens that may meet every slot, in one block
+MOST_ROWS = 64  # of a block of many
 
 
 def supports(q_shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
     """Whether the kernel takes queries of this shape and such entries; jax-triton is installed."""
-    _, tokens, heads, head_dim = q_shape
-    fits = tokens * heads <= 128 and 16 <= head_dim <= 256
+    *_, heads, head_dim = q_shape
+    fits = heads <= 128 and 16 <= head_dim <= 256
     return fits and jnp.dtype(dtype).itemsize in (1, 2, 4) and find_spec("jax_triton") is not None
 
 
-def splits(batch: int, slots: int) -> int:
-    """Programs that share one row's slots; a static number, of a pool's size and not of its use."""
-    wanted = -(-PROGRAMS // batch)
+def splits(blocks: int, slots: int) -> int:
+    """Programs that share a block's slots; a static number, of a pool's size and not of its use."""
+    wanted = -(-PROGRAMS // blocks)
     return max(1, min(wanted, MOST_SPLITS, slots // (LEAST_TILES * TILE)))
 
 
@@ -46,45 +52,72 @@ def pool_attention(
     window: int | None = None,
     dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
+    region: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `kvjax.kernels.decode_attention`."""
+    batch, tokens, heads, _ = q.shape
+    rows = tokens * heads
+    many = tokens > 1 and rows > FEW
+    if many:
+        blocks = in_blocks(
+            q, query_positions, owners, start, end, kv_heads=kv_heads, dead=dead, region=region,
+            size=max(16, min(MOST_ROWS, pl.next_power_of_2(rows // kv_heads))),
+        )  # fmt: skip
+    else:
+        blocks = Blocks(
+            q=q.reshape(batch, rows, -1),
+            rows=query_rows(query_positions, heads, kv_heads, dead),
+            first=start[:, None],
+            end=end[:, None],
+            size=max(16, pl.next_power_of_2(rows)),
+        )
+    found = _attend(blocks, (entries, owners, positions, scales), window, dead is not None)
+    if many:
+        o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in found)
+        return o_BTNH, lse_BTN1[..., 0]
+    o_BYH, lse_BY1 = found
+    return o_BYH.reshape(q.shape), lse_BY1.reshape(batch, tokens, heads)
+
+
+def _attend(blocks: Blocks, pool, window: int | None, evicts: bool):
+    """Output and log-sum-exp of each block's rows, against the slots between its bounds."""
     import jax_triton
 
     from kvjax.kernels.decode_attention.triton_kernel import pool_attention_kernel
 
-    batch, tokens, heads, head_dim = q.shape
-    slots, rows = entries.shape[1], tokens * heads
-    parts = splits(batch, slots)
-    q = q.astype(entries.dtype if scales is None else q.dtype)
-    o_BPRH, lse_BPR = jax_triton.triton_call(
-        q.reshape(batch, rows, head_dim),
-        query_rows(query_positions, heads, kv_heads, dead),
+    entries, owners, positions, scales = pool
+    batch, rows, head_dim = blocks.q.shape
+    slots, each = entries.shape[1], blocks.first.shape[1]
+    parts = splits(batch * each, slots)
+    o_BPYH, lse_BPY = jax_triton.triton_call(
+        blocks.q.astype(entries.dtype if scales is None else blocks.q.dtype),
+        blocks.rows,
         entries,
         positions if scales is None else scales,
         owners,
         positions,
-        start.astype(jnp.int32),
-        end.astype(jnp.int32),
+        blocks.first.astype(jnp.int32),
+        blocks.end.astype(jnp.int32),
         kernel=pool_attention_kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, parts, rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, parts, rows), jnp.float32),
         ),
-        grid=(batch, parts),
+        grid=(batch * each, parts),
         name="pool_attention",
         R=rows,
         M=slots,
         H=head_dim,
         SCALE=head_dim**-0.5,
-        ROWS=max(16, pl.next_power_of_2(rows)),
+        ROWS=blocks.size,
+        BLOCKS=each,
         WIDTH=pl.next_power_of_2(head_dim),
         TILE=TILE,
         SPLITS=parts,
         WINDOW=window or 0,
-        EVICTS=dead is not None,
+        EVICTS=evicts,
         QUANTIZED=scales is not None,
         **triton_options(),
     )
-    weight_PBR, lse_BR = merge_weights(lse_BPR.swapaxes(0, 1))
-    o_BRH = jnp.einsum("PBR,BPRH->BRH", weight_PBR, o_BPRH)
-    return o_BRH.reshape(q.shape), lse_BR.reshape(batch, tokens, heads)
+    weight_PBY, lse_BY = merge_weights(lse_BPY.swapaxes(0, 1))
+    return jnp.einsum("PBY,BPYH->BYH", weight_PBY, o_BPYH), lse_BY[..., None]

@@ -1,15 +1,26 @@
 """Attention of new tokens to a packed pool in XLA: every query head looks at every slot.
 
-B batch, T new tokens, M slots, N query heads, K KV heads, G = N // K, H head dim, E = 2 H.
+Where a call has many rows (new tokens x query heads), they are taken in blocks of one KV head each
+(`by_head.py`), and scores exist for one block of rows and one of slots at a time.
+
+B batch, T new tokens, M slots, N query heads, K KV heads, G = N // K, H head dim, E = 2 H, R rows
+of one KV head.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
+from kvjax.kernels.decode_attention.by_head import block_size, by_token, in_blocks
+from kvjax.kernels.decode_attention.padded import SCORES
+
 # Slots that are read at once where a layer's place in the pool is known only while running.
 BLOCK = 512
+# Rows of one call that every slot may meet.
+FEW = 256
 
 
 def pool_attention(
@@ -32,20 +43,63 @@ def pool_attention(
     pool: tuple[Array, ...] = (entries, owners, positions)
     if scales is not None:
         pool = *pool, scales[:, 0], scales[:, 1]
+    if q.shape[1] > 1 and _many(q.shape, region):
+        return _by_head(q, pool, rules, region)
+    seen = partial(_seen, rules, q.shape[2])
     if region is not None:
         first, last = region
         pool = tuple(x[:, first:last] for x in pool)
         slots_BM = jnp.broadcast_to(jnp.arange(first, last), pool[1].shape)
-        peak, total, o_BTNH = _partial(q, pool, slots_BM, rules)
+        found = _partial(q, pool, slots_BM, (start, end), seen)
     else:
-        peak, total, o_BTNH = _blocks(q, pool, rules)
+        found = _blocks(q, pool, (start, end), seen)
+    return _divided(*found)
+
+
+def _many(q_shape, region) -> bool:
+    batch, tokens, heads, _ = q_shape
+    if region is None:
+        return tokens * heads > FEW
+    return batch * tokens * heads * (region[1] - region[0]) > SCORES
+
+
+def _divided(peak, total, o_BTNH):
     o_BTNH = o_BTNH / jnp.where(total > 0, total, 1.0)[..., None]
     return o_BTNH, jnp.where(total > 0, peak, 0.0) + jnp.log(total)
 
 
-def _blocks(q_BTNH, pool, rules):
+def _by_head(q_BTNH, pool, rules, region):
+    """Block after block of one KV head's rows, each against the slots that its head owns."""
+    query_positions, start, end, kv_heads, window, dead = rules
+    batch, tokens, heads, _ = q_BTNH.shape
+    most = max(16, SCORES // (batch * BLOCK) // 16 * 16)
+    size = block_size(tokens * heads // kv_heads, most, 16)
+    blocks = in_blocks(
+        q_BTNH, query_positions, pool[1], start, end,
+        kv_heads=kv_heads, dead=dead, region=region, size=size,
+    )  # fmt: skip
+
+    def apart(x_BYC):
+        return x_BYC.reshape(batch, -1, size, x_BYC.shape[-1]).swapaxes(0, 1)
+
+    def attend(block):
+        q_BRH, rows_BR4, first_B, end_B = block
+        seen = partial(_seen_by_row, rows_BR4, window, dead is not None)
+        return _divided(*_blocks(q_BRH[:, :, None], pool, (first_B, end_B), seen))
+
+    each = apart(blocks.q), apart(blocks.rows), blocks.first.T, blocks.end.T
+    o_XBR1H, lse_XBR1 = lax.map(attend, each)
+
+    def together(x_XBRC):
+        found_BYC = x_XBRC.swapaxes(0, 1).reshape(batch, -1, x_XBRC.shape[-1])
+        return by_token(found_BYC, tokens, heads, kv_heads)
+
+    return together(o_XBR1H[:, :, :, 0]), together(lse_XBR1)[..., 0]
+
+
+def _blocks(q_BTNH, pool, bounds, seen):
     """Online softmax over as many blocks as the longest row needs."""
-    _, start, end, *_ = rules
+    start, end = bounds
     slots = pool[0].shape[1]
     block = min(BLOCK, slots)
 
@@ -57,7 +111,8 @@ def _blocks(q_BTNH, pool, rules):
         slots_BM = offset_B[:, None] + jnp.arange(block)
         # A block that the pool's end pushed back does not count its first slots again.
         slots_BM = jnp.where(slots_BM >= wanted_B[:, None], slots_BM, slots)
-        part = _partial(q_BTNH, tuple(cut(x, offset_B) for x in pool), slots_BM, rules)
+        held = tuple(cut(x, offset_B) for x in pool)
+        part = _partial(q_BTNH, held, slots_BM, bounds, seen)
         top = jnp.maximum(peak, part[0])
         safe = jnp.where(top == -jnp.inf, 0.0, top)
         old, new = jnp.exp(peak - safe), jnp.exp(part[0] - safe)
@@ -76,11 +131,14 @@ def _blocks(q_BTNH, pool, rules):
     return lax.fori_loop(0, (end - start + block - 1).max() // block, step, nothing)
 
 
-def _partial(q_BTNH, pool, slots_BM, rules):
-    """(peak, sum of exponentials, weighted sum) over some slots; -inf, 0, 0 where none is seen."""
+def _partial(q_BTNH, pool, slots_BM, bounds, seen):
+    """(peak, sum of exponentials, weighted sum) over some slots; -inf, 0, 0 where none is seen.
+
+    `seen(slots_BM, owners_BM, positions_BM)` says which rows see which of the slots that are held.
+    """
     entries_BME, owners_BM, positions_BM, *scales_BM = pool
-    query_positions, start, end, kv_heads, window, dead = rules
-    heads, head_dim = q_BTNH.shape[2:]
+    start, end = bounds
+    head_dim = q_BTNH.shape[-1]
     mine_BM = (owners_BM >= 0) & (slots_BM >= start[:, None]) & (slots_BM < end[:, None])
     # Values, because 0 * NaN would be NaN. Keys too, so that XLA cuts both halves out of a fixed
     # region once, before the loop of decode steps: bare slices it would cut again in every step.
@@ -97,17 +155,7 @@ def _partial(q_BTNH, pool, slots_BM, rules):
     s_BTNM = s_BTNM * head_dim**-0.5
     if scales_BM:
         s_BTNM = s_BTNM * scales_BM[0][:, None, None]
-    distance_BTM = query_positions[..., None] - positions_BM[:, None]
-    seen_BTM = mine_BM[:, None] & (distance_BTM >= 0)
-    if window is not None:
-        seen_BTM &= distance_BTM < window
-    if dead is not None:
-        owner_BM = jnp.maximum(owners_BM, 0).astype(jnp.int32)
-        first_BM = jnp.take_along_axis(dead[0], owner_BM, axis=1)
-        last_BTM = jnp.take_along_axis(dead[1], owner_BM[:, None], axis=2)
-        seen_BTM &= ~((slots_BM >= first_BM)[:, None] & (slots_BM[:, None] < last_BTM))
-    head_N = jnp.arange(heads) // (heads // kv_heads)
-    seen_BTNM = seen_BTM[:, :, None] & (owners_BM[:, None, None] == head_N[:, None])
+    seen_BTNM = mine_BM[:, None, None] & seen(slots_BM, owners_BM, positions_BM)
     s_BTNM = jnp.where(seen_BTNM, s_BTNM, -jnp.inf)
     peak_BTN = s_BTNM.max(-1)
     p_BTNM = jnp.exp(s_BTNM - jnp.where(peak_BTN == -jnp.inf, 0.0, peak_BTN)[..., None])
@@ -118,3 +166,32 @@ def _partial(q_BTNH, pool, slots_BM, rules):
         "BTNM,BMH->BTNH", p_BTNM.astype(v_BMH.dtype), v_BMH, preferred_element_type=jnp.float32
     )
     return peak_BTN, total_BTN, o_BTNH
+
+
+def _seen(rules, heads, slots_BM, owners_BM, positions_BM):
+    """Which query heads of which tokens see which slots, by position and owner."""
+    query_positions, _, _, kv_heads, window, dead = rules
+    distance_BTM = query_positions[..., None] - positions_BM[:, None]
+    seen_BTM = distance_BTM >= 0
+    if window is not None:
+        seen_BTM &= distance_BTM < window
+    if dead is not None:
+        owner_BM = jnp.maximum(owners_BM, 0).astype(jnp.int32)
+        first_BM = jnp.take_along_axis(dead[0], owner_BM, axis=1)
+        last_BTM = jnp.take_along_axis(dead[1], owner_BM[:, None], axis=2)
+        seen_BTM &= ~((slots_BM >= first_BM)[:, None] & (slots_BM[:, None] < last_BTM))
+    head_N = jnp.arange(heads) // (heads // kv_heads)
+    return seen_BTM[:, :, None] & (owners_BM[:, None, None] == head_N[:, None])
+
+
+def _seen_by_row(rows_BR4, window, evicts, slots_BM, owners_BM, positions_BM):
+    """The same for rows of one KV head, `[B, R, 1, M]`."""
+    owner_BR1, at_BR1, first_BR1, last_BR1 = (rows_BR4[..., i : i + 1] for i in range(4))
+    distance_BRM = at_BR1 - positions_BM[:, None]
+    seen_BRM = (owners_BM[:, None] == owner_BR1) & (distance_BRM >= 0)
+    if window is not None:
+        seen_BRM &= distance_BRM < window
+    if evicts:
+        slot_B1M = slots_BM[:, None]
+        seen_BRM &= (slot_B1M < first_BR1) | (slot_B1M >= last_BR1)
+    return seen_BRM[:, :, None]

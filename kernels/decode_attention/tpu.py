@@ -1,12 +1,14 @@
-"""Pallas (Mosaic) kernel for TPU: all query heads against tiles of a packed pool.
+"""Pallas (Mosaic) kernel for TPU: blocks of rows against tiles of a packed pool.
 
-B batch, R rows (T new tokens x N query heads, padded to 8), M slots, C slots of a tile, H head dim,
-E = 2 H.
+B batch, R rows of a block (new tokens x query heads, padded), X blocks, M slots, C slots of a tile,
+H head dim, E = 2 H, W = H or E.
 
-A tile is read once, keys and values side by side, and every row is multiplied with all of it: the
-mask, owner == the row's KV head, does the rest. Arithmetic that others' slots waste is free on a
-matrix unit: decoding is bound by memory. How many tiles a layer has is a run-time number (the grid
-is dynamic), tiles that its first and last slot cut are masked.
+A tile is read once, keys and values side by side, and every row of the block is multiplied with all
+of it: the mask, owner == the row's KV head, does the rest. Few rows are one block: arithmetic that
+others' slots waste is free on a matrix unit, as decoding is bound by memory. Many are blocks of one
+KV head each (`by_head.py`), and visit the tiles between the first and the last slot that it owns.
+How many tiles that are is a run-time number (the grid is dynamic), tiles that the first and last
+slot cut are masked.
 """
 
 from functools import partial
@@ -17,10 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8
 
+from kvjax.kernels.decode_attention.by_head import NOBODY, Blocks, block_size, by_token, in_blocks
 from kvjax.kernels.decode_attention.reference import query_rows
 
 # Slots of a tile: 1 MiB of bf16 entries at H = 128. Beside it lies the one that is being fetched.
 TILE = 2048
+TILE_BYTES = 2**21  # at most, of wider entries
+FEW = 256  # rows of several tokens that may meet every slot, in one block
+# Rows of a block of many, and slots of the tiles that they meet: their scores take 1 MiB.
+MOST_ROWS, MANY_TILE = 256, 1024
 _LANES, _SUBLANES = 128, 8
 _NOTHING = -1e30  # below every score, and finite: differences of it are 0, not NaN
 
@@ -46,87 +53,129 @@ def pool_attention(
     window: int | None = None,
     dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
-    tile: int = TILE,
+    region: tuple[int, int] | None = None,
+    tile: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `kvjax.kernels.decode_attention`."""
     batch, tokens, heads, head_dim = q.shape
     rows, slots = tokens * heads, entries.shape[1]
-    padded = -(-rows // _SUBLANES) * _SUBLANES
+    many = tokens > 1 and rows > FEW
+    tile = tile or _tile(many, 2 * head_dim * entries.dtype.itemsize)
     tile = min(tile, -(-slots // _LANES) * _LANES)
-    # Zeros beside the query: a tile's keys and values go through the matrix unit side by side.
-    q_BRE = jnp.concatenate([q, jnp.zeros_like(q)], axis=-1)
-    q_BRE = q_BRE.astype(entries.dtype if scales is None else q.dtype)
-    q_BRE = _pad_rows(q_BRE.reshape(batch, rows, 2 * head_dim), padded, 0)
-    rows_BR4 = _pad_rows(query_rows(query_positions, heads, kv_heads, dead), padded, -2)
-    tiles_B = jnp.where(end > start, (end + tile - 1) // tile - start // tile, 0)
-    o_BRE, lse_BRX = pl.pallas_call(
+    if many:
+        size = block_size(rows // kv_heads, MOST_ROWS, 2 * _SUBLANES)
+        blocks = in_blocks(
+            q, query_positions, owners, start, end,
+            kv_heads=kv_heads, dead=dead, region=region, size=size,
+        )  # fmt: skip
+    else:
+        size = -(-rows // _SUBLANES) * _SUBLANES
+        q_BRH = _pad_rows(q.reshape(batch, rows, head_dim), size, 0)
+        rows_BR4 = _pad_rows(query_rows(query_positions, heads, kv_heads, dead), size, NOBODY)
+        blocks = Blocks(q_BRH, rows_BR4, start[:, None], end[:, None], size)
+    pool = entries, owners, positions, scales
+    o_BYH, lse_BY1 = _attend(blocks, pool, window, dead is not None, tile, interpret)
+    if many:
+        o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in (o_BYH, lse_BY1))
+        return o_BTNH, lse_BTN1[..., 0]
+    return o_BYH[:, :rows].reshape(q.shape), lse_BY1[:, :rows, 0].reshape(batch, tokens, heads)
+
+
+def _tile(many: bool, entry_bytes: int) -> int:
+    """Slots that are read at once: fewer where there are more scores, or entries are wider."""
+    return min(MANY_TILE if many else TILE, TILE_BYTES // entry_bytes // _LANES * _LANES)
+
+
+def _attend(blocks: Blocks, pool, window: int | None, evicts: bool, tile: int, interpret):
+    """Output and log-sum-exp of each block's rows, against the slots between its bounds."""
+    entries, owners, positions, scales = pool
+    batch, slots, width = entries.shape
+    head_dim = width // 2
+    q_BYW = blocks.q.astype(entries.dtype if scales is None else blocks.q.dtype)
+    # Where a tile's halves begin at a lane's start they are read apart. Elsewhere keys and values
+    # go through the matrix unit side by side, with zeros beside the query.
+    apart = head_dim % _LANES == 0
+    if not apart:
+        q_BYW = jnp.concatenate([q_BYW, jnp.zeros_like(q_BYW)], axis=-1)
+    first_BX, end_BX = blocks.first.astype(jnp.int32), blocks.end.astype(jnp.int32)
+    tiles_BX = jnp.where(end_BX > first_BX, (end_BX + tile - 1) // tile - first_BX // tile, 0)
+    sizes = {"tile": tile, "blocks": first_BX.shape[1]}
+    o_BYW, lse_BYX = pl.pallas_call(
         partial(
             _kernel,
             scale=head_dim**-0.5,
-            tile=tile,
             window=window,
-            evicts=dead is not None,
+            evicts=evicts,
             quantized=scales is not None,
+            apart=apart,
+            **sizes,
         ),
-        grid_spec=_grid(batch, tiles_B, padded, slots, 2 * head_dim, tile, scales is not None),
+        grid_spec=_grid(
+            (batch, tiles_BX.max()), blocks.size, slots, width, q_BYW.shape[-1],
+            scales is not None, **sizes,
+        ),
         out_shape=[
-            jax.ShapeDtypeStruct(q_BRE.shape, jnp.float32),
-            jax.ShapeDtypeStruct((batch, padded, _LANES), jnp.float32),
+            jax.ShapeDtypeStruct(q_BYW.shape, jnp.float32),
+            jax.ShapeDtypeStruct((*q_BYW.shape[:2], _LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         interpret=interpret,
         name="pool_attention",
     )(
-        start.astype(jnp.int32),
-        end.astype(jnp.int32),
-        q_BRE,
-        rows_BR4,
+        first_BX.reshape(-1),
+        end_BX.reshape(-1),
+        q_BYW,
+        blocks.rows,
         entries,
         owners[:, None],
         positions[:, None],
         *(() if scales is None else (scales,)),
-    )
-    o_BTNH = o_BRE[:, :rows, head_dim:].reshape(q.shape)
-    return o_BTNH, lse_BRX[:, :rows, 0].reshape(batch, tokens, heads)
+    )  # fmt: skip
+    return o_BYW[..., -head_dim:], lse_BYX[..., :1]
 
 
 def _grid(
-    batch: int, tiles_B: Array, rows: int, slots: int, width: int, tile: int, quantized: bool
-) -> pltpu.PrefetchScalarGridSpec:
-    """One step for every row and each of its layer's tiles; scratch for the online softmax."""
+    steps: tuple[int, Array], rows: int, slots: int, width: int, query_width: int,
+    quantized: bool, *, tile: int, blocks: int,
+) -> pltpu.PrefetchScalarGridSpec:  # fmt: skip
+    """One step for every block of rows and each of its tiles; scratch for the online softmax."""
     last_tile = max(-(-slots // tile) - 1, 0)
+    batch, most_tiles = steps
 
-    def slot_block(row, step, start_B, end_B):
-        # A tile that the row does not have is the last one again: nothing is fetched twice.
-        reached = jnp.minimum(start_B[row] // tile + step, (end_B[row] - 1) // tile)
+    def slot_block(row, block, step, first_X, end_X):
+        at = row * blocks + block
+        # A tile that the block does not have is the last one again: nothing is fetched twice.
+        reached = jnp.minimum(first_X[at] // tile + step, (end_X[at] - 1) // tile)
         return jnp.clip(reached, 0, last_tile)
 
-    def of_row(row, step, start_B, end_B):
-        return row, 0, 0
+    def of_block(row, block, step, *bounds):
+        return row, block, 0
 
-    def columns(row, step, start_B, end_B):
-        return row, 0, slot_block(row, step, start_B, end_B)
+    def columns(row, *where):
+        return row, 0, slot_block(row, *where)
 
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(batch, jnp.maximum(tiles_B.max(), 1)),
+        grid=(batch, blocks, jnp.maximum(most_tiles, 1)),
         in_specs=[
-            pl.BlockSpec((1, rows, width), of_row),
-            pl.BlockSpec((1, rows, 4), of_row),
-            pl.BlockSpec((1, tile, width), lambda b, i, *s: (b, slot_block(b, i, *s), 0)),
+            pl.BlockSpec((1, rows, query_width), of_block),
+            pl.BlockSpec((1, rows, 4), of_block),
+            pl.BlockSpec((1, tile, width), lambda row, *where: (row, slot_block(row, *where), 0)),
             pl.BlockSpec((1, 1, tile), columns),
             pl.BlockSpec((1, 1, tile), columns),
             *([pl.BlockSpec((1, 2, tile), columns)] if quantized else []),
         ],
         out_specs=[
-            pl.BlockSpec((1, rows, width), of_row),
-            pl.BlockSpec((1, rows, _LANES), of_row),
+            pl.BlockSpec((1, rows, query_width), of_block),
+            pl.BlockSpec((1, rows, _LANES), of_block),
         ],
         scratch_shapes=[
             pltpu.VMEM((rows, _LANES), jnp.float32),
             pltpu.VMEM((rows, _LANES), jnp.float32),
-            pltpu.VMEM((rows, width), jnp.float32),
+            pltpu.VMEM((rows, query_width), jnp.float32),
         ],
     )
 
@@ -136,12 +185,12 @@ def _pad_rows(x: Array, rows: int, value: int) -> Array:
 
 
 def _kernel(
-    start_B, end_B, q_ref, rows_ref, entries_ref, owners_ref, positions_ref, *refs,
-    scale: float, tile: int, window: int | None, evicts: bool, quantized: bool,
+    first_X, end_X, q_ref, rows_ref, entries_ref, owners_ref, positions_ref, *refs, scale: float,
+    tile: int, blocks: int, window: int | None, evicts: bool, quantized: bool, apart: bool,
 ):  # fmt: skip
     o_ref, lse_ref, peak_ref, total_ref, acc_ref = refs[-5:]
-    row, step = pl.program_id(0), pl.program_id(1)
-    start, end = start_B[row], end_B[row]
+    at, step = pl.program_id(0) * blocks + pl.program_id(1), pl.program_id(2)
+    start, end = first_X[at], end_X[at]
     first = (start // tile + step) * tile
 
     @pl.when(step == 0)
@@ -152,7 +201,11 @@ def _kernel(
 
     @pl.when(first < end)
     def _():
-        q_RE, rows_R4, entries_CE = q_ref[0], rows_ref[0], entries_ref[0].astype(q_ref.dtype)
+        q_RW, rows_R4 = q_ref[0], rows_ref[0]
+        head_dim = entries_ref.shape[-1] // 2
+        k_CW = entries_ref[0, :, :head_dim] if apart else entries_ref[0]
+        v_CW = entries_ref[0, :, head_dim:] if apart else k_CW
+        k_CW, v_CW = k_CW.astype(q_ref.dtype), v_CW.astype(q_ref.dtype)
         slot_1C = first + jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1)
         owners_1C = owners_ref[0].astype(jnp.int32)
         owners_1C = jnp.where((slot_1C >= start) & (slot_1C < end), owners_1C, -1)
@@ -164,7 +217,7 @@ def _kernel(
         if evicts:
             seen_RC &= (slot_1C < rows_R4[:, 2:3]) | (slot_1C >= rows_R4[:, 3:4])
         s_RC = scale * jax.lax.dot_general(
-            q_RE, entries_CE, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            q_RW, k_CW, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
         s_RC = s_RC * refs[0][0, 0:1] if quantized else s_RC
         s_RC = jnp.where(seen_RC, s_RC, _NOTHING)
@@ -178,15 +231,15 @@ def _kernel(
         # as empty slots hold anything. (A NaN in a held key still shows, through its score.)
         slot_C1 = first + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
         inside_C1 = (slot_C1 >= start) & (slot_C1 < end)
-        clean_CE = jnp.where(inside_C1 & (entries_CE == entries_CE), entries_CE, 0)
-        o_RE = jax.lax.dot_general(
-            p_RC.astype(clean_CE.dtype), clean_CE, (((1,), (0,)), ((), ())),
+        clean_CW = jnp.where(inside_C1 & (v_CW == v_CW), v_CW, 0)
+        o_RW = jax.lax.dot_general(
+            p_RC.astype(clean_CW.dtype), clean_CW, (((1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        acc_ref[...] = acc_ref[...] * decay_R1 + o_RE
+        acc_ref[...] = acc_ref[...] * decay_R1 + o_RW
         peak_ref[...] = jnp.broadcast_to(peak_R1, peak_ref.shape)
 
-    @pl.when(step == pl.num_programs(1) - 1)
+    @pl.when(step == pl.num_programs(2) - 1)
     def _():
         total_R1 = total_ref[:, :1]
         o_ref[0] = acc_ref[...] / jnp.where(total_R1 > 0, total_R1, 1.0)

@@ -1,7 +1,8 @@
 """The Triton kernel of `gpu.py`; this file alone needs triton.
 
-Rows (T new tokens x N query heads) are padded to ROWS, a power of two of at least 16. A program
-reads a share of one row's slots; the shares are merged by their log-sum-exps.
+Rows (T new tokens x N query heads) are in X blocks of ROWS, a power of two of at least 16. A
+program reads a share of the slots between one block's bounds; the shares are merged by their
+log-sum-exps.
 """
 
 import inspect
@@ -23,8 +24,8 @@ def pool_attention_kernel(
     scales_ptr,  # [B, 2, M] if QUANTIZED
     owners_ptr,  # [B, M]
     positions_ptr,  # [B, M]
-    start_ptr,  # [B]
-    end_ptr,  # [B]
+    first_ptr,  # [B, X]: bounds of the slots that a block of rows looks at
+    end_ptr,  # [B, X]
     o_ptr,  # [B, SPLITS, R, H]
     lse_ptr,  # [B, SPLITS, R]
     R: tl.constexpr,
@@ -32,6 +33,7 @@ def pool_attention_kernel(
     H: tl.constexpr,
     SCALE: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # X
     WIDTH: tl.constexpr,  # H up to a power of two
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -39,15 +41,16 @@ def pool_attention_kernel(
     EVICTS: tl.constexpr,
     QUANTIZED: tl.constexpr,  # entries are int8
 ):
-    batch = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
+    batch = (block // BLOCKS).to(tl.int64)
     split = tl.program_id(1)
-    start = tl.load(start_ptr + batch)
-    end = tl.load(end_ptr + batch)
+    start = tl.load(first_ptr + block)
+    end = tl.load(end_ptr + block)
     share = tl.cdiv(tl.cdiv(end - start, SPLITS), TILE) * TILE
     low = start + split * share
     high = tl.minimum(low + share, end)
 
-    row = tl.arange(0, ROWS)
+    row = (block % BLOCKS) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     real = row < R
     inside = column < H
