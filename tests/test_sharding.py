@@ -131,6 +131,22 @@ def test_a_stream_and_a_saved_cache(mesh, prompts, tmp_path):
 
 
 # ---------------------------------------------------------------------------- where things lie
+@pytest.mark.parametrize("method", ["snapkv", "prefixkv"])
+def test_questions_share_a_document(method, mesh, prompts):
+    """Padded and packed entries, rows over `data`: the document lies once on each of its parts."""
+    model = make_model(2)
+    config = CompressionConfig.named(method, BUDGET)
+    document, questions = prompts[:1], [[5, 9, 11], [17, 4], [8], [20, 33, 6, 7]]
+    one = kvjax.compress_prompt(model, document, config)
+    one = answers(model, questions, config, cache=one)
+    placed = sharding.place(model, mesh)
+    other = kvjax.compress_prompt(placed, document, config)
+    other = answers(placed, questions, config, cache=other, return_cache=True)
+    assert other.tokens == one.tokens
+    np.testing.assert_allclose(other.log_probs, one.log_probs, atol=1e-5)
+    assert other.cache.shared == 4
+
+
 def test_the_mesh_is_fitted_to_the_heads(mesh):
     def sizes(heads, kv_heads):
         return tuple(sharding.fitted(mesh, heads, kv_heads).shape.values())
