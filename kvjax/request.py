@@ -10,7 +10,9 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, repeat_rows
+from kvjax.capacity import most_kept
 from kvjax.config import CompressionConfig, Recompress
+from kvjax.loose import check_held
 from kvjax.placeholders import read
 from kvjax.prompts import Row, bucket, check_context, pad
 from kvjax.reconstruction import instructed
@@ -77,6 +79,8 @@ class Request(struct.PyTreeNode):
             cache = repeat_rows(cache, len(rows))
             check_rows(model, rows, FULL, cache.next_positions.tolist(), new_tokens)
             slots += int(cache.tail.cursor) + tokens.shape[1]
+        if recompress is not None:
+            _check_held(recompress, model.config, config, tokens.shape[1], lengths, cache)
         sampling = sampling or Sampling()
         eos = model.config.eos_token_ids if eos_ids is None else eos_ids
         eos = [eos] if isinstance(eos, int) else eos
@@ -103,6 +107,16 @@ def _check_recompress(rule: Recompress, config: CompressionConfig, cache: Cache 
             "recompress.budget=None keeps the prompt's ratio, expected a method with keep_ratio,"
             " such as prefixkv, its budget a fraction of the prompt, and no cache"
         )
+
+
+def _check_held(rule, shape, config: CompressionConfig, tokens: int, lengths, cache):
+    """Raise ConfigError where a budget is less than what is kept of the fullest row."""
+    windows, heads = shape.sliding_windows, shape.num_kv_heads
+    if cache is not None:
+        held = int(cache.counts.sum((1, 2)).max())
+    else:
+        held = most_kept(config, tokens, int(lengths.max()), windows, heads)
+    check_held(rule, heads * len(windows), held)
 
 
 def check_rows(
