@@ -167,6 +167,22 @@ def held_slots(
     )
 
 
+def most_kept(
+    config: CompressionConfig,
+    tokens: int,
+    length: int,
+    windows: tuple[int | None, ...],
+    kv_heads: int,
+) -> int:
+    """Entries that are kept of a prompt of `length` tokens in a bucket of `tokens`, at most.
+
+    Of all layers and heads; exact but for profiles whose sinks a sliding window has left behind.
+    """
+    if config.skips(tokens):
+        return length * len(windows) * kv_heads
+    return pool_shape(config, length, windows, kv_heads)[0]
+
+
 def slot_bytes(config: CompressionConfig, tokens: int, head_dim: int, itemsize: int) -> int:
     """Bytes of a slot's key and value for a bucket of `tokens`, with their scales in int8."""
     if config.quantize is None or config.skips(tokens):

@@ -201,7 +201,8 @@ class Recompress:
       budget: entries kept per KV head, on average over heads and layers, of prompt and answer
         together, at least what is kept of the prompt; or None to keep the prompt's retained ratio
         while the answer grows, as PrefixKV does (for methods with `keep_ratio` and budgets that
-        are fractions).
+        are fractions). A prompt so short that it keeps more than its fraction (at least 2 entries,
+        and what is protected) grows by no more than the fraction of the answer and 2 a head.
       scorer: "window", attention from the last queries (for an answer that goes on), or
         "key-diff", keys unlike the others (for questions yet to come: what the answer does not
         look at for a while is not forgotten).

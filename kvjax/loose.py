@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 from kvjax import budgets, sharding
 from kvjax.cache import FROZEN_POINT, Cache, remember
 from kvjax.config import ConfigError, Recompress
-from kvjax.integers import floor_of_product
+from kvjax.integers import MOST, floor_of_product
 from kvjax.pool import Pool, dealt
 
 
@@ -32,27 +32,47 @@ class Ratio(struct.PyTreeNode):
     frozen: Int[Array, "B L K"]
 
 
-def slots_needed(held: int, heads: int, rule: Recompress, new: int, fraction: float) -> int:
+def slots_needed(slots: int, heads: int, rule: Recompress, new: int, fraction: float) -> int:
     """Slots of a row's pool: the budget's, or what the ratio comes to after the answer.
 
     Args:
-      held: slots that hold the prompt's entries, of all layers and heads.
+      slots: of the prompt's pool, of all layers and heads, empty ones included.
       heads: KV heads of all layers together.
       rule: when and to what.
       new: tokens to come, and
       fraction: the part of them that is kept, where the rule keeps the ratio.
 
     Raises:
-      ConfigError: a budget below what is held.
+      ConfigError: a budget of more slots than an index can count.
     """
     if rule.budget is None:
-        return held + heads * (math.ceil(fraction * new) + 2)
-    if heads * rule.budget < held:
+        return slots + _grown(heads, new, fraction)
+    if heads * rule.budget > MOST:
+        raise ConfigError(
+            f"recompress.budget={rule.budget} comes to {heads * rule.budget} slots for {heads}"
+            f" heads, expected at most {MOST}"
+        )
+    return heads * rule.budget
+
+
+def _grown(heads: int, new: int, fraction: float) -> int:
+    """Entries that `new` tokens add at the ratio, with two a head for what is rounded up."""
+    return heads * (math.ceil(fraction * new) + 2)
+
+
+def check_held(rule: Recompress, heads: int, held: int):
+    """Raise ConfigError where a budget is less than what is kept of a prompt.
+
+    Args:
+      rule: when and to what.
+      heads: KV heads of all layers together.
+      held: entries that the fullest row holds, of all layers and heads; empty slots do not count.
+    """
+    if rule.budget is not None and heads * rule.budget < held:
         raise ConfigError(
             f"recompress.budget={rule.budget}, expected at least the {-(-held // heads)} entries"
             " a head that are held of the prompt"
         )
-    return heads * rule.budget
 
 
 def loosen(
@@ -60,43 +80,65 @@ def loosen(
 ) -> tuple[Cache, Ratio | None]:
     """The cache with room for what comes, a tail that remembers queries, and the ratio to keep.
 
-    Every layer keeps the slots that it has and gets an equal part of those that are added. Copies
-    the pool, once.
+    Every layer keeps the entries that it has and gets an equal part of the slots beside them.
+    What a row gets depends on what it holds alone: by a budget all slots, by the ratio what it
+    holds and the answer's part. Copies the pool, once.
 
     Args:
       cache: of a prompt, in either layout; it is not changed.
       rule: when and to what.
       heads: query heads N.
       new, fraction: see `slots_needed`.
+
+    Raises:
+      ConfigError: a budget below what is held. Not while tracing, where nobody can know; who
+        compiles this calls `check_held`.
     """
     pool = dealt(cache.pool, 1) if cache.pool is not None else pool_of(cache)
-    batch, layers, kv_heads = pool.counts.shape
-    bounds = [pool.bounds(layer) for layer in range(layers)]
-    old_BL = jnp.stack([start for start, _ in bounds], axis=1)
-    held_BL = jnp.stack([end - start for start, end in bounds], axis=1)
-    regions, wanted_BL = None, held_BL
-    pool_slots = pool.owners.shape[1]
+    layers, kv_heads = pool.counts.shape[1:]
+    held_BL = pool.counts.sum(-1, dtype=jnp.int32)
+    if not isinstance(held_BL, jax.core.Tracer):
+        check_held(rule, layers * kv_heads, int(held_BL.sum(-1).max()))
     total = slots_needed(pool.owners.shape[1], layers * kv_heads, rule, new, fraction)
-    if pool.regions is not None and rule.budget is not None:
-        width = total // layers
-        regions = tuple((width * layer, width * (layer + 1)) for layer in range(layers))
-        wanted_BL = jnp.full((batch, layers), width, jnp.int32)
-    ratio = None
+    wanted_BL, ratio = held_BL, None
     if rule.budget is None:
         ratio = ratio_of(cache, pool)
         most_BLK = allowed(ratio.kept, cache.prompt_lengths, new)
-        wanted_BL = jnp.maximum(wanted_BL, most_BLK.sum(-1))
-    every_B = jnp.full((batch,), total, jnp.int32)
-    sizes_BL = budgets.spread(wanted_BL, jnp.full_like(wanted_BL, total), every_B, held_BL)
-    starts = jnp.pad(jnp.cumsum(sizes_BL, axis=1), ((0, 0), (1, 0)))
-    pool = _moved(pool, old_BL, held_BL, starts, total)
-    widest = None if pool.widest is None else pool.widest + total - pool_slots
+        wanted_BL = jnp.maximum(wanted_BL, most_BLK.sum(-1, dtype=jnp.int32))
+        room_B = held_BL.sum(-1, dtype=jnp.int32) + _grown(layers * kv_heads, new, fraction)
+    else:
+        room_B = jnp.full(held_BL.shape[:1], total, jnp.int32)
+    regions, widest = _places(pool, rule, total)
+    if regions is not None:
+        wanted_BL = jnp.full_like(held_BL, total // layers)
+    sizes_BL = budgets.spread(wanted_BL, jnp.full_like(wanted_BL, total), room_B, held_BL)
+    starts = jnp.pad(jnp.cumsum(sizes_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    pool = _moved(pool, held_BL, starts, total)
     pool = pool.replace(starts=starts, regions=regions, widest=widest)
     pool = dealt(pool, sharding.parts())
     tail = cache.tail
     if rule.queries and not tail.queries:
         tail = remember(tail, rule.queries, heads)
     return cache.replace(layers=(), pool=pool, tail=tail, keep_ratio=False), ratio
+
+
+def _places(pool: Pool, rule: Recompress, total: int):
+    """Each layer's region in a pool of `total` slots where it is fixed, and a layer's most slots.
+
+    Layers that have equal regions have equal ones again where a budget has room for all slots
+    of each, or where all hold the same, as they do in a pool that was just packed.
+    """
+    slots, layers = pool.owners.shape[1], pool.counts.shape[1]
+    widest = pool.widest or slots
+    if pool.regions is not None:
+        widest = max(end - first for first, end in pool.regions)
+        width = total // layers
+        if rule.budget is not None and (width >= widest or pool.starts is None):
+            return tuple((width * layer, width * (layer + 1)) for layer in range(layers)), None
+    if rule.budget is None:
+        return None, widest + total - slots
+    # A layer that holds most of a row, and an equal part of the others' slots.
+    return None, total if widest >= total else widest + -(-(total - widest) // layers)
 
 
 def pool_of(cache: Cache) -> Pool:
@@ -126,14 +168,18 @@ def pool_of(cache: Cache) -> Pool:
     )
 
 
-def _moved(pool: Pool, old_BL, held_BL, starts, total: int) -> Pool:
-    """The pool with `total` slots; slot i of a layer stays its slot i."""
-    slots_M = jnp.arange(total)
+def _moved(pool: Pool, held_BL, starts, total: int) -> Pool:
+    """The pool with `total` slots: each layer's entries in order, in its first slots."""
+    slots_M = jnp.arange(total, dtype=jnp.int32)
     find = jax.vmap(lambda ends: jnp.searchsorted(ends, slots_M, side="right"))
-    layer_BM = jnp.minimum(find(starts[:, 1:]), old_BL.shape[1] - 1)
+    layer_BM = jnp.minimum(find(starts[:, 1:]), held_BL.shape[1] - 1)
     offset_BM = slots_M - jnp.take_along_axis(starts, layer_BM, axis=1)
     filled_BM = offset_BM < jnp.take_along_axis(held_BL, layer_BM, axis=1)
-    source_BM = jnp.take_along_axis(old_BL, layer_BM, axis=1) + offset_BM
+    # Layers lie one after the other, so entries are counted through; empty slots are passed over.
+    before_BL = jnp.cumsum(held_BL, axis=1, dtype=jnp.int32) - held_BL
+    number_BM = jnp.take_along_axis(before_BL, layer_BM, axis=1) + offset_BM + 1
+    running_BM = jnp.cumsum(pool.owners >= 0, axis=1, dtype=jnp.int32)
+    source_BM = jax.vmap(jnp.searchsorted)(running_BM, number_BM)
     source_BM = jnp.where(filled_BM, source_BM, 0)
 
     def move(array, empty):

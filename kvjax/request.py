@@ -9,7 +9,9 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 from kvjax.cache import Cache, for_rows
+from kvjax.capacity import most_kept
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
+from kvjax.loose import check_held
 from kvjax.origin import fingerprint, owned
 from kvjax.placeholders import read
 from kvjax.precision import always_32_bits
@@ -87,6 +89,8 @@ class Request(struct.PyTreeNode):
             # Wide steps: a later turn, whose tail has taken more, still finds its program.
             slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])
             cache = with_tail(cache, slots)
+        if recompress is not None:
+            _check_held(recompress, model.config, config, tokens.shape[1], lengths, cache)
         sampling = sampling or Sampling()
         eos = eos_tokens(eos_ids, model.config.eos_token_ids, model.config.vocab_size)
         rules = Rules(
@@ -133,6 +137,16 @@ def _check_recompress(rule: Recompress, config: CompressionConfig, cache: Cache 
             "recompress.budget=None keeps the prompt's ratio, expected a method with keep_ratio,"
             " such as prefixkv, its budget a fraction of the prompt, and no cache"
         )
+
+
+def _check_held(rule, shape, config: CompressionConfig, tokens: int, lengths, cache):
+    """Raise ConfigError where a budget is less than what is kept of the fullest row."""
+    windows, heads = shape.sliding_windows, shape.num_kv_heads
+    if cache is not None:
+        held = int(cache.counts.sum((1, 2)).max())
+    else:
+        held = most_kept(config, tokens, int(lengths.max()), windows, heads)
+    check_held(rule, heads * len(windows), held)
 
 
 def check_rows(

@@ -9,7 +9,7 @@ from synthetic import probe_of
 import kvjax
 from kvjax import CompressionConfig, ConfigError, Recompress
 from kvjax.cache import with_room
-from kvjax.loose import allowed, loosen, slots_needed
+from kvjax.loose import allowed, check_held, loosen, slots_needed
 from kvjax.pool import kept_mask
 from kvjax.recompress import evict as evict_
 
@@ -23,13 +23,15 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def prompt_cache(method="ada-snapkv", budget=10, layout="packed", sliding=None, **changes):
+def prompt_cache(
+    method="ada-snapkv", budget=10, layout="packed", sliding=None, lengths=LENGTHS, **changes
+):
     keys, values = ([normal(seed + i, B, T, K, H) for i in range(LAYERS)] for seed in (10, 20))
     config = CompressionConfig.named(method, budget, layout=layout, **changes)
     probes = jax.tree.map(jnp.asarray, [probe_of(30 + i, B, T, N, K, H, T) for i in range(LAYERS)])
     windows = [sliding] * LAYERS
     return kvjax.compress(
-        keys, values, probes, config, lengths=jnp.asarray(LENGTHS), windows=windows
+        keys, values, probes, config, lengths=jnp.asarray(lengths), windows=windows
     )
 
 
@@ -267,3 +269,57 @@ def test_wrong_settings_are_refused(changes, message):
 def test_a_budget_below_what_is_held_is_refused():
     with pytest.raises(ConfigError, match="budget=8, expected at least the 10 entries a head"):
         loosen(prompt_cache(), Recompress(every=8, budget=8), N)
+    with pytest.raises(ConfigError, match="budget=8, expected at least the 9 entries a head"):
+        check_held(Recompress(every=8, budget=8), 4, 33)
+    check_held(Recompress(every=8, budget=8), 4, 32)
+    huge = Recompress(every=8, budget=10**8)
+    with pytest.raises(ConfigError, match="budget=100000000 comes to 6400000000 slots for 64 he"):
+        slots_needed(0, 64, huge, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "layout"),
+    [("full", None, None), ("ada-snapkv", 0.25, "padded"), ("prefixkv", 12, "packed")],
+)
+def test_a_budget_of_what_is_held_is_enough(method, budget, layout):
+    """Of 10 and 9 tokens, in whatever slots the bucket of 40 or the padded layout has for them."""
+    lengths = np.array([10, 9], np.int32)
+    cache = prompt_cache(method, budget, layout, lengths=lengths)
+    most = -(-int(cache.counts.sum((1, 2)).max()) // (LAYERS * K))
+    rule = Recompress(every=U, budget=max(most, 4))
+    assert cache.nbytes > B * LAYERS * K * rule.budget * 2 * H * 4
+    loose, _ = loosen(cache, rule, N)
+    assert loose.pool.owners.shape == (B, LAYERS * K * rule.budget)
+    for layer, row in np.ndindex(LAYERS, B):
+        found = entries(loose, layer, row, False)
+        held = np.argwhere(np.asarray(cache.kept_mask(T))[row, layer])
+        assert sorted(found) == list(map(tuple, held.tolist()))
+
+
+def test_a_second_rule_may_have_less_room():
+    """What the first left empty is not held; layers need not be alike by then."""
+    cache, _ = with_answer(prompt_cache(), Recompress(every=U, budget=30, window=4))
+    cache = evict(cache, None, Recompress(every=U, budget=30, window=4), (None, 7))
+    counts = np.asarray(cache.pool.counts)
+    assert (counts[:, 0] > counts[:, 1]).all()
+    most = -(-int(counts.sum((1, 2)).max()) // (LAYERS * K))
+    loose, _ = loosen(cache, Recompress(every=U, budget=most), N)
+    for layer, row in np.ndindex(LAYERS, B):
+        before, after = (entries(c, layer, row, False) for c in (cache, loose))
+        assert before.keys() == after.keys()
+        for place, entry in before.items():
+            np.testing.assert_array_equal(entry, after[place])
+
+
+def test_the_room_of_a_row_is_its_own():
+    """Five tokens, alone and beside 40: by the ratio, what they hold and the answer's part."""
+    rule = Recompress(every=U)
+    room = {}
+    for lengths in ((5, 5), (5, 40)):
+        cache = prompt_cache("prefixkv", 0.1, lengths=np.array(lengths, np.int32))
+        loose, _ = loosen(cache, rule, N, 30, 0.1)
+        ends = np.asarray(loose.pool.starts)
+        room[lengths] = ends[0].tolist()
+        held = np.asarray(cache.counts.sum((1, 2)))
+        assert ends[:, -1].tolist() == (held + LAYERS * K * (3 + 2)).tolist()
+    assert room[5, 5] == room[5, 40]

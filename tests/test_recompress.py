@@ -78,6 +78,31 @@ def test_stream_timed_and_a_row_alone_give_the_same_tokens(model, prompts, name)
         assert timed.tokens == whole.tokens
 
 
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [(FULL, 50), (ADA, 16), (CompressionConfig.named("ada-snapkv", 64), 50), (RATIO, 25)],
+)
+def test_a_budget_of_what_is_kept_is_enough(model, prompts, config, kept):
+    """Of 50 and 41 tokens in a bucket of 64, whose empty slots nobody needs."""
+    rows = [prompts[0][:50], prompts[1]]
+
+    def request(budget, prompts=rows, cache=None):
+        rule = Recompress(every=EVERY, budget=budget)
+        return Request.make(
+            model, prompts, config, NEW, None, None, 0, (), (), False, None, cache, rule
+        )
+
+    assert request(kept).tokens.shape == (2, 64)
+    expected = f"recompress.budget={kept - 1}, expected at least the {kept} entries a head"
+    with pytest.raises(ValueError, match=expected):
+        request(kept - 1)
+    if config is RATIO:
+        cache = kvjax.compress_prompt(model, rows, config)
+        assert request(kept, [[5]] * 2, cache).new_tokens == NEW
+        with pytest.raises(ValueError, match=expected):
+            request(kept - 1, [[5]] * 2, cache)
+
+
 def test_what_was_evicted_is_missed(model, prompts):
     """Else the tests above could not fail."""
     config, rule = RULES["window"]
