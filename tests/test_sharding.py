@@ -1,6 +1,8 @@
 """Generating on a mesh: eight virtual devices, two along `data` and four along `model`."""
 
 import dataclasses
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 
 import jax
@@ -11,7 +13,15 @@ from flax import nnx
 from synthetic import probe_of
 
 import kvjax
-from kvjax import METHODS, CompressionConfig, Recompress, sharding, stages
+from kvjax import (
+    METHODS,
+    CompressionConfig,
+    Recompress,
+    compress,
+    probe_request,
+    sharding,
+    stages,
+)
 from kvjax.ahead import collectives
 from kvjax.cache import with_room
 from kvjax.models import weights
@@ -20,7 +30,13 @@ from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.weights import load_decoder, parameter_at, tensor_specs
 from kvjax.pool import dealt, empty_pool
-from kvjax.programs import decode_program, prefill_compress_program, start_answer_program
+from kvjax.programs import (
+    Program,
+    decode_program,
+    prefill_compress_program,
+    start_answer_program,
+)
+from kvjax.prompts import pad
 from kvjax.split import put_layer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "hf"
@@ -76,13 +92,46 @@ def assert_same(one, other):
 
 
 # ---------------------------------------------------------------------------- the same answers
-@pytest.mark.parametrize("method", METHODS)
-def test_a_mesh_answers_as_one_device(method, mesh, prompts):
+def method(name):
+    return CompressionConfig.named(name, None if name == "full" else BUDGET)
+
+
+@pytest.fixture(scope="module")
+def prefilled(mesh, prompts):
+    """A model's layers with what any method reads, on one device and on a mesh.
+
+    It has fewer KV heads (2) than there are chips along `model` (4).
+    """
+    model = make_model(2, layers=2)
+    tokens, lengths = pad(prompts)
+    wanted = reduce(or_, (probe_request(method(name), tokens.shape[1]) for name in METHODS))
+    run = Program(partial(stages.prefill, request=wanted))
+    models = model, sharding.place(model, mesh)
+    return [(model, *run(model, tokens, lengths)[1:], jnp.asarray(lengths)) for model in models]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_the_same_on_a_mesh(name, prefilled):
+    """Scores, allocation and packing alone: a small program a method."""
+
+    @Program
+    def kept(model, keys, values, probes, lengths):
+        key = jax.random.key(0)
+        cache = compress(keys, values, probes, method(name), lengths=lengths, key=key)
+        return sharding.replicated((cache.kept_mask(64), cache.counts))
+
+    (one, counts), (other, on_mesh) = (jax.tree.map(np.asarray, kept(*x)) for x in prefilled)
+    np.testing.assert_array_equal(other, one)
+    np.testing.assert_array_equal(on_mesh, counts)
+    np.testing.assert_array_equal(one.sum(-1), counts)
+
+
+@pytest.mark.parametrize("name", ["full", "ada-snapkv", "prefixkv", "joint-kvzip"])
+def test_a_mesh_answers_as_one_device(name, mesh, prompts):
     """The same entries and tokens, with fewer KV heads (2) than chips along `model` (4)."""
     model = make_model(2, layers=2)
-    config = CompressionConfig.named(method, None if method == "full" else BUDGET)
-    one = answers(model, prompts, config, return_cache=True)
-    assert_same(one, answers(model, prompts, config, mesh=mesh, return_cache=True))
+    one = answers(model, prompts, method(name), return_cache=True)
+    assert_same(one, answers(model, prompts, method(name), mesh=mesh, return_cache=True))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(12, 6), (3, 1)])
