@@ -31,8 +31,12 @@ $(VENV)/.eval: constraints.txt $(VENV)/.installed
 demo: setup  ## questions about long prompts, answered from every method's cache
 	$(RUN) -m kvjax.demo
 
-test: setup $(AHEAD)/.installed $(VENV)/.eval  ## the whole test suite
-	PYTHONPATH=$(AHEAD) $(RUN) -m pytest -n auto --dist loadfile
+PYTEST := $(RUN) -m pytest -n auto --dist loadfile --durations 10
+test: setup  ## what every change has to pass, 8 minutes at most on two cores
+	$(PYTEST) -m 'not rest'
+
+test-all: setup $(AHEAD)/.installed $(VENV)/.eval  ## what `make test` leaves out: chips, processes, browsers, long runs
+	PYTHONPATH=$(AHEAD) $(PYTEST) -m rest
 
 lint: setup  ## ruff: rules and format
 	$(VENV)/bin/ruff check
@@ -71,4 +75,4 @@ bench: setup  ## speed on this machine, about 25 minutes on two cores
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test lint types fidelity stories study report compile-matrix plan bench clean
+.PHONY: help setup demo test test-all lint types fidelity stories study report compile-matrix plan bench clean

@@ -1,4 +1,4 @@
-"""CPU only, eight virtual devices; fixtures that several files share."""
+"""CPU only, eight virtual devices, compiled programs kept; tiers; fixtures that files share."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,10 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1",
 )
+# Programs that were compiled once are read back, by workers and by the processes that tests start.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvjax" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import jaxtyping
@@ -17,6 +21,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+
+# Folders whose tests need more than this process: `make test` takes the smoke tests of each.
+APART = ("process", "browser", "ahead")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Mark what `make test` leaves to `make test-all`: these folders, and what is marked slow."""
+    for item in items:
+        apart = item.path.parent.name in APART and item.get_closest_marker("smoke") is None
+        if apart or item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.rest)
 
 
 @pytest.fixture(autouse=True, scope="module")
