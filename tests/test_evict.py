@@ -282,7 +282,7 @@ def test_a_budget_below_what_is_held_is_refused():
     [("full", None, None), ("ada-snapkv", 0.25, "padded"), ("prefixkv", 12, "packed")],
 )
 def test_a_budget_of_what_is_held_is_enough(method, budget, layout):
-    """Of 10 and 9 tokens, in whatever slots the bucket of 40, or the padded layout, has for them."""
+    """Of 10 and 9 tokens, in whatever slots the bucket of 40 or the padded layout has for them."""
     lengths = np.array([10, 9], np.int32)
     cache = prompt_cache(method, budget, layout, lengths=lengths)
     most = -(-int(cache.counts.sum((1, 2)).max()) // (LAYERS * K))
