@@ -102,7 +102,7 @@ def compress(
                 f"probe {index} has {given} queries, expected the last {wanted.queries}"
             )
         for name in (*READS.get(config.scorer, ()), *["output_norms"] * config.output_aware):
-            if getattr(probe, name) is None and not config.skips(tokens):
+            if getattr(probe, name) is None and not config.keeps_all(tokens):
                 raise ValueError(
                     f"probe {index} has {name}=None, expected it for {config.method!r}"
                 )
@@ -131,7 +131,7 @@ def make_plan(
         )
     rows = make_rows(config, lengths) if rows is None else rows
     sizes = None
-    if not config.skips(tokens) and not needs_all_layers(config):
+    if not config.keeps_all(tokens) and not needs_all_layers(config):
         sizes = _sizes_from_lengths(config, rows, tokens, windows)
     # A key of its own: the sampler folds other numbers into the caller's.
     key = _each(lambda one: jax.random.split(one)[0], jax.random.key(0) if key is None else key)
@@ -145,7 +145,7 @@ def _each(change: Callable, key: Key[Array, "*row"]) -> Key[Array, "*row"]:
 def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
     """What the scorer of `config` needs from the prefill of a bucket of `tokens`."""
     check_config(config)
-    if config.skips(tokens):
+    if config.keeps_all(tokens):
         return ProbeRequest()
     repeat = None
     if config.scorer == "kvzip":
@@ -194,6 +194,9 @@ def add_layer(
     """Score the next layer, and pack it at once where its size is known."""
     if plan.config.skips(plan.tokens):
         return kept.replace(layers=(*kept.layers, full_layer(keys, values, plan.rows.lengths)))
+    if plan.config.keeps_all(plan.tokens):  # to be quantized: what a later token can see
+        keep_BT = eligible(plan.rows, plan.tokens, plan.windows[index])
+        return _store(kept, index, keys, values, keep_BT[:, None], plan)
     key = _each(lambda key: jax.random.fold_in(key, index), plan.key)
     layer = Layer(probe, keys, values, plan.rows, plan.config, key, plan.windows[index])
     norms = probe.output_norms if plan.config.output_aware else None
@@ -219,7 +222,7 @@ def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
         tail=empty_tail(kept.pool or padded, tail_slots),
         prompt_lengths=plan.rows.lengths,
         next_positions=plan.rows.lengths,
-        keep_ratio=plan.config.keep_ratio and not plan.config.skips(plan.tokens),
+        keep_ratio=plan.config.keep_ratio and not plan.config.keeps_all(plan.tokens),
     )
 
 
@@ -253,25 +256,31 @@ def _pack(
     size: Int[Array, " B"] | Int[Array, "B K"],
     plan: Plan,
 ) -> Packing:
+    window = plan.windows[index]
+    keep = choose(layer.scores, size, plan.rows, plan.config, window, layer.output_norms)
+    return _store(kept, index, layer.keys, layer.values, keep, plan)
+
+
+def _store(kept: Packing, index: int, keys, values, keep, plan: Plan) -> Packing:
+    """What is to be kept of the next layer, in slots."""
     config, windows, tokens = plan.config, plan.windows, plan.tokens
-    keep = choose(layer.scores, size, plan.rows, config, windows[index], layer.output_norms)
-    batch, _, kv_heads, _ = layer.keys.shape
+    batch, _, kv_heads, _ = keys.shape
     keep_BKT = jnp.broadcast_to(keep, (batch, kv_heads, tokens))
     if not packs(config):
         slots = capacity(config, tokens, index, windows, kv_heads)
-        padded = pack(layer.keys, layer.values, keep_BKT, slots)
+        padded = pack(keys, values, keep_BKT, slots)
         return kept.replace(layers=(*kept.layers, padded))
     pool = kept.pool
     if pool is None:
         slots, regions = pool_shape(config, tokens, windows, kv_heads)
         quantize = config.quantize is not None
         parts = sharding.parts()
-        pool = empty_pool(layer.keys, len(windows), slots, regions, quantize, parts)
+        pool = empty_pool(keys, len(windows), slots, regions, quantize, parts)
     room = kv_heads * layer_capacity(config, tokens, index, windows)
     room = min(room, pool.entries.shape[1])
     if pool.regions is None:
         pool = pool.replace(widest=max(pool.widest or 0, room))
-    return kept.replace(pool=put_layer(pool, index, layer.keys, layer.values, keep_BKT, room))
+    return kept.replace(pool=put_layer(pool, index, keys, values, keep_BKT, room))
 
 
 def choose(

@@ -49,8 +49,9 @@ class CompressionConfig:
       layout: "padded" ([B, K, S, H] per layer, S for the longest head), "packed" (one pool of
         exactly the budget) or None for packed, except for uniform budgets on a CPU.
       quantize: "int8" stores what is kept as 8-bit whole numbers with an fp32 scale for each key
-        and each value, or None for the model's dtype. Packed layout only; a prompt that the budget
-        holds whole is not compressed and not quantized.
+        and each value, or None for the model's dtype. Packed layout only. A prompt that the budget
+        holds whole is quantized too, alone as beside longer ones; `full` and a budget of 1.0, which
+        evict nothing of any prompt, are not.
 
     Raises:
       ConfigError: a value outside its range.
@@ -187,9 +188,13 @@ class CompressionConfig:
         """Whether an observation window is scored from, or always kept."""
         return self.scorer in WINDOWED or self.recent == "window"
 
-    def skips(self, bucket: int) -> bool:
-        """Whether a prompt of this bucket is left alone: nothing could be evicted."""
+    def keeps_all(self, bucket: int) -> bool:
+        """Whether nothing could be evicted of a prompt of this bucket, so that none is scored."""
         return not self.compresses or (isinstance(self.budget, int) and self.budget >= bucket)
+
+    def skips(self, bucket: int) -> bool:
+        """Whether a prompt of this bucket is left alone: neither evicted from nor quantized."""
+        return self.keeps_all(bucket) and not (self.compresses and self.quantize)
 
 
 @dataclass(frozen=True, kw_only=True)

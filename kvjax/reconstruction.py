@@ -5,7 +5,9 @@ After its prefill the prompt is run once more, after itself, against its own ful
     [instruction] [the 8 tokens before the chunk] [the chunk]    at positions length, length + 1, ..
 
 The importance of an entry is the most attention that it gets from any of these queries, of any
-query head of its group, in a softmax over the sinks, the entry's chunk and the repetition itself.
+query head of its group, in a softmax over the sinks, the entry's chunk and the repetition itself. A
+sliding-window layer's query sees of these what lies in its window, as it does in the model: what no
+repetition can look back to is worth 0 there, and will be out of sight soon after the prompt.
 
 B batch, T prompt tokens, U tokens of a repetition, C tokens of a chunk, W tokens run at once,
 N query heads, K KV heads, G = N // K, H head dim.
@@ -59,7 +61,10 @@ def reconstruction_scores(
     repeat: Repeat,
     seen: Seen = NOTHING,
 ) -> list[Float[Array, "B K T"]]:
-    """Importance in [0, 1] of each entry of every layer; 0 for padding and for the sinks.
+    """Importance in [0, 1] of each entry of every layer; 0 for padding.
+
+    Sinks are scored as any entry of their chunk: a prompt whose budget protects fewer of them
+    chooses among the others.
 
     Costs about one more prefill: every token passes through the model again, against the whole
     prompt rather than what is before it. Positions go past the prompt by a chunk and what leads to
@@ -74,7 +79,7 @@ def reconstruction_scores(
       seen: the prompt's images, whose features are repeated with their tokens; at successive
         positions, as text, where the rotary embedding had them in rows and columns.
     """
-    width = min(repeat.chunk, tokens.shape[1])
+    width, windows = min(repeat.chunk, tokens.shape[1]), model.config.sliding_windows
     instructions = [jnp.array(ids, jnp.int32) for ids in repeat.instructions]
     texts, counts = _repetitions(tokens, lengths, width, instructions)
     places = None
@@ -103,8 +108,8 @@ def reconstruction_scores(
                 again = Seen(seen.features, place_BW)
             _, now = model.extend(part_BW, jnp.clip(count_B - start, 0, BLOCK), now, again)
             scores = [
-                _raised(score, k, now, layer, first, width, repeat.sinks)
-                for layer, (score, k) in enumerate(zip(scores, keys, strict=True))
+                _raised(score, k, now, layer, first, width, repeat.sinks, window)
+                for layer, (score, k, window) in enumerate(zip(scores, keys, windows, strict=True))
             ]
             return (scores, now.tail, now.next_positions), None
 
@@ -140,7 +145,9 @@ def _repetitions(tokens, lengths, width, instructions):
     return jnp.stack(padded), jnp.stack(counts)
 
 
-def _raised(scores_BKT, k_BTKH, cache: Cache, layer: int, first, width: int, sinks: int):
+def _raised(
+    scores_BKT, k_BTKH, cache: Cache, layer: int, first, width: int, sinks: int, window: int | None
+):
     """A layer's scores, raised by the attention of the queries that the tail remembers."""
     batch, tokens, kv_heads, head_dim = k_BTKH.shape
     tail = cache.tail
@@ -150,20 +157,27 @@ def _raised(scores_BKT, k_BTKH, cache: Cache, layer: int, first, width: int, sin
     start = jnp.minimum(first, tokens - width)  # the last chunk is short
     place_C = start + jnp.arange(width)
     k_BCKH = lax.dynamic_slice_in_dim(k_BTKH, start, width, axis=1)
-    real_BC = (place_C >= first) & (place_C < cache.prompt_lengths[:, None])
-    real_BC &= place_C >= sinks
+    chunk_BC = (place_C >= first) & (place_C < cache.prompt_lengths[:, None])
+    chunk_BC &= place_C >= sinks  # each entry once in a softmax
     k_BXKH = k_BTKH[:, :sinks]
-    real_BX = jnp.arange(k_BXKH.shape[1]) < cache.prompt_lengths[:, None]
+    place_X = jnp.arange(k_BXKH.shape[1])
+    real_BX = place_X < cache.prompt_lengths[:, None]
 
     def logits(k, equation):
         s = jnp.einsum(equation, q_BWKGH, k, preferred_element_type=jnp.float32)
         return s * head_dim**-0.5
 
-    own_BWU = (tail.positions[:, None] >= 0) & (tail.positions[:, None] <= at_BW[..., None])
+    def in_sight(mask_B1S, places):
+        """Of real keys `[B, 1 or W, S]` those that each query sees, `[B, 1, 1, W, S]`."""
+        back_BWS = at_BW[..., None] - places
+        seen_BWS = mask_B1S & (back_BWS >= 0)
+        return (seen_BWS if window is None else seen_BWS & (back_BWS < window))[:, None, None]
+
+    own_B1U = tail.positions[:, None]
     seen = [
-        (logits(k_BCKH, "BWKGH,BCKH->BKGWC"), real_BC[:, None, None, None]),
-        (logits(k_BXKH, "BWKGH,BXKH->BKGWX"), real_BX[:, None, None, None]),
-        (logits(tail.keys[layer], "BWKGH,BKUH->BKGWU"), own_BWU[:, None, None]),
+        (logits(k_BCKH, "BWKGH,BCKH->BKGWC"), in_sight(chunk_BC[:, None], place_C)),
+        (logits(k_BXKH, "BWKGH,BXKH->BKGWX"), in_sight(real_BX[:, None], place_X)),
+        (logits(tail.keys[layer], "BWKGH,BKUH->BKGWU"), in_sight(own_B1U >= 0, own_B1U)),
     ]
     parts = [jnp.where(mask, s, -jnp.inf) for s, mask in seen]
     peak = jnp.max(jnp.stack([s.max(-1, initial=-jnp.inf) for s in parts]), axis=0)[..., None]
@@ -171,7 +185,13 @@ def _raised(scores_BKT, k_BTKH, cache: Cache, layer: int, first, width: int, sin
     exps = [jnp.exp(s - safe) for s in parts]
     total = jnp.sum(jnp.stack([e.sum(-1, keepdims=True) for e in exps]), axis=0)
     asked_BW = (at_BW >= 0)[:, None, None, :, None]
-    most_BKC = jnp.where(asked_BW, exps[0] / jnp.where(total > 0, total, 1.0), 0.0).max((2, 3))
+    most_BKC, most_BKX = (
+        jnp.where(asked_BW, e / jnp.where(total > 0, total, 1.0), 0.0).max((2, 3)) for e in exps[:2]
+    )
     old_BKC = lax.dynamic_slice_in_dim(scores_BKT, start, width, axis=2)
-    new_BKC = jnp.where(real_BC[:, None], jnp.maximum(old_BKC, most_BKC), old_BKC)
-    return lax.dynamic_update_slice_in_dim(scores_BKT, new_BKC, start, axis=2)
+    new_BKC = jnp.where(chunk_BC[:, None], jnp.maximum(old_BKC, most_BKC), old_BKC)
+    scores_BKT = lax.dynamic_update_slice_in_dim(scores_BKT, new_BKC, start, axis=2)
+    said_BX = real_BX & (place_X >= first) & (place_X < first + width)
+    old_BKX = scores_BKT[..., :sinks]
+    new_BKX = jnp.where(said_BX[:, None], jnp.maximum(old_BKX, most_BKX), old_BKX)
+    return scores_BKT.at[..., :sinks].set(new_BKX)

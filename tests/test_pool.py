@@ -237,6 +237,34 @@ def test_quantized_caches_answer_nearly_alike(model, prompts, name):
     np.testing.assert_allclose(whole, pool.entries, atol=float(jnp.abs(pool.entries).max()) / 250)
 
 
+def test_int8_of_a_row_is_its_own():
+    """Prompts below, at and above the budget of 12, alone and side by side: the same bytes."""
+    lengths, windows = (9, 12, 20), (7, None)
+    config = CompressionConfig.named("ada-snapkv", 12, quantize="int8")
+    call = jax.jit(kvjax.compress, static_argnames=("config", "windows"), compiler_options=QUICK)
+    keys, values = (jnp.asarray(normal(seed, 2, 3, 20, 2, 8)) for seed in (0, 1))
+    queries = jnp.asarray(normal(2, 3, 6, 4, 8))
+
+    def stored(rows, tokens):
+        prompt = ([*x[:, rows, :tokens]] for x in (keys, values))
+        probes = [kvjax.Probe(queries=queries[rows])] * 2
+        n = jnp.array(lengths)[rows]
+        pool = call(*prompt, probes, config, lengths=n, windows=windows).pool
+        assert pool.entries.dtype == jnp.int8
+        arrays = pool.owners, pool.positions, pool.entries, pool.scales.swapaxes(1, 2)
+        filled = np.asarray(pool.owners) >= 0
+        counts = pool.counts.tolist()
+        return [(counts[i], *(np.asarray(x)[i, row] for x in arrays))
+                for i, row in enumerate(filled)]  # fmt: skip
+
+    together = stored(np.arange(3), 20)
+    for row, tokens in enumerate((12, 12, 20)):
+        # The longest in company of its like: the program of all three.
+        alone = stored(np.array([row] * (3 if tokens == 20 else 1)), tokens)[0]
+        for one, other in zip(alone, together[row], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [("mistral", "prefixkv"), ("qwen25-sharded", "ada-prefixkv")],

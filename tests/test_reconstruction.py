@@ -119,22 +119,26 @@ def forward(model, tokens) -> list[tuple[np.ndarray, np.ndarray]]:
 def oracle(model, prompt, repeat: Repeat) -> np.ndarray:
     """`[L, K, n]` of one prompt: [prompt] [instruction] [lead] [chunk], once for every chunk.
 
-    Each new query's softmax is over the sinks, the chunk and what was repeated up to it; an entry
-    of the chunk gets the most that any of them, of any head of the group, gives to it.
+    Each new query's softmax is over the sinks, the chunk and what was repeated up to it, as far as
+    the layer's window reaches; an entry of the chunk, be it a sink, gets the most that any of
+    them, of any head of the group, gives to it.
     """
     n, sinks = len(prompt), repeat.sinks
     scores_LKT = np.zeros((LAYERS, K, n))
     for first in range(0, n, repeat.chunk):
-        chunk = range(max(first, sinks), min(first + repeat.chunk, n))
+        chunk = range(first, min(first + repeat.chunk, n))
         text = [*repeat.instructions[first > 0], *prompt[max(0, first - LEAD) : first]]
         text += [*prompt[first : first + repeat.chunk]]
         for layer, (q_TNH, k_TKH) in enumerate(forward(model, [*prompt, *text])):
+            window = model.config.sliding_windows[layer] or n + len(text)
             for said, head in np.ndindex(len(text), N):
-                keys = [*range(min(sinks, n)), *chunk, *range(n, n + said + 1)]
+                asked = {*range(min(sinks, n)), *chunk, *range(n, n + said + 1)}
+                keys = [key for key in sorted(asked) if n + said - key < window]
                 p_S = softmax(k_TKH[keys, head // G] @ q_TNH[n + said, head] / np.sqrt(H))
-                p_C = p_S[min(sinks, n) : min(sinks, n) + len(chunk)]
-                best_C = scores_LKT[layer, head // G, chunk]
-                scores_LKT[layer, head // G, chunk] = np.maximum(best_C, p_C)
+                for key, p in zip(keys, p_S, strict=True):
+                    if key in chunk:
+                        best = scores_LKT[layer, head // G, key]
+                        scores_LKT[layer, head // G, key] = max(best, p)
     return scores_LKT
 
 
@@ -145,7 +149,7 @@ def check(model, tokens, lengths, repeat):
         expected = oracle(model, tokens[row, :n].tolist(), repeat)
         np.testing.assert_allclose(scores[:, row, :, :n], expected, rtol=1e-4, atol=1e-6)
         assert not scores[:, row, :, n:].any()
-        assert not scores[:, row, :, : repeat.sinks].any()
+        assert (scores[0, row, :, : min(n, repeat.sinks)] > 0).all()
 
 
 # Ends in the middle of the third chunk, with the second, within the first, and within the sinks.
@@ -167,8 +171,11 @@ def test_scores_match_float64(model, repeat):
 
 
 def test_sliding_windows_match_float64():
-    """Hidden states as the model makes them; the scores' own softmax knows no window."""
-    check(small_model(None, 12), prompts(48, LENGTHS), LENGTHS, Repeat(17, (FIRST, OTHERS), 4))
+    """A layer sees of its chunk what its window reaches; of the first chunks nothing at all."""
+    check(small_model(None, 24), prompts(48, LENGTHS), LENGTHS, Repeat(17, (FIRST, OTHERS), 4))
+    scores = scores_of(small_model(None, 24), prompts(48, (45,)), (45,), Repeat(17, ((), ()), 4))
+    assert scores[0].all(where=np.arange(48) < 45)
+    assert (scores[1, 0] > 0).any(0).nonzero()[0].tolist() == list(range(22, 45))
 
 
 def test_a_repetition_of_several_blocks_matches_float64(model):
@@ -180,7 +187,7 @@ def test_even_attention_by_hand():
     # All logits are 0, so the first query of a chunk gives most: 1 to (sinks + chunk + itself).
     model = small_model(sharpness=0.0)
     scores = scores_of(model, prompts(12, (10, 5)), (10, 5), Repeat(4, (FIRST, OTHERS), 2))
-    first = [0, 0, *[1 / (2 + 2 + 1)] * 2]
+    first = [1 / (2 + 2 + 1)] * 4
     ten = [*first, *[1 / (2 + 4 + 1)] * 4, *[1 / (2 + 2 + 1)] * 2, 0, 0]
     five = [*first, 1 / (2 + 1 + 1), *[0] * 7]
     for row, expected in enumerate((ten, five)):
@@ -226,7 +233,7 @@ def test_an_instruction_reaches_its_own_chunks_alone(model):
     def changed(scores_LKT):
         """Which of the three chunks' scores are others."""
         differs_T = np.abs(scores_LKT - scores).max((0, 1)) > 1e-5
-        return [differs_T[4:17].any(), differs_T[17:34].any(), differs_T[34:45].any()]
+        return [differs_T[:17].any(), differs_T[17:34].any(), differs_T[34:45].any()]
 
     first = dataclasses.replace(REPEAT, instructions=((3,), OTHERS))
     others = dataclasses.replace(REPEAT, instructions=(FIRST, (3,)))

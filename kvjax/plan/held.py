@@ -105,7 +105,7 @@ def prefill_estimate(ask: Ask) -> int:
     one = group * tokens * (3 * model.hidden_size + 2 * queries + keys)
     mlp = min(group * tokens, MLP_TOKENS) * (2 * wide + model.hidden_size)
     config = ask.compression
-    waits = not config.skips(tokens) and needs_all_layers(config)
+    waits = not config.keeps_all(tokens) and needs_all_layers(config)
     waits |= probe_request(config, tokens).repeat is not None
     every = (model.num_layers - 1) * group * tokens * keys if waits else 0
     return _WIDTH * (max(one, mlp) + every) + 4 * rows * model.vocab_size // ask.parts
