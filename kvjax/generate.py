@@ -110,7 +110,7 @@ def generate(
         alone and in any batch; rows of one prompt need seeds of their own to differ.
       eos_ids: token or tokens that end a row; the model's own by default, () for none.
       stop: string or strings that end a row and are cut off (looked for on the host, every few
-        tokens).
+        tokens); one may be a special token, such as "<|im_end|>".
       chat: put each text into the tokenizer's chat template (the first turn; render later ones
         yourself, the template would begin anew).
       attention_mask: 1 for the real tokens of a padded array, on either side.
@@ -119,7 +119,7 @@ def generate(
         LLaVA); a list for one prompt, a list of lists for several.
       cache: a cache from `compress_prompt` or from an earlier answer, which the prompts
         continue; a cache of one row serves any number of prompts. It is not changed. `config`
-        has no effect then.
+        has no effect then. Another model's is refused.
       return_cache: also hand back the cache with the answer in it, for the next turn.
       recompress: compress again and again while decoding, so that an answer of any length needs
         no more memory; the cache is packed then.
