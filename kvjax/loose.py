@@ -4,6 +4,7 @@ B batch, L layers, K KV heads, N query heads, M slots of the pool, R slots looke
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, no_type_check
 
 import jax
@@ -76,7 +77,12 @@ def check_held(rule: Recompress, heads: int, held: int):
 
 
 def loosen(
-    cache: Cache, rule: Recompress, heads: int, new: int = 0, fraction: float = 1.0
+    cache: Cache,
+    rule: Recompress,
+    heads: int,
+    new: int = 0,
+    fraction: float = 1.0,
+    windows: tuple[int | None, ...] = (),
 ) -> tuple[Cache, Ratio | None]:
     """The cache with room for what comes, a tail that remembers queries, and the ratio to keep.
 
@@ -89,6 +95,8 @@ def loosen(
       rule: when and to what.
       heads: query heads N.
       new, fraction: see `slots_needed`.
+      windows: each layer's sliding window, () for none: a layer gets no slots beyond what a later
+        token can see of it, the others get them.
 
     Raises:
       ConfigError: a budget below what is held. Not while tracing, where nobody can know; who
@@ -100,6 +108,9 @@ def loosen(
     if not isinstance(held_BL, jax.core.Tracer):
         check_held(rule, layers * kv_heads, int(held_BL.sum(-1).max()))
     total = slots_needed(pool.owners.shape[1], layers * kv_heads, rule, new, fraction)
+    caps = [total if w is None else kv_heads * max(w - 1, 1) for w in windows or [None] * layers]
+    total = min(total, max(sum(caps), pool.owners.shape[1]))
+    caps_BL = jnp.maximum(jnp.array([min(cap, total) for cap in caps], jnp.int32), held_BL)
     wanted_BL, ratio = held_BL, None
     if rule.budget is None:
         ratio = ratio_of(cache, pool)
@@ -108,10 +119,10 @@ def loosen(
         room_B = held_BL.sum(-1, dtype=jnp.int32) + _grown(layers * kv_heads, new, fraction)
     else:
         room_B = jnp.full(held_BL.shape[:1], total, jnp.int32)
-    regions, widest = _places(pool, rule, total)
+    regions, widest = _places(pool, rule, total, caps)
     if regions is not None:
-        wanted_BL = jnp.full_like(held_BL, total // layers)
-    sizes_BL = budgets.spread(wanted_BL, jnp.full_like(wanted_BL, total), room_B, held_BL)
+        wanted_BL = caps_BL = jnp.full_like(held_BL, total // layers)
+    sizes_BL = budgets.spread(wanted_BL, caps_BL, room_B, held_BL)
     starts = jnp.pad(jnp.cumsum(sizes_BL, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     pool = _moved(pool, held_BL, starts, total)
     pool = pool.replace(starts=starts, regions=regions, widest=widest)
@@ -122,19 +133,21 @@ def loosen(
     return cache.replace(layers=(), pool=pool, tail=tail, keep_ratio=False), ratio
 
 
-def _places(pool: Pool, rule: Recompress, total: int):
+def _places(pool: Pool, rule: Recompress, total: int, caps: Sequence[int]):
     """Each layer's region in a pool of `total` slots where it is fixed, and a layer's most slots.
 
     Layers that have equal regions have equal ones again where a budget has room for all slots
     of each, or where all hold the same, as they do in a pool that was just packed.
     """
     slots, layers = pool.owners.shape[1], pool.counts.shape[1]
-    widest = pool.widest or slots
+    widest, alike = pool.widest or slots, len(set(caps)) == 1
     if pool.regions is not None:
         widest = max(end - first for first, end in pool.regions)
         width = total // layers
-        if rule.budget is not None and (width >= widest or pool.starts is None):
+        if rule.budget is not None and alike and (width >= widest or pool.starts is None):
             return tuple((width * layer, width * (layer + 1)) for layer in range(layers)), None
+    if not alike:  # what sliding windows leave may go to any other layer
+        return None, total
     if rule.budget is None:
         return None, widest + total - slots
     # A layer that holds most of a row, and an equal part of the others' slots.

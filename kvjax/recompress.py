@@ -44,7 +44,7 @@ def make_room(
       new, fraction: see `kvjax.loose.slots_needed`.
     """
     masked = cache.keep_ratio and rule.budget is not None and asked
-    loose, ratio = loosen(with_own_entries(cache), rule, heads, new, fraction)
+    loose, ratio = loosen(with_own_entries(cache), rule, heads, new, fraction, windows)
     if masked and loose.pool is not None:
         loose = evict(loose, ratio_of(loose, dealt(loose.pool, 1)), rule, windows)
     return loose, ratio

@@ -311,6 +311,18 @@ def test_a_second_rule_may_have_less_room():
             np.testing.assert_array_equal(entry, after[place])
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_sliding_windows_get_no_room_that_they_cannot_fill(layout):
+    """A window of 7 sees 6 entries a head; what is left of the budget goes to the other layer."""
+    cache, rule = prompt_cache("snapkv", 5, layout), Recompress(every=U, budget=20)
+    mixed, _ = loosen(cache, rule, N, windows=(None, 7))
+    assert np.diff(np.asarray(mixed.pool.starts)).tolist() == [[K * 34, K * 6]] * B
+    both, _ = loosen(cache, rule, N, windows=(7, 7))
+    assert both.pool.owners.shape == (B, 2 * K * 6)
+    assert np.diff(np.asarray(both.pool.starts)).tolist() == [[K * 6, K * 6]] * B
+    np.testing.assert_array_equal(both.counts, cache.counts)
+
+
 def test_the_room_of_a_row_is_its_own():
     """Five tokens, alone and beside 40: by the ratio, what they hold and the answer's part."""
     rule = Recompress(every=U)
