@@ -1,0 +1,345 @@
+"""The packed layout: slots with owners, in exactly the budget's bytes."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import probe_of
+
+import kvjax
+from kvjax import METHODS, CompressionConfig
+from kvjax import pool as pools
+from kvjax.models.weights import load_decoder
+from kvjax.pool import empty_pool
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
+QUICK = {"xla_backend_optimization_level": 0}
+put_layer = jax.jit(pools.put_layer, static_argnums=(1, 5), compiler_options=QUICK)
+kept_mask = jax.jit(pools.kept_mask, static_argnums=(1, 2), compiler_options=QUICK)
+COMPRESSING = [name for name in METHODS if name != "full"]
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------- packing
+def test_put_by_hand():
+    """The picture in kvjax/pool.py: ten tokens, two layers, two heads."""
+    keys = np.arange(1.0, 21).astype(np.float32).reshape(1, 10, 2, 1)  # 2 p + 1 and 2 p + 2
+    kept = [([0, 3, 9], [0, 9]), ([9], [0, 9])]
+    pool = empty_pool(jnp.asarray(keys), 2, 9, None)
+    for layer, heads in enumerate(kept):
+        keep = np.zeros((1, 2, 10), bool)
+        for head, places in enumerate(heads):
+            keep[0, head, places] = True
+        pool = put_layer(pool, layer, keys, -keys, keep, 6)
+    np.testing.assert_array_equal(pool.owners, [[0, 0, 0, 1, 1, 0, 1, 1, -1]])
+    np.testing.assert_array_equal(pool.positions, [[0, 3, 9, 0, 9, 9, 0, 9, -1]])
+    np.testing.assert_array_equal(pool.entries[0, :, 0], [1, 7, 19, 2, 20, 19, 2, 20, 0])
+    np.testing.assert_array_equal(pool.entries[..., 1], -pool.entries[..., 0])
+    np.testing.assert_array_equal(pool.counts, [[[3, 2], [1, 2]]])
+    bounds = [[int(bound[0]) for bound in pool.bounds(layer)] for layer in (0, 1)]
+    assert bounds == [[0, 5], [5, 8]]
+    assert pool.nbytes == 9 * 2 * 4
+    mask = np.asarray(kept_mask(pool, 0, 10))
+    assert [np.flatnonzero(head).tolist() for head in mask[0]] == [[0, 3, 9], [0, 9]]
+
+
+@partial(jax.jit, static_argnums=3, compiler_options=QUICK)
+def packed_layers(keys, values, keep, slots):
+    """A pool of all layers, and which tokens it says that each head holds."""
+    layers, _, heads, tokens = keep.shape
+    pool = empty_pool(keys[0], layers, slots, None)
+    for layer in range(layers):
+        arrays = keys[layer], values[layer], keep[layer]
+        pool = pools.put_layer(pool, layer, *arrays, min(heads * tokens, slots))
+    return pool, [pools.kept_mask(pool, layer, tokens) for layer in range(layers)]
+
+
+@st.composite
+def keeps(draw):
+    """Masks of a few layers, whose totals differ by row, layer and head."""
+    # A few shapes only: each is compiled.
+    layers, batch, heads, tokens = draw(
+        st.sampled_from([(1, 1, 1, 1), (2, 3, 2, 12), (3, 2, 4, 7)])
+    )
+    seed, share = draw(st.integers(0, 2**31)), draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+    return np.random.default_rng(seed).random((layers, batch, heads, tokens)) < share
+
+
+@given(keep=keeps(), spare=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_every_kept_entry_is_found_under_its_owner(keep, spare):
+    layers, batch, heads, tokens = keep.shape
+    if spare:
+        slots = layers * heads * tokens + 3
+    else:
+        slots = layers * heads * tokens // 2 + 1
+        # No row keeps more than there are slots.
+        keep &= (
+            keep.swapaxes(0, 1)
+            .reshape(batch, -1)
+            .cumsum(1)
+            .reshape(batch, layers, heads, tokens)
+            .swapaxes(0, 1)
+            <= slots
+        )
+    keys, values = (normal(seed, layers, batch, tokens, heads, 4) for seed in (0, 1))
+    # What is not kept may hold anything.
+    dirty = np.where(keep.swapaxes(2, 3)[..., None], keys, np.float32(np.nan))
+    pool, masks = jax.tree.map(np.asarray, packed_layers(dirty, values, keep, slots))
+    np.testing.assert_array_equal(pool.counts, keep.sum(-1).swapaxes(0, 1))
+    for row in range(batch):
+        at = 0
+        for layer in range(layers):
+            for head in range(heads):
+                places = np.flatnonzero(keep[layer, row, head])
+                run = slice(at, at + len(places))
+                at = run.stop
+                assert (pool.owners[row, run] == head).all()
+                np.testing.assert_array_equal(pool.positions[row, run], places)
+                both = np.concatenate([keys, values], -1)[layer, row, places, head]
+                np.testing.assert_array_equal(pool.entries[row, run], both)
+        assert (pool.owners[row, at:] == -1).all()
+        assert (pool.positions[row, at:] == -1).all()
+        assert (pool.entries[row, at:] == 0).all()
+    np.testing.assert_array_equal(masks, keep)
+
+
+def test_fixed_regions_hold_the_same():
+    """Every layer at its own place; rows that keep less leave empty slots there."""
+    rng = np.random.default_rng(0)
+    keep = rng.random((2, 3, 2, 8)) < 0.5
+    keys, values = normal(0, 2, 3, 8, 2, 4), normal(1, 2, 3, 8, 2, 4)
+    regions = ((0, 16), (16, 32))
+    loose, fixed = (empty_pool(jnp.asarray(keys[0]), 2, 32, r) for r in (None, regions))
+    for layer in range(2):
+        arrays = keys[layer], values[layer], keep[layer]
+        loose, fixed = (put_layer(p, layer, *arrays, 16) for p in (loose, fixed))
+    for layer in range(2):
+        np.testing.assert_array_equal(kept_mask(fixed, layer, 8), keep[layer])
+        for row in range(3):
+            a, b = (
+                np.asarray(p.entries)[row, slice(*(int(x[row]) for x in p.bounds(layer)))]
+                for p in (loose, fixed)
+            )
+            np.testing.assert_array_equal(a, b)
+    assert fixed.bounds(1)[0].tolist() == [16] * 3
+
+
+def test_owners_are_int8():
+    with pytest.raises(ValueError, match="keys have 128 heads, expected at most 127"):
+        empty_pool(jnp.zeros((1, 2, 128, 4)), 1, 4, None)
+
+
+# ---------------------------------------------------------------------------- generation
+@pytest.fixture(scope="module")
+def model():
+    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Three prompts of 64, 41 and 52 tokens: one bucket of 64."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 80, size).tolist() for size in (64, 41, 52)]
+
+
+def budget_bytes(model, rows, per_head, entry):
+    """Of `rows` prompts with `per_head` entries on average, each of `entry` bytes."""
+    return rows * model.config.num_layers * model.config.num_kv_heads * per_head * entry
+
+
+@pytest.mark.parametrize("name", COMPRESSING)
+def test_packed_holds_the_same_entries_in_exactly_the_budget(name):
+    """Of three prompts of 64, 41 and 52 tokens, in two layers of two heads."""
+    keys, values = (jnp.asarray(normal(seed, 2, 3, 64, 2, 8)) for seed in (0, 1))
+    probes = [probe_of(seed, 3, 64, 4, 2, 8, 8) for seed in (2, 3)]
+    call = jax.jit(kvjax.compress, static_argnames="config", compiler_options=QUICK)
+    lengths = jnp.array([64, 41, 52])
+    padded, packed = (
+        call(
+            list(keys),
+            list(values),
+            probes,
+            CompressionConfig.named(name, 16, layout=layout),
+            lengths=lengths,
+        )
+        for layout in ("padded", "packed")
+    )
+    np.testing.assert_array_equal(packed.kept_mask(64), padded.kept_mask(64))
+    assert packed.nbytes == 3 * 2 * 2 * 16 * 2 * 8 * 4 <= padded.nbytes
+
+
+@pytest.mark.parametrize(("name", "budget"), [("snapkv", 16), ("ada-prefixkv", 0.4)])
+def test_packed_answers_as_padded(model, prompts, name, budget):
+    padded, packed = (
+        kvjax.generate(
+            model,
+            prompts,
+            CompressionConfig.named(name, budget, layout=layout),
+            max_new_tokens=12,
+            eos_ids=(),
+        )
+        for layout in ("padded", "packed")
+    )
+    assert packed.tokens == padded.tokens
+    np.testing.assert_allclose(packed.log_probs, padded.log_probs, atol=1e-5)
+    np.testing.assert_array_equal(packed.kept, padded.kept)
+    per_head = 16 if budget == 16 else int(0.4 * 64)
+    assert packed.cache_bytes == budget_bytes(model, 3, per_head, 2 * model.config.head_dim * 4)
+
+
+# ---------------------------------------------------------------------------- int8
+def test_quantized_by_hand():
+    x = jnp.array([[[254.0, -127.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    whole, scale = pools.quantized(x)
+    np.testing.assert_array_equal(whole, [[[127, -64, 0, 0], [0, 0, 0, 0]]])  # halves to even
+    np.testing.assert_array_equal(scale, [[2.0, 0.0]])
+
+
+def test_quantized_is_off_by_half_a_scale_at_most():
+    x = normal(0, 3, 50, 16) * np.exp(normal(1, 3, 50, 1))
+    whole, scale = pools.quantized(jnp.asarray(x))
+    error = np.abs(np.asarray(whole) * np.asarray(scale)[..., None] - x)
+    assert (error <= np.asarray(scale)[..., None] * 0.5001).all()
+    assert np.abs(np.asarray(whole)).max(-1).min() == 127
+
+
+@pytest.mark.parametrize("name", ["ada-prefixkv"])
+def test_quantized_caches_answer_nearly_alike(model, prompts, name):
+    exact, rough = (
+        kvjax.generate(
+            model,
+            prompts,
+            CompressionConfig.named(name, 16, layout="packed", quantize=quantize),
+            max_new_tokens=12,
+            eos_ids=(),
+            return_cache=True,
+        )
+        for quantize in (None, "int8")
+    )
+    np.testing.assert_array_equal(rough.kept, exact.kept)
+    assert [row[0] for row in rough.log_probs] == [row[0] for row in exact.log_probs]
+    second = [abs(a[1] - b[1]) for a, b in zip(rough.log_probs, exact.log_probs, strict=True)]
+    assert 0 < max(second) < 0.02
+    head_dim = model.config.head_dim
+    assert rough.cache_bytes == budget_bytes(model, 3, 16, 2 * head_dim + 8)
+    pool = exact.cache.pool
+    stored = rough.cache.pool.entries.reshape(*pool.entries.shape[:2], 2, head_dim)
+    whole = (stored * rough.cache.pool.scales.swapaxes(1, 2)[..., None]).reshape(pool.entries.shape)
+    np.testing.assert_allclose(whole, pool.entries, atol=float(jnp.abs(pool.entries).max()) / 250)
+
+
+def test_int8_of_a_row_is_its_own():
+    """Prompts below, at and above the budget of 12, alone and side by side: the same bytes."""
+    lengths, windows = (9, 12, 20), (7, None)
+    config = CompressionConfig.named("ada-snapkv", 12, quantize="int8")
+    call = jax.jit(kvjax.compress, static_argnames=("config", "windows"), compiler_options=QUICK)
+    keys, values = (jnp.asarray(normal(seed, 2, 3, 20, 2, 8)) for seed in (0, 1))
+    queries = jnp.asarray(normal(2, 3, 6, 4, 8))
+
+    def stored(rows, tokens):
+        prompt = ([*x[:, rows, :tokens]] for x in (keys, values))
+        probes = [kvjax.Probe(queries=queries[rows])] * 2
+        n = jnp.array(lengths)[rows]
+        pool = call(*prompt, probes, config, lengths=n, windows=windows).pool
+        assert pool.entries.dtype == jnp.int8
+        arrays = pool.owners, pool.positions, pool.entries, pool.scales.swapaxes(1, 2)
+        filled = np.asarray(pool.owners) >= 0
+        counts = pool.counts.tolist()
+        return [(counts[i], *(np.asarray(x)[i, row] for x in arrays))
+                for i, row in enumerate(filled)]  # fmt: skip
+
+    together = stored(np.arange(3), 20)
+    for row, tokens in enumerate((12, 12, 20)):
+        # The longest in company of its like: the program of all three.
+        alone = stored(np.array([row] * (3 if tokens == 20 else 1)), tokens)[0]
+        for one, other in zip(alone, together[row], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("mistral", "prefixkv"), ("qwen25-sharded", "ada-prefixkv")],
+)
+def test_packed_answers_as_padded_under_sliding_windows(name, method, prompts):
+    model = load_decoder(FIXTURES / name, progress=False)
+    outs = [
+        kvjax.generate(
+            model,
+            prompts,
+            CompressionConfig.named(method, 12, layout=layout),
+            max_new_tokens=12,
+            eos_ids=(),
+        )
+        for layout in ("padded", "packed")
+    ]
+    assert outs[0].tokens == outs[1].tokens
+    np.testing.assert_array_equal(outs[0].kept, outs[1].kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("ada-snapkv", None), ("ada-snapkv", "int8"), ("prefixkv", None)]
+)
+def test_what_empty_slots_hold_changes_nothing(model, prompts, name, quantize):
+    """NaN everywhere that no entry lies."""
+    config = CompressionConfig.named(name, 16, layout="packed", quantize=quantize)
+    cache = kvjax.compress_prompt(model, [prompts[0], prompts[1][:10]], config)
+    empty = np.asarray(cache.pool.owners < 0)
+    assert empty.sum() == (16 - 10) * model.config.num_layers * model.config.num_kv_heads
+    pool = cache.pool
+    if quantize:
+        dirty = pool.replace(scales=jnp.where(empty[:, None], jnp.nan, pool.scales))
+    else:
+        dirty = pool.replace(entries=jnp.where(empty[..., None], jnp.nan, pool.entries))
+    question = [[5, 6, 7]] * 2
+    clean, same = (
+        kvjax.generate(model, question, cache=c, max_new_tokens=6, eos_ids=())
+        for c in (cache, cache.replace(pool=dirty))
+    )
+    assert clean.tokens == same.tokens
+    assert clean.log_probs == same.log_probs
+
+
+def test_turns_streams_and_scores(model, prompts):
+    config = CompressionConfig.named("ada-snapkv", 16, layout="packed")
+    call = {"max_new_tokens": 10, "eos_ids": ()}
+    first = kvjax.generate(model, prompts, config, return_cache=True, **call)
+    steps = list(kvjax.stream(model, prompts, config, **call))
+    drawn = [[token for step in steps for token in step.tokens[row]] for row in range(3)]
+    assert drawn == first.tokens
+    again = kvjax.generate(model, [[9, 8]] * 3, cache=first.cache, **call)
+    assert [len(row) for row in again.tokens] == [10] * 3
+    packed, padded = (
+        kvjax.score(
+            model,
+            prompts,
+            30,
+            CompressionConfig.named("ada-snapkv", 8, layout=layout),
+            positions=True,
+        )
+        for layout in ("packed", "padded")
+    )
+    for a, b in zip(packed, padded, strict=True):
+        np.testing.assert_allclose(a.nll, b.nll, atol=1e-4)
+        assert (a.kept, a.positions) == (b.kept, b.positions)
+
+
+def test_layout_none_packs_uneven_budgets():
+    """On a CPU; uniform ones stay padded there."""
+    from kvjax.capacity import packs
+
+    packed = {name for name in COMPRESSING if packs(CompressionConfig.named(name, 16))}
+    even = {("uniform", "uniform"), ("uniform", "shared")}
+    kinds = {name: (METHODS[name].layers, METHODS[name].heads) for name in COMPRESSING}
+    uneven = {name for name, kind in kinds.items() if kind not in even}
+    assert uneven >= {"pyramidkv", "ada-snapkv", "prefixkv", "kv-compress", "joint-snapkv"}
+    assert packed == uneven
+    assert packs(CompressionConfig.named("snapkv", 16, layout="packed"))
