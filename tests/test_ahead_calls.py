@@ -1,6 +1,6 @@
 """What public calls compile, compiled for chips that are not here, at a question of 128 tokens.
 
-N T = 1,024 rows meet 2,048 slots: more than a kernel for decoding alone could hold. Stages that
+N T = 2,048 rows meet 2,048 slots: more than a kernel for decoding alone could hold. Stages that
 several calls share are compiled once a kind of cache. Chips' compilers are slow: about a minute
 in all on two idle cores.
 """
@@ -31,7 +31,7 @@ def named(name, **settings):
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model(layers=1, heads=8, kv_heads=2)
+    return small_model(layers=1, heads=16, kv_heads=4)
 
 
 def rows(tokens):

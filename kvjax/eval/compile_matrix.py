@@ -52,9 +52,9 @@ _QUESTIONS_TITLE = f"""
 
 Megabytes that a question needs on the way: {ask_matrix.LAYERS} layers of a Llama-3-8B's attention
 (its other sizes shrunk), a prompt of {ask_matrix.PROMPT:,} tokens compressed to a budget of entries
-a head (packed), or whole (padded). One row of one layer has {ask_matrix.layer_bytes(1024) / 1e6:.1f},
-{ask_matrix.layer_bytes(8192) / 1e6:.1f} and {ask_matrix.layer_bytes(None) / 1e6:.1f} MB of slots at
-1,024, 8,192 and all entries; scores over them are nowhere.
+a head (packed), or whole (padded). A row's slots in one layer take
+{ask_matrix.layer_bytes(1024) / 1e6:.1f} MB at a budget of 1,024,
+{ask_matrix.layer_bytes(8192) / 1e6:.1f} at 8,192 and {ask_matrix.layer_bytes(None) / 1e6:.1f} in full.
 
 """
 _WHOLE_TITLE = f"""
