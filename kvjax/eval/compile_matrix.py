@@ -54,7 +54,8 @@ Megabytes that a question needs on the way: {ask_matrix.LAYERS} layers of a Llam
 (its other sizes shrunk), a prompt of {ask_matrix.PROMPT:,} tokens compressed to a budget of entries
 a head (packed), or whole (padded). A row's slots in one layer take
 {ask_matrix.layer_bytes(1024) / 1e6:.1f} MB at a budget of 1,024,
-{ask_matrix.layer_bytes(8192) / 1e6:.1f} at 8,192 and {ask_matrix.layer_bytes(None) / 1e6:.1f} in full.
+{ask_matrix.layer_bytes(8192) / 1e6:.1f} at 8,192 and
+{ask_matrix.layer_bytes(None) / 1e6:.1f} in full.
 
 """
 _WHOLE_TITLE = f"""
