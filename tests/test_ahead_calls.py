@@ -136,7 +136,7 @@ def test_public_calls_compile(model, name, target):
     function, arguments = CALLS[name](model)
     text = compile_for(target, function, *arguments).as_text()
     if name not in PREFILL:
-        assert ("tpu_custom_call" if target in TPUS else "triton") in text
+        assert ("tpu_custom_call" if target in TPUS else "triton_kernel_call") in text
 
 
 @pytest.mark.parametrize("target", ["v5e", "h200"])

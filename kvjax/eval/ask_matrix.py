@@ -78,7 +78,7 @@ def asking(
     run = partial(ask_program, tail_slots=slots + NEW)
     compiled = compile_for(target, run, model, cache, question, lengths)
     text = compiled.as_text()
-    call = "tpu_custom_call" if target in TPUS else "triton"
+    call = "tpu_custom_call" if target in TPUS else "triton_kernel_call"
     return {
         "target": target,
         "tokens": tokens,
