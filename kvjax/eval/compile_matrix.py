@@ -7,6 +7,7 @@ minutes on two cores; the last line on stdout is one JSON object.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -24,6 +25,7 @@ from kvjax import stages
 from kvjax.ahead import TARGETS, TPUS, compile_for, devices, missing
 from kvjax.bench.presets import preset
 from kvjax.config import CompressionConfig
+from kvjax.eval import ask_matrix
 from kvjax.kernels import decode_attention, window_scores
 from kvjax.kernels.shapes import SHAPES, Shape
 from kvjax.models.config import ModelConfig
@@ -43,6 +45,17 @@ _GROWTH_TITLE = f"""
 # Prefill and packing, 4 against 12 layers
 
 What the temporaries grow by with a layer, whose own keys and values are {LAYER_BYTES / 1e6:.1f} MB.
+
+"""
+_QUESTIONS_TITLE = f"""
+# Questions to a cache
+
+Megabytes that a question needs on the way: {ask_matrix.LAYERS} layers of a Llama-3-8B's attention
+(its other sizes shrunk), a prompt of {ask_matrix.PROMPT:,} tokens compressed to a budget of entries
+a head (packed), or whole (padded). A row's slots in one layer take
+{ask_matrix.layer_bytes(1024) / 1e6:.1f} MB at a budget of 1,024,
+{ask_matrix.layer_bytes(8192) / 1e6:.1f} at 8,192 and
+{ask_matrix.layer_bytes(None) / 1e6:.1f} in full.
 
 """
 _WHOLE_TITLE = f"""
@@ -227,7 +240,20 @@ def main() -> int:
         for target in ("v5e", "h200")
         if target in arguments.targets
     ]
+    questions = [
+        ask_matrix.asking(target, tokens, budget, batch)
+        for target, tokens, budget, batch in tqdm(
+            list(
+                itertools.product(
+                    arguments.targets, ask_matrix.TOKENS, ask_matrix.BUDGETS, ask_matrix.ROWS
+                )
+            ),
+            desc="questions",
+            disable=None,
+        )
+    ]
     text = table(rows, arguments.targets)
+    text += _QUESTIONS_TITLE + ask_matrix.table(questions, arguments.targets)
     if growth:
         text += _GROWTH_TITLE + growth_table(growth)
     if programs:
@@ -240,8 +266,8 @@ def main() -> int:
         )
         arguments.output.write_text(header + text)
     print(text)
-    print(json.dumps(rows + growth + programs))
-    return int(any(row["result"] == "no kernel" for row in rows))
+    print(json.dumps(rows + questions + growth + programs))
+    return int(any(row["result"] == "no kernel" for row in rows + questions))
 
 
 if __name__ == "__main__":
