@@ -172,8 +172,8 @@ def test_five_turns_compile_twice_and_hold_no_holes(model, prompts, config):
 
 
 def test_tails_grow_by_doubling():
-    assert [doubled(slots) for slots in (1, 512, 513, 1024, 1025, 5000)] == [
-        512, 512, 1024, 1024, 2048, 8192,
+    assert [doubled(slots) for slots in (1, 256, 257, 512, 513, 5000)] == [
+        256, 256, 512, 512, 1024, 8192,
     ]  # fmt: skip
 
 
