@@ -126,7 +126,7 @@ class Cache(struct.PyTreeNode):
         return jnp.stack([layer.lengths for layer in self.layers], axis=1)
 
     def kept_mask(self, tokens: int) -> Bool[Array, "B L K T"]:
-        """Which of the first `tokens` tokens of the prompt each row, layer and head holds."""
+        """Which of the prompt's first `tokens` tokens are held, by row as `counts`, layer, head."""
         if self.pool is not None:
             layers = range(self.pool.counts.shape[1])
             return jnp.stack([kept_mask(self.pool, layer, tokens) for layer in layers], axis=1)

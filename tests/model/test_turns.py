@@ -11,7 +11,7 @@ import kvjax
 from kvjax import CompressionConfig, Recompress, Sampling, stages
 from kvjax.cache import compact, empty_tail, with_room
 from kvjax.models.weights import load_decoder
-from kvjax.programs import ask_program
+from kvjax.programs import ask_program, flat, whole
 from kvjax.request import BLOCK, doubled
 from kvjax.sampling import row_keys
 
@@ -169,6 +169,21 @@ def test_five_turns_compile_twice_and_hold_no_holes(model, prompts, config):
         assert (cache.tail.positions[:, :used] >= 0).all()
         assert cache.tail.positions.shape[1] <= used + BLOCK
     assert kvjax.compilations() <= before + 2
+
+
+def test_what_a_stream_hands_on_between_chunks(model, prompts):
+    """The model's arrays, taken apart once, and the entries without an array of the tail's."""
+    parts, again = flat(model), flat(model)
+    assert all(a is b for a, b in zip(parts.leaves, jax.tree.leaves(model), strict=True))
+    assert parts.structure == again.structure
+    assert hash(parts.structure) == hash(again.structure)
+    assert jax.tree.structure(whole(parts)) == jax.tree.structure(model)
+    other = load_decoder(FIXTURES / "qwen2", progress=False)
+    assert parts.structure != flat(other).structure
+    cache = kvjax.compress_prompt(model, prompts, ADA)
+    entries = with_room(cache, 8).without_tail()
+    assert entries.tail.keys == entries.tail.values == ()
+    assert entries.pool is cache.pool
 
 
 def test_tails_grow_by_doubling():
