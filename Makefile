@@ -58,7 +58,7 @@ report: setup  ## the bundled model evaluated on its own tasks, docs/report, an 
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(RUN) -m kvjax.cli eval --config configs/eval/tiny.toml --out build/results/tiny
 	$(RUN) -m kvjax.cli report build/results/tiny -o docs/report
 
-compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, compiled for TPUs and an H200, 7 minutes
+compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, and questions, compiled for TPUs and an H200, 20 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
 
 PLANS := $(foreach name,llama llama-limits llava llama-70b llama-70b-few,--config configs/plan/$(name).toml)

@@ -1,8 +1,8 @@
-"""Every kernel at every named shape, compiled for every target without having one.
+"""Kernels at every named shape, and questions, compiled for every target without having one.
 
     python -m kvjax.eval.compile_matrix [-o docs/compile_matrix.md]
 
-The temporaries stand beside the pool or the keys, so that a hidden copy would show. Some seven
+The temporaries stand beside the pool or the keys, so that a hidden copy would show. Some twenty
 minutes on two cores; the last line on stdout is one JSON object.
 """
 
