@@ -1,6 +1,6 @@
-"""What the machine of `test_life.py` holds: a cache with its oracle, and how the two are compared."""
+"""What the machine of `test_life.py` holds: a cache with its oracle, and how they are compared."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ TOLERANCE = 1e-4
 
 
 class Life(NamedTuple):
-    """A cache, what was made of its bytes when it came, and a row of the oracle for each question."""
+    """A cache, its bytes when it came, and a row of the oracle for each question."""
 
     cache: Cache
     digest: bytes
@@ -153,6 +153,17 @@ def evicted(cache: Cache, rows: tuple[Row, ...], least: int, sinks: int = 0):
             always = could.copy()
             always[:, min(sinks, seen.seen) : max(0, seen.seen - least)] = False
             assert (held[index] >= always).all()
+        seen.held = held
+
+
+def settled(cache: Cache, rows: tuple[Row, ...]):
+    """A cache that evicted for good what the ratio had masked, and more where it has no room."""
+    for row, seen in enumerate(rows):
+        seen.settle()
+        held, sizes = holds(cache, row, seen), np.diff(np.asarray(cache.pool.starts[row]))
+        assert (held <= seen.held).all()
+        expected = np.minimum(sizes, seen.held.sum((1, 2)))
+        np.testing.assert_array_equal(held.sum((1, 2)), expected)
         seen.held = held
 
 

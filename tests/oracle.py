@@ -4,7 +4,8 @@ Every token that a row has ever seen stays in `Row.keys` and `Row.values`; `Row.
 them each layer and head still has. A token sees what is held when it comes: keys and values of
 later layers depend on that, and are never computed anew.
 
-L layers, K KV heads, N query heads, G = N // K, H head dim, n tokens so far, T new ones, V vocabulary.
+L layers, K KV heads, N query heads, H head dim, n tokens so far, T new ones, D model dim, V
+vocabulary.
 """
 
 import copy
