@@ -38,6 +38,9 @@ test: setup  ## what every change has to pass, 8 minutes at most on two cores
 test-all: setup $(AHEAD)/.installed $(VENV)/.eval  ## what `make test` leaves out: chips, processes, browsers, long runs
 	PYTHONPATH=$(AHEAD) $(PYTEST) -m rest
 
+mutants: setup  ## do the tests notice 30 planted faults? an hour; `make mutants WORDS=slots` for some of them
+	$(RUN) tests/mutants.py $(WORDS)
+
 lint: setup  ## ruff: rules and format
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -75,4 +78,4 @@ bench: setup  ## speed on this machine, about 25 minutes on two cores
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test test-all lint types fidelity stories study report compile-matrix plan bench clean
+.PHONY: help setup demo test test-all mutants lint types fidelity stories study report compile-matrix plan bench clean

@@ -1,0 +1,344 @@
+"""Small faults planted one at a time, to see whether the tests notice (`make mutants`).
+
+    python tests/mutants.py                 # every fault, against the files that should catch it
+    python tests/mutants.py --full          # those that slip through: against all of `make test`
+    python tests/mutants.py slots rope      # faults whose name holds one of these words
+
+A fault is planted in a copy of the tree, never in the tree itself. The tests named with a fault run
+first and stop at the first failure. Exit code 1 if a fault goes unnoticed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+# A test that hangs over a fault has noticed it.
+LIMIT_S = 900
+
+
+class Mutant(NamedTuple):
+    """A fault.
+
+    Attributes:
+      name: the part it is planted in, and what goes wrong.
+      file: below the root.
+      old: text that the file holds exactly once.
+      new: what stands there instead.
+      tests: files of `tests/`, the likeliest to notice first.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    # ------------------------------------------------------------------------ scorers
+    Mutant(
+        "scorers: the oldest query of the window is not observed",
+        "kvjax/scores.py",
+        "observed_BW = back_W <= rows.window[:, None]",
+        "observed_BW = back_W < rows.window[:, None]",
+        ("test_scores.py",),
+    ),
+    Mutant(
+        "scorers: a chunk's mean counts a token of the window",
+        "kvjax/scores.py",
+        "can_BT &= positions_T < (rows.lengths - rows.recent)[:, None]",
+        "can_BT &= positions_T <= (rows.lengths - rows.recent)[:, None]",
+        ("test_scorers.py",),
+    ),
+    Mutant(
+        "scorers: expected attention takes the covariance twice",
+        "kvjax/scores.py",
+        "square_BKGS / (2 * head_dim)",
+        "square_BKGS / head_dim",
+        ("test_scorers.py",),
+    ),
+    Mutant(
+        "scorers: KeyDiff's mean holds keys that the layer cannot see",
+        "kvjax/scores.py",
+        "unit_BTKH = jnp.where(can_BT[..., None, None], _unit(k_BTKH), 0.0)",
+        "unit_BTKH = _unit(k_BTKH)",
+        ("test_scorers.py",),
+    ),
+    # ------------------------------------------------------------------------ allocators
+    Mutant(
+        "allocators: one entry too few of those that tie",
+        "kvjax/budgets.py",
+        "return above | (tied & (rank_among_tied <= spare))",
+        "return above | (tied & (rank_among_tied < spare))",
+        ("test_budgets.py",),
+    ),
+    Mutant(
+        "allocators: spread forgets the least that a head keeps",
+        "kvjax/budgets.py",
+        "return jnp.maximum(jnp.minimum(raised, caps), least)",
+        "return jnp.minimum(raised, caps)",
+        ("test_budgets.py",),
+    ),
+    Mutant(
+        "allocators: protected entries come on top of PrefixKV's budget",
+        "kvjax/budgets.py",
+        "budget = scores.shape[1] * base - protected.sum(-1, dtype=jnp.int32)",
+        "budget = scores.shape[1] * base",
+        ("test_budgets.py",),
+    ),
+    Mutant(
+        "allocators: Ada-KV's remainders go to the head of the least mass",
+        "kvjax/budgets.py",
+        "by_mass = jnp.argsort(-jnp.where(eligible, scores, 0.0).sum(-1)",
+        "by_mass = jnp.argsort(jnp.where(eligible, scores, 0.0).sum(-1)",
+        ("test_budgets.py",),
+    ),
+    Mutant(
+        "allocators: the joint floor is one entry higher",
+        "kvjax/budgets.py",
+        "least = floor_of_product(base, round(floor * THOUSAND), THOUSAND)",
+        "least = floor_of_product(base, round(floor * THOUSAND), THOUSAND) + 1",
+        ("test_joint_budgets.py",),
+    ),
+    # ------------------------------------------------------------------------ masks
+    Mutant(
+        "masks: a sliding window keeps what no later token sees",
+        "kvjax/rows.py",
+        "return real_BT & (positions_T > (rows.lengths - window)[:, None])",
+        "return real_BT & (positions_T >= (rows.lengths - window)[:, None])",
+        ("test_compress.py", "test_scorers.py"),
+    ),
+    Mutant(
+        "masks: the first of the recent tokens is open to eviction",
+        "kvjax/rows.py",
+        "last_BT = positions_T >= (rows.lengths - rows.recent)[:, None]",
+        "last_BT = positions_T > (rows.lengths - rows.recent)[:, None]",
+        ("test_compress.py",),
+    ),
+    # ------------------------------------------------------------------------ slots
+    Mutant(
+        "slots: the pool gathers another head's keys",
+        "kvjax/pool.py",
+        "row_BR1 = (position_BR * kv_heads + owner_BR)[..., None]",
+        "row_BR1 = found_BR[..., None]",
+        ("test_pool.py",),
+    ),
+    Mutant(
+        "slots: counts say what a full layer has dropped",
+        "kvjax/pool.py",
+        "ends_BK = jnp.minimum(ends_BK, jnp.minimum(room, end - start_B)[:, None])",
+        "ends_BK = jnp.minimum(ends_BK, room)",
+        ("test_pool.py", "test_capacity.py"),
+    ),
+    Mutant(
+        "slots: int8 wraps at the largest number of a vector",
+        "kvjax/pool.py",
+        "scale_BR = jnp.abs(x).max(-1).astype(jnp.float32) / 127",
+        "scale_BR = jnp.abs(x).max(-1).astype(jnp.float32) / 128",
+        ("test_pool.py",),
+    ),
+    Mutant(
+        "slots: loosening moves the entry before",
+        "kvjax/loose.py",
+        "jnp.take_along_axis(before_BL, layer_BM, axis=1) + offset_BM + 1",
+        "jnp.take_along_axis(before_BL, layer_BM, axis=1) + offset_BM",
+        ("test_evict.py",),
+    ),
+    Mutant(
+        "slots: the last layer's slots are looked up beyond the pool",
+        "kvjax/loose.py",
+        "offset_B = jnp.minimum(start_B, slots - width)",
+        "offset_B = start_B",
+        ("test_evict.py", "test_recompress.py"),
+    ),
+    Mutant(
+        "slots: a saved cache forgets that it keeps a ratio",
+        "kvjax/saved.py",
+        'keep_ratio=facts["keep_ratio"],',
+        "keep_ratio=False,",
+        ("test_turns.py", "test_life.py", "test_generate.py"),
+    ),
+    # ------------------------------------------------------------------------ attend
+    Mutant(
+        "attend: PrefixKV's frozen point of 25 entries",
+        "kvjax/cache.py",
+        "first_BK = jnp.where(kept > FROZEN_POINT, kept - FROZEN_POINT, kept // 2)",
+        "first_BK = jnp.where(kept >= FROZEN_POINT, kept - FROZEN_POINT, kept // 2)",
+        ("test_cache.py",),
+    ),
+    Mutant(
+        "attend: the ratio of a sliding window counts a token too many",
+        "kvjax/cache.py",
+        "jnp.minimum(prompt_B11, max(window - 1, 1))",
+        "jnp.minimum(prompt_B11, max(window, 1))",
+        ("test_cache.py", "test_generate.py"),
+    ),
+    Mutant(
+        "attend: the ratio evicts another head's entries of the pool",
+        "kvjax/cache.py",
+        "run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK",
+        "run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1)",
+        ("test_pool.py", "test_life.py"),
+    ),
+    Mutant(
+        "attend: a tail without holes ends with its shortest row",
+        "kvjax/cache.py",
+        "cursor=filled_BT.sum(1, dtype=jnp.int32).max(),",
+        "cursor=filled_BT.sum(1, dtype=jnp.int32).min(),",
+        ("test_turns.py", "test_life.py"),
+    ),
+    Mutant(
+        "attend: a question's tail has no room for the turns before it",
+        "kvjax/request.py",
+        "slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])",
+        "slots = doubled(slots + tokens.shape[1])",
+        ("test_turns.py", "test_life.py", "test_generate.py"),
+    ),
+    # ------------------------------------------------------------------------ recompress
+    Mutant(
+        "recompress: the oldest of the recent tokens may go",
+        "kvjax/recompress.py",
+        "always_BS = positions_BS >= cache.next_positions[:, None] - recent_B1",
+        "always_BS = positions_BS > cache.next_positions[:, None] - recent_B1",
+        ("test_evict.py",),
+    ),
+    Mutant(
+        "recompress: what the ratio had masked comes back under a budget",
+        "kvjax/recompress.py",
+        "masked = cache.keep_ratio and rule.budget is not None and asked",
+        "masked = False",
+        ("test_turns.py", "test_life.py"),
+    ),
+    Mutant(
+        "recompress: by the ratio the latest go first",
+        "kvjax/recompress.py",
+        "order = jnp.broadcast_to((2.0**24 - positions_BS)[:, None], held_BKS.shape)",
+        "order = jnp.broadcast_to((1.0 + positions_BS)[:, None], held_BKS.shape)",
+        ("test_evict.py",),
+    ),
+    # ------------------------------------------------------------------------ sampling
+    Mutant(
+        "sampling: top-k keeps one token more",
+        "kvjax/sampling.py",
+        "jnp.minimum(values.top_k, logits.shape[-1]) - 1, 1, axis=-1",
+        "jnp.minimum(values.top_k, logits.shape[-1] - 1), 1, axis=-1",
+        ("test_sampling.py",),
+    ),
+    Mutant(
+        "sampling: the penalty makes unlikely tokens likelier",
+        "kvjax/sampling.py",
+        "jnp.where(logits < 0, logits * values.penalty, logits / values.penalty)",
+        "logits / values.penalty",
+        ("test_sampling.py",),
+    ),
+    Mutant(
+        "sampling: a row draws from the keys of its column",
+        "kvjax/stages.py",
+        "keys = jax.vmap(jax.random.fold_in, (0, None))(answer.keys, answer.count)",
+        "keys = answer.keys",
+        ("test_sampling.py", "test_turns.py", "test_generate.py"),
+    ),
+    # ------------------------------------------------------------------------ rope
+    Mutant(
+        "rope: Llama 3.1's band is blended the wrong way round",
+        "models/layers.py",
+        "return (1 - blend) * frequencies / scaling.factor + blend * frequencies",
+        "return blend * frequencies / scaling.factor + (1 - blend) * frequencies",
+        ("test_parity.py",),
+    ),
+    Mutant(
+        "rope: linear scaling turns faster",
+        "models/layers.py",
+        "        return frequencies / scaling.factor",
+        "        return frequencies * scaling.factor",
+        ("test_parity.py",),
+    ),
+)
+
+
+class Outcome(NamedTuple):
+    """What the tests said: `by` is the test that failed, or None where all passed."""
+
+    by: str | None
+    seconds: float
+
+
+def copied(target: Path):
+    """Copy what git tracks, and what it does not ignore, to an empty folder."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        source, copy = ROOT / name, target / name
+        if source.is_symlink() or source.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy, follow_symlinks=False)
+
+
+def planted(tree: Path, mutant: Mutant) -> str:
+    """Plant a fault in a copy; the file's text before.
+
+    Raises:
+      ValueError: the old text is not there exactly once.
+    """
+    text = (tree / mutant.file).read_text()
+    if (found := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.file} holds {mutant.old!r} {found} times, expected once")
+    (tree / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    return text
+
+
+def judged(tree: Path, tests: tuple[str, ...]) -> Outcome:
+    """Run tests in a copy, up to the first that fails; an import that fails counts as one."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-m", "not rest"]
+    command += ["-p", "no:cacheprovider", *[f"tests/{name}" for name in tests]]
+    # The copy comes before the tree that is installed.
+    settings = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    began = time.monotonic()
+    try:
+        run = subprocess.run(
+            command, cwd=tree, env=settings, capture_output=True, text=True, timeout=LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(f"no end within {LIMIT_S} s", time.monotonic() - began)
+    by = None
+    if run.returncode:
+        named = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", run.stdout, re.MULTILINE)
+        by = named.group(1) if named else f"pytest ends with {run.returncode}"
+    return Outcome(by, time.monotonic() - began)
+
+
+def main() -> int:
+    """Plant every fault that was asked for, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="faults whose name holds one of these")
+    parser.add_argument("--full", action="store_true", help="all of `make test` if need be")
+    chosen = parser.parse_args()
+    wanted = [m for m in MUTANTS if not chosen.words or any(w in m.name for w in chosen.words)]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copied(tree)
+        for mutant in wanted:
+            before = planted(tree, mutant)
+            there = tuple(name for name in mutant.tests if (tree / "tests" / name).exists())
+            outcome = judged(tree, there)
+            if outcome.by is None and chosen.full:
+                outcome = judged(tree, ("",))
+            (tree / mutant.file).write_text(before)
+            missed += outcome.by is None
+            verdict = f"caught by {outcome.by}" if outcome.by else "MISSED"
+            print(f"{mutant.name:64} {verdict} ({outcome.seconds:.0f} s)", flush=True)
+    print(f"{len(wanted) - missed} of {len(wanted)} caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
