@@ -75,7 +75,17 @@ bench: setup  ## speed on this machine, about 25 minutes on two cores
 	$(BENCH) scores --out docs/benchmarks
 	$(BENCH) budgets --out docs/benchmarks
 
+# On a machine with a GPU or a TPU. No environment is made: PYTHON is one whose JAX sees the device,
+# and WHEELS a folder to install from what it lacks (beside it, into build/wheels).
+OUT ?= build/$@
+gpu-check:  ## is everything right on this GPU, and how fast: 8 minutes at most; goes on where it stopped
+tpu-check:  ## the same on a TPU host
+gpu-check tpu-check:
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/wheels $(WHEELS)/*.whl)
+	@PYTHONPATH=build/wheels:$$PYTHONPATH $(PYTHON) -P kvjax/bench/check/needs.py $(@:-check=)
+	@PYTHONPATH=build/wheels:.:$$PYTHONPATH $(PYTHON) -m kvjax.bench.check --platform $(@:-check=) --out $(OUT)
+
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test test-all mutants lint types fidelity stories study report compile-matrix plan bench clean
+.PHONY: help setup demo test test-all mutants lint types fidelity stories study report compile-matrix plan bench gpu-check tpu-check clean

@@ -95,13 +95,16 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
                 if kind == "generate":
                     rows += generate.measure(model, [one], batch=batch, new=settings.new, **call)
                 else:
-                    rows.append(_decode(model, one, batch, settings, dtype))
-        _add_limits(rows, weights, max(machine["bandwidth"].values()))
+                    rows.append(decode_row(model, one, batch, settings, dtype))
+        add_limits(rows, weights, max(machine["bandwidth"].values()))
     facts = dataclasses.asdict(settings)
     return {"benchmark": kind, "machine": machine, "settings": facts, "rows": rows}
 
 
-def _decode(model, config, batch: int, settings: Settings, dtype: Any) -> dict[str, Any]:
+def decode_row(
+    model: Any, config: CompressionConfig, batch: int, settings: Settings, dtype: Any
+) -> dict[str, Any]:
+    """A decode step, and attention alone, on a cache that nothing was prefilled for."""
     cache = decode.synthetic_cache(
         model.config,
         config,
@@ -126,7 +129,7 @@ def _decode(model, config, batch: int, settings: Settings, dtype: Any) -> dict[s
     }
 
 
-def _add_limits(rows: list[dict[str, Any]], weights: int, rate: float) -> None:
+def add_limits(rows: list[dict[str, Any]], weights: int, rate: float) -> None:
     """What the bytes allow, and how much of it was reached."""
     full: dict[int, float] = {}
     for row in rows:

@@ -40,7 +40,7 @@ class Journal:
         self._file = None
         if writes:
             _claim(self.folder, settings, team)
-            _repair(self.path)
+            repair(self.path)
             # What any team has finished need not be done again, whatever their number was then.
             self.done = {key_of(row) for row in read_rows([self.folder])}
             self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
@@ -108,7 +108,7 @@ def _claim(folder: Path, settings: str, team: int) -> None:
         )
 
 
-def _repair(path: Path) -> None:
+def repair(path: Path) -> None:
     """Cut off a last line that a kill left half-written."""
     if path.exists():
         content = path.read_bytes()
