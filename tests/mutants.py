@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
       file: below the root.
       old: text that the file holds exactly once.
       new: what stands there instead.
-      tests: files of `tests/`, the likeliest to notice first.
+      tests: files below `tests/`, the likeliest to notice first.
     """
 
     name: str
@@ -264,13 +264,6 @@ MUTANTS = (
 )
 
 
-class Outcome(NamedTuple):
-    """What the tests said: `by` is the test that failed, or None where all passed."""
-
-    by: str | None
-    seconds: float
-
-
 def copied(target: Path):
     """Copy what git tracks, and what it does not ignore, to an empty folder."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -295,24 +288,43 @@ def planted(tree: Path, mutant: Mutant) -> str:
     return text
 
 
-def judged(tree: Path, tests: tuple[str, ...]) -> Outcome:
-    """Run tests in a copy, up to the first that fails; an import that fails counts as one."""
+def failing(tree: Path, tests: list[str]) -> str | None:
+    """The first of some tests that fails in a copy, or None where all pass.
+
+    Raises:
+      RuntimeError: no test was run.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-m", "not rest"]
-    command += ["-p", "no:cacheprovider", *[f"tests/{name}" for name in tests]]
+    command += ["-p", "no:cacheprovider", *tests]
     # The copy comes before the tree that is installed.
     settings = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    began = time.monotonic()
     try:
         run = subprocess.run(
             command, cwd=tree, env=settings, capture_output=True, text=True, timeout=LIMIT_S
         )
     except subprocess.TimeoutExpired:
-        return Outcome(f"no end within {LIMIT_S} s", time.monotonic() - began)
-    by = None
-    if run.returncode:
-        named = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", run.stdout, re.MULTILINE)
-        by = named.group(1) if named else f"pytest ends with {run.returncode}"
-    return Outcome(by, time.monotonic() - began)
+        return f"no end within {LIMIT_S} s"
+    if run.returncode in (4, 5):
+        raise RuntimeError(f"pytest found no test in {tests}: {run.stdout[-500:]}{run.stderr}")
+    if not run.returncode:
+        return None
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", run.stdout, re.MULTILINE)
+    return named.group(1) if named else f"pytest ends with {run.returncode}"
+
+
+def verdict(tree: Path, mutant: Mutant, full: bool) -> tuple[bool, str]:
+    """Whether the tests notice a fault, and which: one that passes where it is not planted."""
+    named = [str(path) for name in mutant.tests for path in (tree / "tests").rglob(name)]
+    before = planted(tree, mutant)
+    by = failing(tree, named)
+    if by is None and full:
+        by = failing(tree, ["tests"])
+    (tree / mutant.file).write_text(before)
+    if by is None:
+        return False, "MISSED"
+    if "::" in by and failing(tree, [by]):
+        return False, f"{by} fails without the fault, too"
+    return True, f"caught by {by.removeprefix('tests/')}"
 
 
 def main() -> int:
@@ -322,22 +334,17 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all of `make test` if need be")
     chosen = parser.parse_args()
     wanted = [m for m in MUTANTS if not chosen.words or any(w in m.name for w in chosen.words)]
-    missed = 0
+    caught = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         copied(tree)
         for mutant in wanted:
-            before = planted(tree, mutant)
-            there = tuple(name for name in mutant.tests if (tree / "tests" / name).exists())
-            outcome = judged(tree, there)
-            if outcome.by is None and chosen.full:
-                outcome = judged(tree, ("",))
-            (tree / mutant.file).write_text(before)
-            missed += outcome.by is None
-            verdict = f"caught by {outcome.by}" if outcome.by else "MISSED"
-            print(f"{mutant.name:64} {verdict} ({outcome.seconds:.0f} s)", flush=True)
-    print(f"{len(wanted) - missed} of {len(wanted)} caught")
-    return int(missed > 0)
+            began = time.monotonic()
+            noticed, said = verdict(tree, mutant, chosen.full)
+            caught += noticed
+            print(f"{mutant.name:64} {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{caught} of {len(wanted)} caught")
+    return int(caught < len(wanted))
 
 
 if __name__ == "__main__":
