@@ -31,7 +31,7 @@ from kvjax.generate import _steps
 from kvjax.models.weights import load_decoder
 from kvjax.request import FULL, Request
 
-FIXTURES = Path(__file__).parent / "fixtures" / "hf"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 LONG = 48  # a bucket: the longer of two prompts has more than 32 tokens
 NEW, EVERY = 9, 4  # an answer is compressed twice, and once more when its cache is handed back
 LAST = 240  # of 256 positions; a cache with more is asked no further
