@@ -28,5 +28,5 @@ def dies() -> dict:
     os._exit(11)
 
 
-def part(function, limit: float = 60.0, **settings) -> Part:
+def part(function, limit: int | float = 60, **settings) -> Part:
     return Part(function.__name__, limit, partial(function), **settings)

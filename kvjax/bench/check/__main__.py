@@ -38,12 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _environment(options.platform)
     try:
         journal = Journal(options.out, {"platform": options.platform, "small": small})
-        run(journal.waiting(chosen), journal, options.seconds, options.out / "log.txt", _show)
-    except (ValueError, Stopped) as error:
+    except ValueError as error:
         return _refuse(str(error))
+    stopped = None
+    try:
+        run(journal.waiting(chosen), journal, options.seconds, options.out / "log.txt", _show)
+    except Stopped as error:
+        stopped = str(error)
     text = summary(journal, chosen)
     (options.out / "summary.md").write_text(text)
     print("\n" + text)
+    if stopped is not None:
+        return _refuse(stopped)
     results = [journal.result(part) for part in chosen]
     return 1 if FAILED in results else 3 if None in results else 0
 

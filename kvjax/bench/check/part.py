@@ -25,7 +25,7 @@ class Part:
     """
 
     name: str
-    limit: float
+    limit: int | float
     run: Callable[[], dict[str, Any]]
     apart: bool = False
 

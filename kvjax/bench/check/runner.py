@@ -25,7 +25,7 @@ class Stopped(Exception):
 def run(
     parts: Sequence[Part],
     journal: Journal,
-    seconds: float,
+    seconds: int | float,
     log: Path,
     show: Callable[[str], Any] = print,
 ) -> None:
@@ -53,7 +53,11 @@ def run(
             if (left := deadline - time.monotonic()) <= 0:
                 return
             if worker is None:
-                worker = _Worker(part.apart, log, min(START, left))
+                worker = _Worker(part.apart, log)
+            if not worker.ready(min(START, left)):
+                if left < START:
+                    return
+                raise Stopped(f"no device within {START:g} s ({log})")
             left = max(0.0, deadline - time.monotonic())
             began = time.monotonic()
             row, alive = worker.run(part, min(part.limit, left))
@@ -74,24 +78,29 @@ def run(
 class _Worker:
     """A process that runs parts as they are sent to it."""
 
-    def __init__(self, apart: bool, log: Path, limit: float):
-        self.apart = apart
+    def __init__(self, apart: bool, log: Path):
+        self.apart, self._ready = apart, False
         context = multiprocessing.get_context("spawn")
         self._end, other = context.Pipe()
         self._process = context.Process(target=_work, args=(other, apart, str(log)), daemon=True)
         self._process.start()
         other.close()
-        ready, _ = self._answer(limit)
-        if ready is None or "error" in ready:
-            self.stop()
-            raise Stopped(ready["error"] if ready else f"no device within {limit:.0f} s ({log})")
 
-    def run(self, part: Part, limit: float) -> tuple[dict[str, Any] | None, bool]:
+    def ready(self, limit: int | float) -> bool:
+        """Whether it has found its device within so many seconds."""
+        if not self._ready:
+            answer, _ = self._answer(limit)
+            if answer is not None and "error" in answer:
+                raise Stopped(answer["error"])
+            self._ready = answer is not None
+        return self._ready
+
+    def run(self, part: Part, limit: int | float) -> tuple[dict[str, Any] | None, bool]:
         """The part's row, None where it took too long; and whether the process can go on."""
         self._end.send(part)
         return self._answer(limit)
 
-    def _answer(self, limit: float) -> tuple[dict[str, Any] | None, bool]:
+    def _answer(self, limit: int | float) -> tuple[dict[str, Any] | None, bool]:
         if not self._end.poll(limit):
             return None, False
         try:
