@@ -57,7 +57,7 @@ def pool_problem(rng: np.random.Generator, tokens: int, head_dim: int, slots: in
     start, end = rng.integers(0, slots // 3, batch), rng.integers(slots // 2, slots + 1, batch)
     owners = rng.integers(-1, KV_HEADS, (batch, slots))
     positions = np.where(owners >= 0, rng.integers(0, 400, owners.shape), -1)
-    entries = rng.normal(size=(batch, slots, 2 * head_dim)).astype(np.float32)
+    entries: Any = rng.normal(size=(batch, slots, 2 * head_dim)).astype(np.float32)
     entries[owners < 0] = np.nan
     found = {
         "q": rng.normal(size=(batch, tokens, HEADS, head_dim)),
@@ -89,10 +89,11 @@ def pool(dtype: str, small: bool = False) -> dict[str, Any]:
         rng = np.random.default_rng(index)
         head_dim = HEAD_DIMS[index % 2]
         case = pool_problem(rng, tokens, head_dim, slots, jnp.dtype(dtype))
-        static = {"kv_heads": KV_HEADS, "window": 150 if "window" in options else None}
+        static: dict[str, Any] = {"kv_heads": KV_HEADS}
+        static["window"] = 150 if "window" in options else None
         case["dead"] = _dead(rng, tokens, slots) if "dead" in options else None
         arrays = _arrays(case, wide, entries=dtype)
-        region = {"region": (0, slots)} if "region" in options else {}
+        region: dict[str, Any] = {"region": (0, slots)} if "region" in options else {}
         call = partial(_by_name, decode_attention.pool_attention, **static, **region)
         name = ", ".join([f"{tokens} tokens", f"H {head_dim}", *options])
         cases[name] = call, arrays, partial(oracle.pool_attention, **static)

@@ -19,7 +19,7 @@ def parts(platform: str, small: bool) -> list[Part]:
         *_calls(small),
         Part("speed copy", 40, partial(speed.copy, small)),
         *(
-            Part(f"speed decode {name}", 90, partial(speed.decode, *call, small=small))
+            Part(f"speed decode {name}", 90, partial(speed.decode, small=small, **call))
             for name, call in _DECODE.items()
         ),
         Part("speed scores", 60, partial(speed.score, small)),
@@ -33,11 +33,11 @@ def parts(platform: str, small: bool) -> list[Part]:
     return found
 
 
-_DECODE = {
-    "ada-snapkv, even heads": ("ada-snapkv/packed",),
-    "ada-snapkv, skewed heads": ("ada-snapkv/packed", "skewed"),
-    "ada-snapkv, int8": ("ada-snapkv/packed/int8",),
-    "full": ("full",),
+_DECODE: dict[str, dict[str, str]] = {
+    "ada-snapkv, even heads": {"method": "ada-snapkv/packed"},
+    "ada-snapkv, skewed heads": {"method": "ada-snapkv/packed", "owners": "skewed"},
+    "ada-snapkv, int8": {"method": "ada-snapkv/packed/int8"},
+    "full": {"method": "full"},
 }
 
 

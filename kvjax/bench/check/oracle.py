@@ -68,7 +68,7 @@ def _near(query_positions, key_positions, window) -> np.ndarray:
 
 def _scores(q, query_positions, k, lengths, window) -> tuple[np.ndarray, np.ndarray]:
     """Scaled scores `[B, N, W, T]` of a prompt's keys, and which count."""
-    tokens, heads, head_dim = k.shape[1], *q.shape[2:]
+    tokens, heads, head_dim = k.shape[1], q.shape[2], q.shape[3]
     key_BT = np.broadcast_to(np.arange(tokens), (len(k), tokens))
     seen_BWT = _near(query_positions, key_BT, window) & (key_BT < lengths[:, None])[:, None]
     k_BTNH = np.repeat(k.astype(np.float64), heads // k.shape[2], axis=2)

@@ -49,7 +49,8 @@ def run(
     try:
         for part in parts:
             if worker is not None and worker.apart != part.apart:
-                worker = worker.stop()
+                worker.stop()
+                worker = None
             if (left := deadline - time.monotonic()) <= 0:
                 return
             if worker is None:
@@ -62,7 +63,8 @@ def run(
             began = time.monotonic()
             row, alive = worker.run(part, min(part.limit, left))
             if not alive:
-                worker = worker.stop()
+                worker.stop()
+                worker = None
             if row is None and part.limit > left:
                 return
             row = row or {"error": f"took more than its {part.limit:g} s"}
