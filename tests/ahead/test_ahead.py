@@ -36,6 +36,7 @@ def test_kernels_compile_without_hidden_copies(target, kernel, shape):
         assert row["temporaries"] < 0.05 * row["reads"] + 2**19
 
 
+@pytest.mark.smoke
 def test_named_shapes_are_distinct():
     assert len({shape.name for shape in SHAPES}) == len(SHAPES)
     for shape in SHAPES:

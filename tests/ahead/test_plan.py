@@ -52,6 +52,7 @@ def ask(method="ada-snapkv", budget=1024, model="llama-3-8b", topology="v5e-8", 
 
 
 # ---------------------------------------------------------------------------- bytes by hand
+@pytest.mark.smoke
 def test_llama_3_8b_on_eight_chips_by_hand():
     """D 4096, F 14336, V 128256, 32 layers; of 8 KV heads one a chip; 2 bytes a number."""
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336

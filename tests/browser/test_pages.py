@@ -59,6 +59,7 @@ def pick(window, selector, value):
 
 
 # ---------------------------------------------------------------------------- the report
+@pytest.mark.smoke
 def test_report_has_every_section(window, report, tmp_path):
     show(window, report)
     assert window.text("h1") == "Quality against memory"

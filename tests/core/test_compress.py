@@ -198,6 +198,7 @@ def check_gathered(layer: PaddedLayer, keys, values, whole: bool):
             assert (np.asarray(ours)[~filled] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_alone_in_a_larger_bucket_keeps_the_same(method):
     config, windows = named(method, budget=9), WINDOWS["mixed"]

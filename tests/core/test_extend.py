@@ -57,6 +57,7 @@ def test_the_example_owes_nothing_to_our_models():
     assert len(text.splitlines()) < 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_the_example_decodes_as_without_a_cache(example, own, layout):
     """With everything kept but a slot, each step's logits are those of the whole sequence."""
@@ -99,6 +100,7 @@ def test_claims_need_room(model, prompts):
 
 
 # ---------------------------------------------------------------------------- on disk
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [("full", {}), ("ada-snapkv", {"quantize": "int8"}), ("prefixkv", {"layout": "padded"})],
@@ -124,6 +126,7 @@ def test_a_saved_cache_answers_alike(model, prompts, tmp_path, name, settings):
     assert facts["config"]["method"] == name
 
 
+@pytest.mark.slow
 def test_half_precision_and_a_tail_are_saved(prompts, tmp_path):
     model = load_decoder(FIXTURES / "llama2-gqa", dtype=jnp.bfloat16, progress=False)
     config = CompressionConfig.named("ada-snapkv", 16)

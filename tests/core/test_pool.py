@@ -156,6 +156,7 @@ def budget_bytes(model, rows, per_head, entry):
     return rows * model.config.num_layers * model.config.num_kv_heads * per_head * entry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_packed_holds_the_same_entries_in_exactly_the_budget(name):
     """Of three prompts of 64, 41 and 52 tokens, in two layers of two heads."""
@@ -265,6 +266,7 @@ def test_int8_of_a_row_is_its_own():
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [("mistral", "prefixkv"), ("qwen25-sharded", "ada-prefixkv")],
@@ -308,6 +310,7 @@ def test_what_empty_slots_hold_changes_nothing(model, prompts, name, quantize):
     assert clean.log_probs == same.log_probs
 
 
+@pytest.mark.slow
 def test_turns_streams_and_scores(model, prompts):
     config = CompressionConfig.named("ada-snapkv", 16, layout="packed")
     call = {"max_new_tokens": 10, "eos_ids": ()}

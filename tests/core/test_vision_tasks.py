@@ -94,6 +94,7 @@ def test_chat_templates_are_told_of_pictures(folder, loaded):
     assert list(rest) == tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_pictures(folder, loaded, tmp_path):
     """Online, from a profile, and with even layers: as much in all, the likelihood of `score`."""
     model, tokenizer = loaded

@@ -126,6 +126,7 @@ def test_every_method_keeps_the_same_on_a_mesh(name, prefilled):
     np.testing.assert_array_equal(one.sum(-1), counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "ada-snapkv", "prefixkv", "joint-kvzip"])
 def test_a_mesh_answers_as_one_device(name, mesh, prompts):
     """The same entries and tokens, with fewer KV heads (2) than chips along `model` (4)."""
@@ -134,6 +135,7 @@ def test_a_mesh_answers_as_one_device(name, mesh, prompts):
     assert_same(one, answers(model, prompts, method(name), mesh=mesh, return_cache=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "kv_heads"), [(12, 6), (3, 1)])
 def test_heads_that_do_not_divide_the_mesh(heads, kv_heads, mesh, prompts):
     model = make_model(kv_heads, heads)
@@ -148,6 +150,7 @@ def test_int8_entries_and_a_batch_that_does_not_divide(mesh, prompts):
     assert_same(one, answers(model, prompts[:3], config, mesh=mesh))
 
 
+@pytest.mark.slow
 def test_groups_of_rows(mesh, prompts, monkeypatch):
     monkeypatch.setattr(stages, "PREFILL_TOKENS", 64)
     model = make_model(4)
@@ -155,6 +158,7 @@ def test_groups_of_rows(mesh, prompts, monkeypatch):
     assert_same(answers(model, prompts, config), answers(model, prompts, config, mesh=mesh))
 
 
+@pytest.mark.slow
 def test_compressing_while_decoding(mesh, prompts):
     model = make_model(2)
     rule = {"recompress": Recompress(every=3, budget=BUDGET + 4)}

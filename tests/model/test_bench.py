@@ -34,6 +34,7 @@ def test_bandwidth_is_that_of_a_machine():
     assert all(1e8 < rate < 1e14 for rate in rates.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings", "owners"),
     [
@@ -112,6 +113,7 @@ def test_what_flags_come_to_that_are_not_given(
         assert (settings.model, settings.prompt) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", report.KINDS)
 def test_reports(run, tmp_path, kind):
     flags = ["--model", "1m", "--batch", "1", "--prompt", 64, "--new", 3, "--budget", 16]

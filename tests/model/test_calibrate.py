@@ -62,6 +62,7 @@ def alone(model, prompts) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------- what is measured
+@pytest.mark.slow
 def test_the_mean_of_prompts_compressed_alone(model, prompts, alone):
     before = kvjax.compilations()
     profile = calibrate(model, prompts, HALF, batch=2)

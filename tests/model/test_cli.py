@@ -147,6 +147,7 @@ def test_flags_of_compression_while_decoding():
 
 
 # ------------------------------------------------------------------------- generate
+@pytest.mark.slow
 def test_compression_while_decoding(run, one, model, prompt):
     flags = [*one, "--method", "ada-snapkv", "--budget", 8, "--recompress-every", 2]
     flags += ["--recompress-budget", 12]
@@ -303,6 +304,7 @@ def documents_file(documents, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_score_keeps_the_order_and_the_values(run, documents, documents_file, model):
     flags = ["score", "--model", MODEL, "--tokens", documents_file, "--method", "snapkv"]
     flags += ["--budget", "8", "--batch", "2"]

@@ -193,6 +193,7 @@ def test_malformed_profiles(run, one, tmp_path, content, named):
     assert_refused(run(*score, *flags), named)
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own():
     line = [sys.executable, "-m", "kvjax.cli", "generate", "--model", "/nowhere", "--prompt", "x"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -75,6 +75,7 @@ def test_budget_of_the_bucket_is_bit_identical_to_full(model, prompts, name):
     assert same[1].keep_ratio is False  # nothing was evicted, so nothing dies while decoding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPICAL)
 def test_prompt_within_the_budget_keeps_every_entry(model, prompts, step_tokens, name):
     short = [row[:length] for row, length in zip(prompts, (16, 9, 12), strict=True)]
@@ -156,6 +157,7 @@ def test_positions_go_on_from_the_prompt_whatever_was_evicted(model, prompts, st
 
 
 # ------------------------------------------------------------------------- large batches
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"), [("ada-snapkv", "packed"), ("prefixkv", "packed"), ("random", "padded")]
 )
@@ -205,6 +207,7 @@ def test_a_long_prompt_in_parts(monkeypatch, rows, tokens, parts):
 
 
 # ------------------------------------------------------------------------- one program, stages
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "prefixkv"])
 def test_stream_and_timed_stages_draw_the_same_tokens(model, prompts, name):
     config = CompressionConfig.named(name, budget=BUDGET)

@@ -53,6 +53,7 @@ def test_streamed_text_is_the_golden_text(stories, golden):
     assert "".join(step.text[0] for step in steps).encode() == golden
 
 
+@pytest.mark.slow
 def test_a_stop_string_cuts_the_text(stories, golden):
     model, tokenizer, _ = stories
     text = golden.decode()
@@ -78,6 +79,7 @@ def test_an_answer_joins_its_prompt(stories):
         assert "".join(step.text[0] for step in steps) == whole.text[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "dumped"), [("snapkv", "snapkv"), ("streaming-llm", "streaming"), ("h2o", "h2o_sum")]
 )

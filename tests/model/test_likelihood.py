@@ -64,6 +64,7 @@ def test_full_cache_equals_one_forward_pass(model, texts, monkeypatch):
         assert mine.kept == prefix * 2 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["snapkv", "prefixkv"])
 def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name):
     monkeypatch.setattr(stages, "BLOCK", 16)
@@ -84,6 +85,7 @@ def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name
         assert mine.kept == 12 * 2 * 2 == sum(len(h) for layer in mine.positions for h in layer)
 
 
+@pytest.mark.slow
 def test_a_text_alone_and_in_a_batch(model, texts):
     config = CompressionConfig.named("ada-snapkv", budget=12)
     together = kvjax.score(model, texts, PREFIXES, config)[2]

@@ -69,6 +69,7 @@ def test_logits_are_hugging_faces(case, name):
     assert np.abs(expected[f"{name}_logits"]).max() > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_row_alone_is_what_it_is_in_a_batch(case):
     model, expected = case
     rows, images = rows_of(expected, "batch")
@@ -93,6 +94,7 @@ def test_groups_of_rows_share_the_images(model, pictures, monkeypatch):
         np.testing.assert_allclose(one.values, other.values, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["prefixkv", "ada-prefixkv", "snapkv", "pyramidkv", "h2o", "ada-kvzip", "knorm"]
 )
@@ -107,6 +109,7 @@ def test_a_budget_of_the_whole_prompt_is_the_full_cache(model, pictures, method)
     assert (out.kept == 19).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ada-kvzip", "ada-expected-attention", "prefixkv"])
 def test_ways_to_run_agree(model, pictures, method):
     rows, images = [[5, IMAGE, 7], [IMAGE, 4, IMAGE]], [pictures[:1], pictures[1:]]

@@ -45,6 +45,7 @@ def run(config, tail_slots=0):
 LLAMA = {"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": jnp.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_llama_3_8b_holds_a_28th(name):
     """Batch 16, prompt 32,768, budget 1024; a tail of 128 on both sides, owners and positions."""
@@ -78,6 +79,7 @@ def test_compilers_count_the_same_bytes(name):
 
 
 # ---------------------------------------------------------------------------- on accelerators
+@pytest.mark.slow
 def test_a_large_batch_needs_no_more_than_a_group_of_its_rows():
     """Of 16,384 tokens, two rows here; the pool itself is the output."""
     if (reason := missing("h200")) is not None:
@@ -87,6 +89,7 @@ def test_a_large_batch_needs_no_more_than_a_group_of_its_rows():
     assert many.temp_size_in_bytes < 1.05 * few.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_temporaries_do_not_grow_with_layers(target):
     if (reason := missing(target)) is not None:

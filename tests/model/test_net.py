@@ -13,6 +13,7 @@ def checkpoint(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_every_cell_is_as_it_was(checkpoint):
     """Takes half a minute: some thirty programs a checkpoint are compiled."""
     found = {name: cell() for name, cell in net.cells(checkpoint)}

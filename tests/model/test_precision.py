@@ -62,6 +62,7 @@ LOWERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_programs_are_the_same_ones(model, name):
     """A program is compiled without the flag; with it that one runs again, on a model loaded so.
@@ -80,6 +81,7 @@ class LoweredError(Exception):
     """Instead of running: the program's text."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOWERED)
 def test_programs_have_the_same_text(model, name, monkeypatch):
     """Of calls that would take long to compile."""

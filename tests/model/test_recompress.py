@@ -65,6 +65,7 @@ def test_where_everything_fits_the_tokens_are_those_without(model, prompts, meth
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["window", "int8", "ratio"])
 def test_stream_timed_and_a_row_alone_give_the_same_tokens(model, prompts, name):
     config, rule = RULES[name]
@@ -109,6 +110,7 @@ def test_what_was_evicted_is_missed(model, prompts):
     assert answer(model, prompts, config, rule).tokens != answer(model, prompts, config).tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_what_the_cache_holds_after_the_answer(model, prompts, name):
     config, rule = RULES[name]
@@ -144,6 +146,7 @@ def test_what_the_cache_holds_after_the_answer(model, prompts, name):
                 assert set(range(last - 3, last + 1)) <= set(mine.tolist())
 
 
+@pytest.mark.slow
 def test_continued_saved_and_asked_again(model, prompts, tmp_path):
     config, rule = RULES["window"]
     first = answer(model, prompts, config, rule, return_cache=True)
@@ -184,6 +187,7 @@ def long_model():
     return Decoder(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_two_thousand_tokens_at_a_budget_of_256(long_model):
     """One compilation, the same bytes, and no copy of the pool inside the program."""
     prompt = [np.random.default_rng(3).integers(3, 120, 500).tolist()]
@@ -213,6 +217,7 @@ def tiny():
     return load_tiny()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "rule", "least"),
     [

@@ -46,6 +46,7 @@ def answers(model, items, config, protocol):
     return list(zip(out.tokens, out.kept, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "protocol"), [("ada-snapkv", "inside"), ("full", "after"), ("prefixkv", "after")]
 )

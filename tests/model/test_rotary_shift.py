@@ -50,6 +50,7 @@ def test_a_saved_cache(model, cache, tmp_path):
     assert first.log_probs[1] == third.log_probs[1]
 
 
+@pytest.mark.slow
 def test_compressing_while_decoding(model, images):
     """With room for everything nothing is evicted, and the answer is the whole cache's."""
     whole = kvjax.generate(model, ROWS, images=images, **CALL)
@@ -59,6 +60,7 @@ def test_compressing_while_decoding(model, images):
     np.testing.assert_allclose(out.log_probs, whole.log_probs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_groups_of_rows(model, images, cache, monkeypatch):
     jax.clear_caches()
     monkeypatch.setattr(stages, "PREFILL_TOKENS", 32)
@@ -69,6 +71,7 @@ def test_groups_of_rows(model, images, cache, monkeypatch):
     np.testing.assert_allclose(grouped.pool.entries, cache.pool.entries, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_phases_apart(model, images):
     config = kvjax.CompressionConfig.named("expected-attention", budget=8)
     out = kvjax.generate(model, ROWS, config, images=images, **CALL)

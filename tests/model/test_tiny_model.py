@@ -56,6 +56,7 @@ def test_words_go_in_and_out():
     assert out.tokens == [list(item.answer)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["inside", "after"])
 def test_what_is_evicted_costs_answers(model, items, protocol):
     """Of 12 prompts of 512 tokens; an observation window finds what it has been asked for."""
@@ -99,6 +100,7 @@ def test_notes_are_found_in_a_document(items):
     assert [ID["note"], item.question[1], *item.answer] == tokens[slice(*asked)]
 
 
+@pytest.mark.slow
 def test_answers_tables_and_a_picture(tmp_path, capsys, monkeypatch):
     some = {name: kvjax.METHODS[name] for name in ("full", "snapkv", "random")}
     monkeypatch.setattr(kvjax, "METHODS", some)

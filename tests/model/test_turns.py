@@ -70,6 +70,7 @@ def ratio_cache(model, prompts):
     return kvjax.compress_prompt(model, prompts, RATIO)
 
 
+@pytest.mark.slow
 def test_a_ratio_cache_under_a_budget(model, ratio_cache):
     """The question sees what the ratio left, recompressed or not, streamed or not."""
     plain = ask(model, QUESTION, cache=ratio_cache)
@@ -119,6 +120,7 @@ def test_a_stream_hands_out_nothing_after_a_stop(model, prompts):
     close(log_probs, whole.log_probs)
 
 
+@pytest.mark.slow
 def test_the_last_compression_of_an_answer_is_made_for_its_cache_alone(model, prompts, monkeypatch):
     calls, evict = [], stages.evict
 
@@ -137,6 +139,7 @@ def test_the_last_compression_of_an_answer_is_made_for_its_cache_alone(model, pr
     assert len(calls) == 2 + 3
 
 
+@pytest.mark.slow
 def test_int8_under_recompression_says_what_it_holds(model, prompts):
     cache = kvjax.compress_prompt(model, prompts, INT8)
     out = ask(model, QUESTION, cache=cache, recompress=RULE, return_cache=True)
@@ -144,6 +147,7 @@ def test_int8_under_recompression_says_what_it_holds(model, prompts):
     np.testing.assert_array_equal(out.kept, cache.counts)
 
 
+@pytest.mark.slow
 def test_answers_do_not_count_as_entries_of_the_prompt(model, prompts):
     first = ask(model, prompts, recompress=RULE, return_cache=True)
     second = ask(model, QUESTION, cache=first.cache, recompress=RULE, return_cache=True)
@@ -241,6 +245,7 @@ def test_two_hundred_questions_hold_one_document(model, prompts):
     assert len(out.tokens) == 200
 
 
+@pytest.mark.slow
 def test_rows_that_share_a_document_are_evicted_apart(model, prompts):
     cache = kvjax.compress_prompt(model, prompts[:1], ADA)
     out = ask(model, QUESTION, cache=cache, recompress=RULE, return_cache=True)

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import jax
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -23,6 +24,7 @@ def run(*command, **settings):
     return done.stdout
 
 
+@pytest.mark.smoke
 def test_the_wheel_installs_and_imports(tmp_path):
     wheels, fresh = tmp_path / "wheels", tmp_path / "fresh"
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
