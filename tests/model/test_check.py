@@ -14,7 +14,7 @@ from check_parts import part
 
 from kvjax.ahead import TPUS, compile_for, missing
 from kvjax.bench import decode, generate, scores
-from kvjax.bench.check import calls, kernels, needs, oracle, speed
+from kvjax.bench.check import calls, kernels, needs, oracle, runner, speed
 from kvjax.bench.check.__main__ import main
 from kvjax.bench.check.journal import NAME, Journal, summary
 from kvjax.bench.check.listed import PLATFORMS, parts
@@ -170,6 +170,7 @@ def test_the_oracle_by_hand():
 
 # ---------------------------------------------------------------------------- what is needed
 def test_what_is_missing_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(needs.PACKAGES, "cpu", {"jax": "jax"})
     packages = {"jax": "jax[tpu]", "not_there_at_all": "not-there"}
     monkeypatch.setitem(needs.PACKAGES, "tpu", packages)
     sentence = needs.missing("tpu")
@@ -179,6 +180,12 @@ def test_what_is_missing_is_one_sentence(monkeypatch):
     assert "a TPU that JAX sees (" in needs.missing("tpu")
     monkeypatch.setattr(needs, "version", lambda _: "0.12.0")
     assert "jax 0.11.2 to 0.11 (this is 0.12.0)" in needs.missing("cpu")
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """On a busy machine a process takes long to begin."""
+    monkeypatch.setattr(runner, "START", 900.0)
 
 
 @pytest.mark.slow
