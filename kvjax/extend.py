@@ -13,7 +13,8 @@ B batch, T new tokens, N query heads, K KV heads, H head dim.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Cache, attend, write_layer, write_positions
+from kvjax.attend import attend
+from kvjax.cache import Cache, write_layer, write_positions
 from kvjax.precision import always_32_bits
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax import cache as whole
+from kvjax import attend as whole
 from kvjax import pool as pools
 from kvjax import sharding
 from kvjax.cache import Cache, PaddedLayer, Tail
@@ -127,7 +127,7 @@ def attend(
     layer: int,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """`cache.attend`, where a mesh is in use with every device's heads and slots apart."""
+    """`attend.attend`, where a mesh is in use with every device's heads and slots apart."""
     if sharding.current() is None:
         return whole.attend(q, positions, cache, layer, window)
     tail, pool = cache.tail, cache.pool

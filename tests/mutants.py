@@ -169,21 +169,21 @@ MUTANTS = (
     # ------------------------------------------------------------------------ attend
     Mutant(
         "attend: PrefixKV's frozen point of 25 entries",
-        "kvjax/cache.py",
+        "kvjax/attend.py",
         "first_BK = jnp.where(kept > FROZEN_POINT, kept - FROZEN_POINT, kept // 2)",
         "first_BK = jnp.where(kept >= FROZEN_POINT, kept - FROZEN_POINT, kept // 2)",
         ("test_cache.py",),
     ),
     Mutant(
         "attend: the ratio of a sliding window counts a token too many",
-        "kvjax/cache.py",
+        "kvjax/attend.py",
         "jnp.minimum(prompt_B11, max(window - 1, 1))",
         "jnp.minimum(prompt_B11, max(window, 1))",
         ("test_cache.py", "test_generate.py"),
     ),
     Mutant(
         "attend: the ratio evicts another head's entries of the pool",
-        "kvjax/cache.py",
+        "kvjax/attend.py",
         "run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK",
         "run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1)",
         ("test_pool.py", "test_life.py"),

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import stages
+from kvjax.attend import attend
 from kvjax.bench.timing import Timing, timed
-from kvjax.cache import Cache, PaddedLayer, attend, empty_tail
+from kvjax.cache import Cache, PaddedLayer, empty_tail
 from kvjax.capacity import capacity, packs, pool_shape
 from kvjax.config import CompressionConfig
 from kvjax.models.config import ModelConfig

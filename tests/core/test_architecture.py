@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # What compression may build on.
 BELOW = {"config", "methods", "integers", "pool", "cache", "probe", "kernels", "seen", "sharding"}
-BELOW |= {"split", "precision"}
+BELOW |= {"attend", "split", "precision"}
 IMAGES = {"image_config", "images"}
 COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
 ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
@@ -25,9 +25,10 @@ ALLOWED = {
     "probe": set(),
     "sharding": set(),
     "precision": set(),
-    "cache": {"pool", "kernels", "sharding", "integers"},
-    "split": {"cache", "pool", "kernels", "sharding"},
-    "extend": {"cache", "precision"},
+    "cache": {"pool", "sharding"},
+    "attend": {"cache", "pool", "kernels", "integers"},
+    "split": {"attend", "cache", "pool", "kernels", "sharding"},
+    "extend": {"attend", "cache", "precision"},
     "saved": {"cache", "origin", "pool", "config"},
     "seen": set(),
     "image_config": set(),

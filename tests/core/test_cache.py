@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import attend as attending
 from kvjax import cache as caches
 from kvjax.cache import (
     Cache,
@@ -21,14 +22,14 @@ from kvjax.cache import (
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
 pack = jax.jit(caches.pack, static_argnums=3, compiler_options=QUICK)
-attend = jax.jit(caches.attend, static_argnums=(3, 4), compiler_options=QUICK)
+attend = jax.jit(attending.attend, static_argnums=(3, 4), compiler_options=QUICK)
 write_positions = jax.jit(caches.write_positions)
 write_layer = jax.jit(caches.write_layer, static_argnums=1)
 
 
 @partial(jax.jit, static_argnums=4, compiler_options=QUICK)
 def dead_masks(kept, prompts, positions, tail, slots):
-    found = caches.dead_slots(kept, prompts, positions, None, tail, slots)
+    found = attending.dead_slots(kept, prompts, positions, None, tail, slots)
     return [evicted.mask() for evicted in found]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from kvjax import CompressionConfig, Probe, budgets, compress
-from kvjax.cache import attend
+from kvjax.attend import attend
 from kvjax.compress import make_plan
 from kvjax.scores import Layer, score
 
