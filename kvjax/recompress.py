@@ -100,8 +100,10 @@ def _by_ratio(cache, ratio, layer: Slots, index: int, window) -> Bool[Array, "B 
         offered_B = jnp.minimum(offered_B, max(window - 1, 1))
     allowed_BK = allowed(ratio.kept[:, index], offered_B, grown_B[:, None])
     total_B = jnp.minimum(allowed_BK.sum(-1), layer.size)
-    allowed_BK = budgets.spread(allowed_BK, allowed_BK, total_B)
     may_go_BKS = held_BKS & (positions_BS[:, None] >= ratio.frozen[:, index][..., None])
+    # Where the slots do not hold so many, a head that may evict makes up for one that may not.
+    stays_BK = (held_BKS & ~may_go_BKS).sum(-1, dtype=jnp.int32)
+    allowed_BK = budgets.spread(allowed_BK, allowed_BK, total_B, stays_BK)
     excess_BK = held_BKS.sum(-1, dtype=jnp.int32) - allowed_BK
     # Earliest first; a position is exact in fp32 below 2**24.
     order = jnp.broadcast_to((2.0**24 - positions_BS)[:, None], held_BKS.shape)

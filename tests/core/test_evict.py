@@ -12,6 +12,7 @@ from kvjax.cache import with_room
 from kvjax.loose import allowed, check_held, loosen, slots_needed
 from kvjax.pool import kept_mask
 from kvjax.recompress import evict as evict_
+from kvjax.recompress import make_room
 
 B, T, U, LAYERS, N, K, H = 2, 40, 8, 2, 4, 2, 8
 LENGTHS = np.array([40, 29], np.int32)
@@ -335,3 +336,22 @@ def test_the_room_of_a_row_is_its_own():
         held = np.asarray(cache.counts.sum((1, 2)))
         assert ends[:, -1].tolist() == (held + LAYERS * K * (3 + 2)).tolist()
     assert room[5, 5] == room[5, 40]
+
+
+def test_heads_that_may_not_evict_take_from_those_that_may():
+    """Some 40 and 8 entries of 48, and 100 tokens since, in 48 slots: what is frozen stays."""
+    norms = np.where(np.arange(48)[:, None] < np.array([40, 8]), 0.1, 10.0)[None, :, :, None]
+    keys = [normal(seed, 1, 48, K, H) * norms.astype(np.float32) for seed in range(LAYERS)]
+    config = CompressionConfig.named(
+        "kv-compress", 0.5, scorer="key-norm", recent=1, keep_ratio=True, layout="packed"
+    )
+    cache = kvjax.compress(keys, keys, [kvjax.Probe()] * LAYERS, config)
+    assert (cache.counts[0, :, 0] > 35).all()
+    cache = with_room(cache, 100)
+    tail = cache.tail.replace(positions=48 + jnp.arange(100)[None], cursor=jnp.asarray(100))
+    cache = cache.replace(tail=tail, next_positions=jnp.array([148]))
+    loose, _ = make_room(cache, Recompress(every=4, budget=24), N, (None,) * LAYERS, asked=True)
+    for layer in range(LAYERS):
+        found = [head for head, _ in entries(loose, layer, 0, False)]
+        assert [found.count(head) for head in range(K)] == loose.counts[0, layer].tolist()
+        assert len(found) == int(loose.pool.starts[0, layer + 1] - loose.pool.starts[0, layer])

@@ -12,7 +12,7 @@ from kvjax import CompressionConfig, Recompress, Sampling, stages
 from kvjax.cache import compact, empty_tail, with_room
 from kvjax.models.weights import load_decoder
 from kvjax.programs import ask_program, flat, whole
-from kvjax.request import BLOCK, doubled
+from kvjax.request import BLOCK, Request, doubled
 from kvjax.sampling import row_keys
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
@@ -194,6 +194,14 @@ def test_tails_grow_by_doubling():
     assert [doubled(slots) for slots in (1, 256, 257, 512, 513, 5000)] == [
         256, 256, 512, 512, 1024, 8192,
     ]  # fmt: skip
+
+
+def test_a_tail_has_room_for_the_turns_before_it(model, prompts):
+    """250 slots are taken: 12 tokens of an answer and 16 slots of a question need a wider tail."""
+    cache = with_room(kvjax.compress_prompt(model, prompts, ADA), 384)
+    cache = cache.replace(tail=cache.tail.replace(cursor=jnp.int32(250)))
+    request = Request.make(model, QUESTION, ADA, NEW, None, None, 0, (), (), False, None, cache)
+    assert request.tail_slots == request.cache.tail.positions.shape[1] == 512
 
 
 def test_a_tail_without_holes(model, prompts):
