@@ -41,6 +41,9 @@ test-all: setup $(AHEAD)/.installed $(VENV)/.eval  ## what `make test` leaves ou
 mutants: setup  ## do the tests notice 30 planted faults? an hour; `make mutants WORDS=slots` for some of them
 	$(RUN) tests/mutants.py $(WORDS)
 
+lives: setup  ## 500 random lives of a cache beside an oracle, half an hour
+	LIVES=500 $(RUN) -m pytest -q tests/model/test_life.py -m slow
+
 lint: setup  ## ruff: rules and format
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -88,4 +91,4 @@ gpu-check tpu-check:
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test test-all mutants lint types fidelity stories study report compile-matrix plan bench gpu-check tpu-check clean
+.PHONY: help setup demo test test-all mutants lives lint types fidelity stories study report compile-matrix plan bench gpu-check tpu-check clean
