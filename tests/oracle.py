@@ -156,6 +156,30 @@ class Row:
 
         One by one, as many as keep the ratio, in position order from the frozen point on.
         """
+        frozen, removed, _ = self._ratio(index, head, seen)
+        return np.flatnonzero(self.held[index, head])[frozen : frozen + removed]
+
+    def settle(self):
+        """Evict for good, as many as keep the ratio, which is kept no longer.
+
+        What no later token can see goes first, and is none of those that are held.
+        """
+        windows = self.oracle.config.sliding_windows
+        for index, head in np.ndindex(self.held.shape[:2]):
+            frozen, removed, kept = self._ratio(index, head, self.seen)
+            held = np.flatnonzero(self.held[index, head])
+            first = np.append(held, self.seen)[frozen]
+            stays = held
+            if (window := windows[index]) is not None:
+                stays = held[held > self.seen - window]
+            excess = max(0, len(stays) - (kept + self.seen - self.prompt - removed))
+            gone = stays[stays >= first][:excess]
+            self.held[index, head] = False
+            self.held[index, head, np.setdiff1d(stays, gone)] = True
+        self.ratio = None
+
+    def _ratio(self, index: int, head: int, seen: int) -> tuple[int, int, int]:
+        """Entries before the frozen point, those to be removed by now, and those of the prompt."""
         assert self.ratio is not None
         assert self.prompt is not None
         offered, kept = self.prompt, int(self.ratio[index, head])
@@ -163,11 +187,4 @@ class Row:
             offered = min(offered, max(window - 1, 1))
         frozen = kept - FROZEN_POINT if kept > FROZEN_POINT else kept // 2
         grown = max(0, seen - self.prompt)
-        removed = max(0, grown * (offered - kept) // offered)
-        return np.flatnonzero(self.held[index, head])[frozen : frozen + removed]
-
-    def settle(self):
-        """Evict for good what the ratio had masked; it is kept no longer."""
-        for index, head in np.ndindex(self.held.shape[:2]):
-            self.held[index, head, self.gone(index, head, self.seen)] = False
-        self.ratio = None
+        return frozen, max(0, grown * (offered - kept) // offered), kept
