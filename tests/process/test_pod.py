@@ -49,6 +49,8 @@ def start(config, out, count, devices=1, split=None) -> list[subprocess.Popen]:
     line += ["--distributed", *(["--split", str(split)] if split else [])]
     given = {
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}", 1),
+        # Processes that share a program wait for one another where one of them reads it back.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "KVJAX_PROCESSES": str(count),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
     }
