@@ -1,6 +1,7 @@
 """`make gpu-check`: parts that fail, hang and die, going on, the summary; its programs compiled."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -190,10 +191,12 @@ def patience(monkeypatch):
 
 @pytest.mark.slow
 def test_make_says_what_is_missing(tmp_path):
-    """A process: `make` with a bare interpreter."""
+    """A process: `make` with a bare interpreter, which sees none of the chips' compilers."""
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         ["make", "gpu-check", f"PYTHON={sys.executable} -S", f"OUT={tmp_path}"],
         capture_output=True, text=True, timeout=120, cwd=check_parts.__file__.rsplit("/", 2)[0],
+        env=bare,
     )  # fmt: skip
     assert done.returncode == 2
     assert "kvjax: gpu-check needs jax[cuda13], triton, jax-triton, flax" in done.stderr
