@@ -10,7 +10,13 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache import FROZEN_POINT, Cache, Tail
 from kvjax.integers import floor_of_product
 from kvjax.kernels.decode_attention import Evicted, merge, padded_attention, pool_attention
+from kvjax.kernels.decode_attention.parts import over_tokens
 from kvjax.pool import Pool
+
+# Rows (new tokens x query heads, of a whole batch) that are attended at once. What they need on the
+# way are several fp32 copies of their outputs, 16 MiB each at H = 128; and compilers keep more or
+# fewer of them, as it pleases them.
+MOST_ROWS = 2**15
 
 
 def attend(
@@ -27,6 +33,13 @@ def attend(
       positions: their positions, -1 for padding (its output is zeros).
       window: width of a sliding-window layer, or None.
     """
+    most = max(1, MOST_ROWS // (q.shape[0] * q.shape[2]))
+    return over_tokens(
+        lambda q, positions: _attend(q, positions, cache, layer, window), (q, positions), most
+    )
+
+
+def _attend(q, positions, cache: Cache, layer: int, window: int | None):
     tail, pool, rows = cache.tail, cache.pool, cache.shared
     of_prompt = of_tail = None
     if cache.keep_ratio:

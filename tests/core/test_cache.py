@@ -214,6 +214,25 @@ def test_attend_matches_numpy(layer, window):
     assert not np.asarray(out)[positions == -1].any()
 
 
+def test_tokens_are_attended_in_parts(monkeypatch):
+    """Three tokens of a batch in parts of two: what each part has evicted is its own tokens'."""
+    cache, positions = random_cache(keep_ratio=True)
+    q = normal(5, 3, 3, 4, 8)
+    whole = attend(q, positions, cache, 0, 9)
+    sizes = []
+    attend_some = attending._attend
+
+    def counted(q, *rest):
+        sizes.append(q.shape[1])
+        return attend_some(q, *rest)
+
+    monkeypatch.setattr(attending, "_attend", counted)
+    monkeypatch.setattr(attending, "MOST_ROWS", 2 * 3 * 4)
+    parts = jax.jit(lambda *call: attending.attend(*call, 0, 9))(q, positions, cache)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
+    assert set(sizes) == {2}
+
+
 @pytest.mark.parametrize("keep_ratio", [False, True])
 @pytest.mark.parametrize("window", [None, 9])
 def test_nan_in_empty_slots_changes_nothing(window, keep_ratio):
