@@ -29,7 +29,7 @@ $(VENV)/.eval: constraints.txt $(VENV)/.installed
 	-$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,eval]' && touch $@
 
 demo: setup  ## questions about long prompts, answered from every method's cache
-	$(RUN) -m kvjax.demo
+	$(RUN) -m kvjax.studies.demo
 
 PYTEST := $(RUN) -m pytest -n auto --dist loadfile --durations 10
 test: setup  ## what every change has to pass, 8 minutes at most on two cores
@@ -52,20 +52,20 @@ types: setup  ## mypy
 	$(VENV)/bin/mypy
 
 fidelity: setup  ## agreement with kvpress on 200 documents (needs ../shared/data), about 10 minutes
-	$(RUN) -m kvjax.eval.fidelity --data ../shared/data -o docs/fidelity_table.md
+	$(RUN) -m kvjax.studies.fidelity --data ../shared/data -o docs/fidelity_table.md
 
 stories: setup  ## stories continued from every method's cache (needs ../shared/data)
-	$(RUN) -m kvjax.eval.stories
+	$(RUN) -m kvjax.studies.stories
 
 study: setup  ## the bundled model, measured, about 20 minutes
-	$(RUN) -m kvjax.eval.tiny_study --count 100
+	$(RUN) -m kvjax.studies.tiny_study --count 100
 
 report: setup  ## the bundled model evaluated on its own tasks, docs/report, an hour or less
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(RUN) -m kvjax.cli eval --config configs/eval/tiny.toml --out build/results/tiny
 	$(RUN) -m kvjax.cli report build/results/tiny -o docs/report
 
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, and questions, compiled for TPUs and an H200, 20 minutes
-	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.eval.compile_matrix -o docs/compile_matrix.md
+	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.plan.compile_matrix -o docs/compile_matrix.md
 
 PLANS := $(foreach name,llama llama-limits llava llama-70b llama-70b-few,--config configs/plan/$(name).toml)
 plan: setup $(AHEAD)/.installed  ## what fits where, compiled ahead of time, an hour or two; goes on where it stopped

@@ -1,7 +1,7 @@
 """kvjax: KV-cache compression for long-context generation in JAX and Flax.
 
 The data's path: prompt -> prefill -> score -> allocate -> pack -> decode
-(`generate`, `stages`, `compress`, `scores`, `budgets`, `cache`).
+(`inputs`, `generation`, `compression`, `cache`).
 
 Axis legend, obeyed by every einsum and by the names of arrays inside functions:
   B batch              N query heads        D model dimension     W observation window
@@ -12,25 +12,19 @@ Local letters: C tokens of a block, E end-of-sequence ids, I images, O tokens of
 Q a block of queries, U slots of the tail.
 """
 
-from kvjax.cache import Cache
-from kvjax.compress import compress, probe_request
+from kvjax.cache.disk import load_cache, save_cache
+from kvjax.cache.own_model import append, claim, claimed_positions, decode_attention
+from kvjax.cache.state import Cache
+from kvjax.compression.compress import compress, probe_request
 from kvjax.config import CompressionConfig, ConfigError, Recompress, parse_budget
-from kvjax.extend import append, claim, claimed_positions, decode_attention
-from kvjax.generate import (
-    Generation,
-    Step,
-    compress_prompt,
-    generate,
-    stream,
-)
+from kvjax.generation.generate import Generation, Step, compress_prompt, generate, stream
+from kvjax.generation.programs import compilations
+from kvjax.generation.sampling import Sampling
+from kvjax.generation.timing import Timings, timed_generate
 from kvjax.likelihood import Scored, score
-from kvjax.load import load
 from kvjax.methods import METHODS
-from kvjax.probe import Probe
-from kvjax.programs import compilations
-from kvjax.sampling import Sampling
-from kvjax.saved import load_cache, save_cache
-from kvjax.timed import Timings, timed_generate
+from kvjax.model_interface import Probe
+from kvjax.models.load import load
 
 __version__ = "0.1.0"
 

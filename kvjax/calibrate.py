@@ -8,10 +8,8 @@ Source: PrefixKV, Wang et al. 2024 (arXiv 2412.03409), whose authors publish suc
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from kvjax.config import CompressionConfig, ConfigError, check_config
-from kvjax.generate import compress_prompt
+from kvjax.generation.generate import compress_prompt
+from kvjax.generation.request import check_rows
+from kvjax.inputs.multimodal import read
+from kvjax.inputs.prompts import Prompts, as_rows, bucket
 from kvjax.methods import METHODS
-from kvjax.placeholders import read
-from kvjax.prompts import Prompts, as_rows, bucket
-from kvjax.request import check_rows
+from kvjax.settings import replacing
 
 
 @dataclass(frozen=True)
@@ -176,39 +175,3 @@ def read_profile(path: str | Path) -> tuple[float, ...]:
     if not (isinstance(evicted, list) and evicted and all(map(fraction, evicted))):
         raise ValueError(expected)
     return tuple(1.0 - share for share in evicted)
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A name next to `path` to write to; it replaces `path` if the block ends without an error.
-
-    After an error, or an interrupt, what was at `path` is as it was, and nothing is left beside it.
-    """
-    target, part = _target_and_part(path)
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise ValueError where `replacing(path)` could not put a file; nothing is changed."""
-    target, part = _target_and_part(path)
-    # A folder, or a device such as /dev/stdout, which a rename would put a file in the place of.
-    if target.exists() and not target.is_file():
-        raise ValueError(f"output {path} is not a file, expected the name of a file to write")
-    try:
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output {path} cannot be written ({error.strerror}), expected a name in a folder that"
-            " exists and can be written to"
-        ) from None
-
-
-def _target_and_part(path: str | Path) -> tuple[Path, Path]:
-    target = Path(path).resolve()  # what a link points to is replaced, not the link
-    # The suffix stays the last one: writers of pictures choose their format by it.
-    return target, target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")

@@ -31,8 +31,8 @@ class CompressionConfig:
       window: observation window, in tokens, below the budget; None for min(32, budget // 2), and
         8 and 1 in place of 32 for "l2-window" and "tova", as in their papers.
       reduce: "mean" or "sum" of the window's queries (the same ranking inside a layer).
-      pool: smoothing of window scores along the sequence: "max", "average" (or "avg"; zero-padded,
-        always divided by `kernel`) or "none".
+      pooling: smoothing of window scores along the sequence: "max", "average" (or "avg";
+        zero-padded, always divided by `kernel`) or "none".
       kernel: width of the pooling, odd; SnapKV and Ada-KV use 7 with "max".
       group: "mean" or "max" over the query heads of a KV head.
       floor: Ada-KV's alpha in [0, 1], the share of the budget spread evenly over heads; with
@@ -43,7 +43,7 @@ class CompressionConfig:
         layers="prefix".
       future: positions after the prompt over which expected attention averages.
       repeat: KVzip's instructions as token ids, before the first part of the prompt and before the
-        others; None for those that a tokenizer makes of `kvjax.reconstruction.INSTRUCTIONS`, and
+        others; None for those that a tokenizer makes of `kvjax.compression.kvzip.INSTRUCTIONS`, and
         without a tokenizer for none.
       repeat_chunk: tokens of the prompt that KVzip repeats at once.
       layout: "padded" ([B, K, S, H] per layer, S for the longest head), "packed" (one pool of
@@ -70,7 +70,7 @@ class CompressionConfig:
     epsilon: float = 0.0
     window: int | None = None
     reduce: Literal["mean", "sum"] = "mean"
-    pool: Literal["max", "average", "avg", "none"] = "max"
+    pooling: Literal["max", "average", "avg", "none"] = "max"
     kernel: int = 7
     group: Literal["mean", "max"] = "mean"
     floor: float = 0.2
@@ -98,8 +98,8 @@ class CompressionConfig:
         # Hashable, as a static argument must be, and one spelling for what is the same.
         if isinstance(self.profile, list):
             object.__setattr__(self, "profile", tuple(self.profile))
-        if self.pool == "avg":
-            object.__setattr__(self, "pool", "average")
+        if self.pooling == "avg":
+            object.__setattr__(self, "pooling", "average")
         if self.repeat is not None:
             object.__setattr__(self, "repeat", _instructions(self))
         choices = {
@@ -107,7 +107,7 @@ class CompressionConfig:
             "layers": get_args(LayerAllocator),
             "heads": get_args(HeadAllocator),
             "reduce": ("mean", "sum"),
-            "pool": ("max", "average", "none"),
+            "pooling": ("max", "average", "none"),
             "group": ("mean", "max"),
             "layout": ("padded", "packed", None),
             "quantize": ("int8", None),

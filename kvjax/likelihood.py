@@ -16,16 +16,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax import sharding, stages
-from kvjax.cache import with_room
+from kvjax import sharding
+from kvjax.cache.state import with_room
 from kvjax.config import CompressionConfig, check_config
-from kvjax.placeholders import Looked, Pictures, by_prompt, look
+from kvjax.generation import prefill
+from kvjax.generation.programs import Program
+from kvjax.generation.request import FULL, check_rows
+from kvjax.generation.sampling import row_keys
+from kvjax.inputs.multimodal import ModelInputs, Pictures, by_prompt, prepare_inputs
+from kvjax.inputs.prompts import as_rows, pad
+from kvjax.model_interface import Images
 from kvjax.precision import always_32_bits
-from kvjax.programs import Program
-from kvjax.prompts import as_rows, pad
-from kvjax.request import FULL, check_rows
-from kvjax.sampling import row_keys
-from kvjax.seen import Images
 
 Document = tuple[list[int], int]  # tokens, prefix
 
@@ -80,8 +81,8 @@ def score(
         the model's context.
     """
     check_config(config)
-    looked, rests = _divided(model, tokens, prefix_length, config, images)
-    prompt, lengths = pad(looked.rows, pad_to[0])
+    inputs, rests = _divided(model, tokens, prefix_length, config, images)
+    prompt, lengths = pad(inputs.rows, pad_to[0])
     after, counts = pad(rests, pad_to[1])
     nll, top1, counts_BLK, kept = _score_program(
         model,
@@ -90,7 +91,7 @@ def score(
         after,
         counts,
         row_keys(seed, len(rests)),
-        looked.images(prompt),
+        inputs.images(prompt),
         config=config,
         positions=positions,
     )
@@ -115,7 +116,7 @@ def _divided(
     prefix_length: int | Sequence[int],
     config: CompressionConfig,
     images: Pictures | None,
-) -> tuple[Looked, list[list[int]]]:
+) -> tuple[ModelInputs, list[list[int]]]:
     """Prefixes, with their images' places expanded, and what follows them, all checked."""
     pictures = by_prompt(images, tokens, model)
     rows = as_rows(tokens, vocab_size=model.config.vocab_size)
@@ -133,11 +134,11 @@ def _divided(
     # Every token after the prefix is a target; all but the last are inputs too.
     heads = [row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)]
     rests = [row[prefix:] for row, prefix in zip(rows, prefixes, strict=True)]
-    looked = look(model, heads, pictures)
-    check_rows(model, looked.rows, config)
-    check_rows(model, [[*a, *b] for a, b in zip(looked.rows, rests, strict=True)], FULL)
-    look(model, rests, None)  # no image stands after the prefix
-    return looked, rests
+    inputs = prepare_inputs(model, heads, pictures)
+    check_rows(model, inputs.rows, config)
+    check_rows(model, [[*a, *b] for a, b in zip(inputs.rows, rests, strict=True)], FULL)
+    prepare_inputs(model, rests, None)  # no image stands after the prefix
+    return inputs, rests
 
 
 def batches(
@@ -177,9 +178,9 @@ def _score_program(
 ) -> tuple[
     Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B L K"], Bool[Array, "B L K P"] | None
 ]:
-    logits_BV, cache = stages.prefill_compress(model, prompt, lengths, key, config, images)
+    logits_BV, cache = prefill.prefill_compress(model, prompt, lengths, key, config, images)
     batch, tokens = after.shape
-    block = min(stages.BLOCK, tokens)
+    block = min(prefill.BLOCK, tokens)
     blocks = -(-tokens // block)
     after_BT = jnp.pad(after, ((0, 0), (0, blocks * block - tokens + 1)))
     cache = with_room(cache, blocks * block)

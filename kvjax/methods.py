@@ -63,8 +63,8 @@ class Method:
     """One row of the table.
 
     Attributes:
-      scorer: where an entry's importance comes from (`kvjax.scores`).
-      layers: how a row's budget is divided among its layers (`kvjax.budgets`).
+      scorer: where an entry's importance comes from (`kvjax.compression.scorers`).
+      layers: how a row's budget is divided among its layers (`kvjax.compression.allocators`).
       heads: how a layer's is divided among its heads; "shared": the same tokens in all heads.
       sinks: first positions always kept.
       recent: last positions always kept: the observation window, half of the budget, or a number.

@@ -116,7 +116,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 def using(mesh: Mesh | AbstractMesh | None) -> AbstractContextManager:
     """Inside, what is traced is placed on a fitted mesh; None changes nothing.
 
-    Arguments of what is traced lie on the mesh's devices (`place`, `known`).
+    Arguments of what is traced lie on the mesh's devices (`place`, `put_on_mesh`).
     """
     if mesh is None:
         return contextlib.nullcontext()
@@ -201,7 +201,7 @@ def parameter_places(model: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(where, model)
 
 
-def known(tree: Any, mesh: Mesh | None) -> Any:
+def put_on_mesh(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays of a host's own, whole on every device of the mesh; what is on it stays as it is.
 
     Where the mesh spans hosts all of them bring the same arrays. None changes nothing.

@@ -12,10 +12,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Cache, write_layer
+from kvjax.cache.split import attend
+from kvjax.cache.state import Cache
+from kvjax.cache.tail import write_layer
 from kvjax.kernels.prefill_attention import prefill_attention
 from kvjax.kernels.prefill_attention.training import training_attention
 from kvjax.kernels.window_scores import accumulated_scores
+from kvjax.model_interface import Probe, ProbeRequest, Rotary
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import (
     RMSNorm,
@@ -26,10 +29,7 @@ from kvjax.models.layers import (
     with_bias,
 )
 from kvjax.models.observe import expected_queries, last_queries, output_norms
-from kvjax.probe import Probe, ProbeRequest
-from kvjax.seen import Rotary
 from kvjax.sharding import by_device, constrain
-from kvjax.split import attend
 
 
 class Attention(nnx.Module):

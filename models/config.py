@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from kvjax.models.checks import (
+from kvjax.models.checkpoints.checks import (
     boolean,
     check_fields,
     expect,

@@ -9,12 +9,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import Cache, write_positions
+from kvjax.cache.state import Cache
+from kvjax.cache.tail import write_positions
+from kvjax.model_interface import NO_IMAGES, ImageFeatures, Probe, ProbeRequest, Rotary
 from kvjax.models.attention import Attention
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import MLP, RMSNorm, in_parts, parameter
-from kvjax.probe import Probe, ProbeRequest
-from kvjax.seen import NOTHING, Rotary, Seen
 from kvjax.sharding import constrain
 
 
@@ -28,7 +28,7 @@ class Embedding(nnx.Module):
         return constrain(jnp.take(self.table_VD[...], tokens_BT, axis=0, mode="clip"), "BTD")
 
 
-class Layer(nnx.Module):
+class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each with a residual."""
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -74,14 +74,17 @@ class Decoder(nnx.Module):
     Args:
       config: the architecture.
       dtype: of the weights, the activations and the cache.
-      rngs: for random weights; `kvjax.models.weights` replaces them by a checkpoint's.
+      rngs: for random weights; `kvjax.models.checkpoints.weights` replaces them by a checkpoint's.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [Layer(config, index, dtype=dtype, rngs=rngs) for index in range(config.num_layers)]
+            [
+                DecoderLayer(config, index, dtype=dtype, rngs=rngs)
+                for index in range(config.num_layers)
+            ]
         )
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         shape = (config.hidden_size, config.vocab_size)
@@ -113,7 +116,7 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         counts: Int[Array, " B"],
         cache: Cache,
-        seen: Seen = NOTHING,
+        features: ImageFeatures = NO_IMAGES,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run new tokens against the cache, at the positions that follow each row's last.
 
@@ -121,7 +124,7 @@ class Decoder(nnx.Module):
           tokens_BT: a block, each row padded on the right.
           counts: real tokens of each row's block, 0..T.
           cache: with room for T more tail slots.
-          seen: features that stand in place of tokens; none by default. Positions go on as text's.
+          features: of images, in place of tokens; none by default. Positions go on as text's.
 
         Returns:
           Hidden states for `logits` (without meaning where padded), and the cache with the block.
@@ -134,7 +137,7 @@ class Decoder(nnx.Module):
             tail=write_positions(cache.tail, positions_BT),
             next_positions=cache.next_positions + counts,
         )
-        x_BTD = seen.put(self.embed(tokens_BT))
+        x_BTD = features.put(self.embed(tokens_BT))
         for layer in self.layers:
             x_BTD, cache = layer.extend(x_BTD, positions_BT, cache)
         return x_BTD, cache

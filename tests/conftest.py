@@ -77,7 +77,7 @@ def shared_data() -> Path:
 def stories(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
     """stories260K converted and loaded: (model, tokenizer, directory)."""
     import kvjax
-    from kvjax.convert import convert_llama2c
+    from kvjax.models.checkpoints.llama2c import convert_llama2c
 
     source = shared_data / "stories260K"
     out = tmp_path_factory.mktemp("stories") / "model"

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from oracle import Oracle, Row
 
-from kvjax.cache import Cache
+from kvjax.cache.state import Cache
 
 # Log-probabilities, keys and values of float32 and float64 differ by less.
 TOLERANCE = 1e-4
@@ -156,7 +156,7 @@ def evicted(cache: Cache, rows: tuple[Row, ...], least: int, sinks: int = 0):
         seen.held = held
 
 
-def settled(cache: Cache, rows: tuple[Row, ...]):
+def reshard(cache: Cache, rows: tuple[Row, ...]):
     """A cache that evicted for good what the ratio had masked, and more where it has no room."""
     for row, seen in enumerate(rows):
         seen.settle()

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax import METHODS, CompressionConfig, Recompress, compress, probe_request, stages
-from kvjax.models.weights import load_decoder
-from kvjax.prompts import pad
+from kvjax import METHODS, CompressionConfig, Recompress, compress, probe_request
+from kvjax.generation import prefill
+from kvjax.inputs.prompts import pad
+from kvjax.models.checkpoints.weights import load_decoder
 
 HERE = Path(__file__).parent / "fixtures"
 FILE = HERE / "net.json"
@@ -66,7 +67,7 @@ def _kept(model: Any) -> Iterator[tuple[str, Cell]]:
 
     def cell(config: CompressionConfig) -> list[list[str]]:
         if not found:
-            found.extend(jax.jit(partial(stages.prefill, request=wanted))(model, tokens, lengths))
+            found.extend(jax.jit(partial(prefill.prefill, request=wanted))(model, tokens, lengths))
         run = jax.jit(partial(compress, config=config, windows=model.config.sliding_windows))
         cache = run(*found[1:], lengths=lengths, key=jax.random.key(0))
         kept = np.asarray(cache.kept_mask(width))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from kvjax import CompressionConfig, stages, tiny
-from kvjax.cache import with_room
-from kvjax.models.vision_config import VisionConfig, load_vision_config
-from kvjax.models.vision_weights import NAMINGS, llava_specs
-from kvjax.seen import see
+from kvjax import CompressionConfig, tiny
+from kvjax.cache.state import with_room
+from kvjax.generation import decode, prefill
+from kvjax.model_interface import encode_images
+from kvjax.models.vision.config import VisionConfig, load_vision_config
+from kvjax.models.vision.weights import NAMINGS, llava_specs
 
 FULL = CompressionConfig.named("full")
 
@@ -86,12 +87,12 @@ def write_llava(folder: Path, *, size: int = 56, patch: int = 14, layers: int = 
 @jax.jit
 def forced(model, tokens, lengths, images, steps):
     """Logits of every position of the prompt, and after it and each of the given tokens."""
-    seen = see(model, images)
+    seen = encode_images(model, images)
     x = seen.put(model.embed(tokens))
     for layer in model.layers:
-        x, *_ = layer.prefill(x, lengths, stages.ProbeRequest(), seen.rotary)
+        x, *_ = layer.prefill(x, lengths, decode.ProbeRequest(), seen.rotary)
     key = jax.random.key(0)
-    last, cache = stages.prefill_compress(model, tokens, lengths, key, FULL, images)
+    last, cache = prefill.prefill_compress(model, tokens, lengths, key, FULL, images)
 
     def step(cache, token):
         x, cache = model.extend(token[:, None], jnp.ones_like(lengths), cache)

@@ -37,7 +37,7 @@ def pool_attention(
     *,
     kv_heads: int,
     window: int | None = None,
-    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
     region: tuple[int, int] | None = None,
     axis: str | None = None,
@@ -58,11 +58,11 @@ def pool_attention(
       start, end: the layer's slots are start <= m < end, unaligned, by row.
       kv_heads: K.
       window: a query at p sees positions p - window + 1 .. p; None for all up to p.
-      dead: first and, for each query, one past the last slot of each head that is evicted.
+      evicted: first and, for each query, one past the last slot of each head that is evicted.
       scales: of int8 entries: what each slot's key and value are multiplied with.
       region: static bounds that hold start and end of every row, where there are any.
       axis: inside `jax.shard_map`, the mesh axis over whose devices the slots are split into equal
-        runs; start, end and dead count slots of the whole pool, and every device gets the result.
+        runs; start, end and evicted count slots of the whole pool; every device gets the result.
       implementation: "xla", "pallas" (TPU) or "triton" (GPU); by default the platform's own, and
         "xla" where that one cannot take the call.
 
@@ -82,18 +82,18 @@ def pool_attention(
     if axis is not None:
         if region is not None:
             raise ValueError(f"region={region}, expected None with axis={axis!r}: slots are split")
-        start, end, dead = _on_this_device(axis, owners.shape[1], start, end, dead)
+        start, end, evicted = _on_this_device(axis, owners.shape[1], start, end, evicted)
     module = _module(implementation, q, entries)
     rules: dict[str, Any] = {
         "kv_heads": kv_heads, "window": window, "scales": scales, "region": region
     }  # fmt: skip
 
     def attend(q, query_positions, last):
-        gone = None if dead is None else (dead[0], last)
+        gone = None if evicted is None else (evicted[0], last)
         pool = entries, owners, positions, start, end
-        return module.pool_attention(q, query_positions, *pool, dead=gone, **rules)
+        return module.pool_attention(q, query_positions, *pool, evicted=gone, **rules)
 
-    queries = q, query_positions, None if dead is None else dead[1]
+    queries = q, query_positions, None if evicted is None else evicted[1]
     part = over_tokens(attend, queries, max(1, MOST_ROWS // (q.shape[0] * heads)))
     return part if axis is None else merge_over(axis, part)
 
@@ -109,8 +109,8 @@ def _module(implementation: str | None, q: Array, entries: Array) -> Any:
     return _MODULES[implementation]
 
 
-def _on_this_device(axis, slots, start, end, dead):
+def _on_this_device(axis, slots, start, end, evicted):
     """Slots of the whole pool as slots of this device's run of them."""
     first = lax.axis_index(axis) * slots
     start, end = (jnp.clip(bound - first, 0, slots) for bound in (start, end))
-    return start, end, dead and (dead[0] - first, dead[1] - first)
+    return start, end, evicted and (evicted[0] - first, evicted[1] - first)

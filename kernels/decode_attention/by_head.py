@@ -52,13 +52,13 @@ def in_blocks(
     end: Int[Array, " B"],
     *,
     kv_heads: int,
-    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None,
+    evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None,
     region: tuple[int, int] | None,
     size: int,
 ) -> Blocks:
     """Rows in blocks of `size`; the other arguments are `pool_attention`'s."""
     batch, tokens, heads, head_dim = q.shape
-    rows_BTN4 = query_rows(query_positions, heads, kv_heads, dead)
+    rows_BTN4 = query_rows(query_positions, heads, kv_heads, evicted)
     rows_BKR4 = _ordered(rows_BTN4.reshape(batch, tokens, heads, 4), kv_heads, size, NOBODY)
     blocks = rows_BKR4.shape[2] // size
     # A padded token's position is -1, and so is that of a row which only fills its block.

@@ -50,7 +50,7 @@ def pool_attention(
     *,
     kv_heads: int,
     window: int | None = None,
-    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
     region: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
@@ -60,18 +60,19 @@ def pool_attention(
     many = tokens > 1 and rows > FEW
     if many:
         blocks = in_blocks(
-            q, query_positions, owners, start, end, kv_heads=kv_heads, dead=dead, region=region,
+            q, query_positions, owners, start, end,
+            kv_heads=kv_heads, evicted=evicted, region=region,
             size=max(16, min(MOST_ROWS, pl.next_power_of_2(rows // kv_heads))),
         )  # fmt: skip
     else:
         blocks = Blocks(
             q=q.reshape(batch, rows, -1),
-            rows=query_rows(query_positions, heads, kv_heads, dead),
+            rows=query_rows(query_positions, heads, kv_heads, evicted),
             first=start[:, None],
             end=end[:, None],
             size=max(16, pl.next_power_of_2(rows)),
         )
-    found = _attend(blocks, (entries, owners, positions, scales), window, dead is not None)
+    found = _attend(blocks, (entries, owners, positions, scales), window, evicted is not None)
     if many:
         o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in found)
         return o_BTNH, lse_BTN1[..., 0]

@@ -34,12 +34,12 @@ def pool_attention(
     *,
     kv_heads: int,
     window: int | None = None,
-    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
     region: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """See `kvjax.kernels.decode_attention`."""
-    rules = (query_positions, start, end, kv_heads, window, dead)
+    rules = (query_positions, start, end, kv_heads, window, evicted)
     pool: tuple[Array, ...] = (entries, owners, positions)
     if scales is not None:
         pool = *pool, scales[:, 0], scales[:, 1]
@@ -70,13 +70,13 @@ def _divided(peak, total, o_BTNH):
 
 def _by_head(q_BTNH, pool, rules, region):
     """Block after block of one KV head's rows, each against the slots that its head owns."""
-    query_positions, start, end, kv_heads, window, dead = rules
+    query_positions, start, end, kv_heads, window, evicted = rules
     batch, tokens, heads, _ = q_BTNH.shape
     most = max(16, SCORES // (batch * BLOCK) // 16 * 16)
     size = block_size(tokens * heads // kv_heads, most, 16)
     blocks = in_blocks(
         q_BTNH, query_positions, pool[1], start, end,
-        kv_heads=kv_heads, dead=dead, region=region, size=size,
+        kv_heads=kv_heads, evicted=evicted, region=region, size=size,
     )  # fmt: skip
 
     def apart(x_BYC):
@@ -84,7 +84,7 @@ def _by_head(q_BTNH, pool, rules, region):
 
     def attend(block):
         q_BRH, rows_BR4, first_B, end_B = block
-        seen = partial(_seen_by_row, rows_BR4, window, dead is not None)
+        seen = partial(_seen_by_row, rows_BR4, window, evicted is not None)
         return _divided(*_blocks(q_BRH[:, :, None], pool, (first_B, end_B), seen))
 
     each = apart(blocks.q), apart(blocks.rows), blocks.first.T, blocks.end.T
@@ -170,15 +170,15 @@ def _partial(q_BTNH, pool, slots_BM, bounds, seen):
 
 def _seen(rules, heads, slots_BM, owners_BM, positions_BM):
     """Which query heads of which tokens see which slots, by position and owner."""
-    query_positions, _, _, kv_heads, window, dead = rules
+    query_positions, _, _, kv_heads, window, evicted = rules
     distance_BTM = query_positions[..., None] - positions_BM[:, None]
     seen_BTM = distance_BTM >= 0
     if window is not None:
         seen_BTM &= distance_BTM < window
-    if dead is not None:
+    if evicted is not None:
         owner_BM = jnp.maximum(owners_BM, 0).astype(jnp.int32)
-        first_BM = jnp.take_along_axis(dead[0], owner_BM, axis=1)
-        last_BTM = jnp.take_along_axis(dead[1], owner_BM[:, None], axis=2)
+        first_BM = jnp.take_along_axis(evicted[0], owner_BM, axis=1)
+        last_BTM = jnp.take_along_axis(evicted[1], owner_BM[:, None], axis=2)
         seen_BTM &= ~((slots_BM >= first_BM)[:, None] & (slots_BM[:, None] < last_BTM))
     head_N = jnp.arange(heads) // (heads // kv_heads)
     return seen_BTM[:, :, None] & (owners_BM[:, None, None] == head_N[:, None])

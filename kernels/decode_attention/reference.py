@@ -91,7 +91,7 @@ def query_rows(
     query_positions: Int[Array, "B T"],
     heads: int,
     kv_heads: int,
-    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None,
+    evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None,
 ) -> Int[Array, "B R 4"]:
     """What a kernel knows of each of its R = T N rows, one for every token and query head.
 
@@ -100,9 +100,9 @@ def query_rows(
     batch, tokens = query_positions.shape
     head_N = jnp.arange(heads, dtype=jnp.int32) // (heads // kv_heads)
     first_BTN = last_BTN = jnp.zeros((batch, tokens, heads), jnp.int32)
-    if dead is not None:
-        first_BTN = jnp.broadcast_to(dead[0][:, None, head_N], first_BTN.shape)
-        last_BTN = dead[1][:, :, head_N]
+    if evicted is not None:
+        first_BTN = jnp.broadcast_to(evicted[0][:, None, head_N], first_BTN.shape)
+        last_BTN = evicted[1][:, :, head_N]
     owner_BTN = jnp.broadcast_to(head_N, first_BTN.shape)
     position_BTN = jnp.broadcast_to(query_positions[..., None], first_BTN.shape)
     columns = owner_BTN, position_BTN, first_BTN, last_BTN

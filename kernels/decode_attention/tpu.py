@@ -51,7 +51,7 @@ def pool_attention(
     *,
     kv_heads: int,
     window: int | None = None,
-    dead: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
+    evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
     scales: Float[Array, "B 2 M"] | None = None,
     region: tuple[int, int] | None = None,
     tile: int | None = None,
@@ -67,15 +67,15 @@ def pool_attention(
         size = block_size(rows // kv_heads, MOST_ROWS, 2 * _SUBLANES)
         blocks = in_blocks(
             q, query_positions, owners, start, end,
-            kv_heads=kv_heads, dead=dead, region=region, size=size,
+            kv_heads=kv_heads, evicted=evicted, region=region, size=size,
         )  # fmt: skip
     else:
         size = -(-rows // _SUBLANES) * _SUBLANES
         q_BRH = _pad_rows(q.reshape(batch, rows, head_dim), size, 0)
-        rows_BR4 = _pad_rows(query_rows(query_positions, heads, kv_heads, dead), size, NOBODY)
+        rows_BR4 = _pad_rows(query_rows(query_positions, heads, kv_heads, evicted), size, NOBODY)
         blocks = Blocks(q_BRH, rows_BR4, start[:, None], end[:, None], size)
     pool = entries, owners, positions, scales
-    o_BYH, lse_BY1 = _attend(blocks, pool, window, dead is not None, tile, interpret)
+    o_BYH, lse_BY1 = _attend(blocks, pool, window, evicted is not None, tile, interpret)
     if many:
         o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in (o_BYH, lse_BY1))
         return o_BTNH, lse_BTN1[..., 0]

@@ -60,8 +60,8 @@ def pool_attention_kernel(
     owner = tl.load(about, mask=real, other=-2)
     position = tl.load(about + 1, mask=real, other=-1)
     if EVICTS:
-        dead_first = tl.load(about + 2, mask=real, other=0)
-        dead_last = tl.load(about + 3, mask=real, other=0)
+        evicted_first = tl.load(about + 2, mask=real, other=0)
+        evicted_last = tl.load(about + 3, mask=real, other=0)
 
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -83,7 +83,9 @@ def pool_attention_kernel(
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
         if EVICTS:
-            outside = (slot[None, :] < dead_first[:, None]) | (slot[None, :] >= dead_last[:, None])
+            outside = (slot[None, :] < evicted_first[:, None]) | (
+                slot[None, :] >= evicted_last[:, None]
+            )
             seen = seen & outside
         if QUANTIZED:
             of_keys = scales_ptr + 2 * batch * M + slot

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kvjax import budgets
+from kvjax import exact
 from kvjax.bench.timing import timed
+from kvjax.compression import allocators
 from kvjax.models.config import ModelConfig
 
 FLOOR = 0.2  # as `CompressionConfig` has it
@@ -98,11 +99,11 @@ def _allocators(base: int) -> dict[str, Callable]:
 
     def uniform(scores, lengths, base_B):
         caps_BL = jnp.broadcast_to(lengths[:, None], scores.shape[:2])
-        return budgets.uniform_layers(base_B, caps_BL)
+        return allocators.uniform_layers(base_B, caps_BL)
 
     def ada(scores, lengths, base_B):
         return _each_layer(
-            lambda layer, can: budgets.ada_heads(layer, can, base_B, floor=0.0), scores, lengths
+            lambda layer, can: allocators.ada_heads(layer, can, base_B, floor=0.0), scores, lengths
         )
 
     def ada_top_k(scores, lengths, base_B):
@@ -113,21 +114,21 @@ def _allocators(base: int) -> dict[str, Callable]:
 
     def whole_row(scores, lengths, base_B):
         total_B = scores.shape[1] * scores.shape[2] * base_B
-        return budgets.global_heads(scores, _can(scores, lengths), total_B)
+        return allocators.global_heads(scores, _can(scores, lengths), total_B)
 
     def prefix(scores, lengths, base_B):
         means = scores.mean(2)
         none_BL = jnp.zeros(means.shape[:2], jnp.int32)
-        return budgets.prefix_layers(means, _can(means, lengths), none_BL, base_B)
+        return allocators.prefix_layers(means, _can(means, lengths), none_BL, base_B)
 
     def joint(scores, lengths, base_B):
         total_B = scores.shape[1] * scores.shape[2] * base_B
         can = _can(scores, lengths)
-        return budgets.joint_heads(scores, can, base_B, total_B, floor=FLOOR)
+        return allocators.joint_heads(scores, can, base_B, total_B, floor=FLOOR)
 
     def select(scores, lengths, base_B):
         def keep(layer, can):
-            return budgets.select_top(layer, jnp.broadcast_to(base_B[:, None], can.shape[:2]), can)
+            return exact.select_top(layer, jnp.broadcast_to(base_B[:, None], can.shape[:2]), can)
 
         return _each_layer(keep, scores, lengths)
 

@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import stages
-from kvjax.attend import attend
 from kvjax.bench.timing import Timing, timed
-from kvjax.cache import Cache, PaddedLayer, empty_tail
-from kvjax.capacity import capacity, packs, pool_shape
+from kvjax.cache.attend import attend
+from kvjax.cache.padded import PaddedLayer
+from kvjax.cache.slots import Pool, empty_pool
+from kvjax.cache.state import Cache
+from kvjax.cache.tail import empty_tail
+from kvjax.compression.capacity import capacity, packs, pool_shape
 from kvjax.config import CompressionConfig
+from kvjax.generation import decode
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
-from kvjax.pool import Pool, empty_pool
 
 OWNERS = ("even", "skewed")
 
@@ -103,11 +105,11 @@ def _cache(layers, pool, batch: int, prompt: int, new: int) -> Cache:
 def decode_step(model: Decoder, cache: Cache, new: int, repeats: int) -> Timing:
     """Seconds of one step, the mean over new - 1 of them in one loop."""
     batch, vocab = cache.batch, model.config.vocab_size
-    rules = stages.greedy_rules()
+    rules = decode.greedy_rules()
     tokens, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
     logits = jnp.zeros((batch, vocab), jnp.float32)
-    answer = stages.start_answer(logits, tokens, lengths, jax.random.key(0), rules, new)
-    run = partial(stages.decode, steps=new - 1)
+    answer = decode.start_answer(logits, tokens, lengths, jax.random.key(0), rules, new)
+    run = partial(decode.decode, steps=new - 1)
     return timed(run, model, cache, answer, rules, repeats=repeats, per=new - 1)[0]
 
 

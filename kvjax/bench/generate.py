@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import stages
 from kvjax.bench.decode import decode_step, held_bytes
 from kvjax.bench.scores import label
 from kvjax.bench.timing import peak_bytes, timed
-from kvjax.cache import with_room
+from kvjax.cache.state import with_room
 from kvjax.config import CompressionConfig
+from kvjax.generation.prefill import prefill, prefill_compress
+from kvjax.model_interface import ProbeRequest
 from kvjax.models.decoder import Decoder
-from kvjax.probe import ProbeRequest
 
 
 def measure(
@@ -37,13 +37,13 @@ def measure(
 
     def read(model, tokens, lengths):
         # Nothing of the cache leaves the program: prefill alone.
-        return stages.prefill(model, tokens, lengths, ProbeRequest())[0]
+        return prefill(model, tokens, lengths, ProbeRequest())[0]
 
     rows = []
     for config in configs:
-        run = partial(stages.prefill_compress, config=config)
+        run = partial(prefill_compress, config=config)
         # The two in turn, so that both see the same machine.
-        prefill, _ = timed(read, model, tokens, lengths, repeats=repeats)
+        alone, _ = timed(read, model, tokens, lengths, repeats=repeats)
         whole, (_, cache) = timed(run, model, tokens, lengths, jax.random.key(0), repeats=repeats)
         cache = with_room(cache, new)
         step = decode_step(model, cache, new, repeats)
@@ -51,8 +51,8 @@ def measure(
             {
                 "method": label(config),
                 "batch": batch,
-                "prefill": prefill.median,
-                "prefill_least": prefill.least,
+                "prefill": alone.median,
+                "prefill_least": alone.least,
                 "prefill_and_compress": whole.median,
                 "prefill_and_compress_least": whole.least,
                 "step": step.median,

@@ -14,9 +14,9 @@ import jax
 from tqdm import tqdm
 
 from kvjax.bench import budgets, decode, generate, scores
-from kvjax.bench.presets import default_dtype, model_config, model_of
 from kvjax.bench.timing import bandwidth
 from kvjax.config import CompressionConfig
+from kvjax.models.presets import default_dtype, model_config, model_of
 
 KINDS = ("decode", "scores", "generate", "budgets")
 # What flags come to that are not given: a small model whole, or a large one's scores alone.
@@ -196,7 +196,7 @@ def table(report: dict[str, Any]) -> str:
 
 def run(kind: str, settings: Settings, out: Path | None) -> None:
     """Measure, print the table and the JSON object, and write both and a picture to `out`."""
-    from kvjax.eval import figures
+    from kvjax import figures
 
     report = measure(kind, settings)
     rates = {name: f"{rate / 1e9:.1f}" for name, rate in report["machine"]["bandwidth"].items()}

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.bench.timing import timed
-from kvjax.compress import compress, probe_request
+from kvjax.compression.compress import compress, probe_request
 from kvjax.config import CompressionConfig
 from kvjax.kernels.prefill_attention import prefill_attention
 from kvjax.kernels.window_scores import accumulated_scores, window_scores
+from kvjax.model_interface import Probe
 from kvjax.models.config import ModelConfig
-from kvjax.probe import Probe
 
 WINDOW = 32
 

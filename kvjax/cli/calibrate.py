@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import kvjax
-from kvjax.calibrate import (
-    Profile,
-    calibrate,
-    check_calibrates,
-    check_writable,
-    replacing,
-    write_profile,
-)
+from kvjax import figures
+from kvjax.calibrate import Profile, calibrate, check_calibrates, write_profile
 from kvjax.cli.files import (
     Sample,
     check_length,
@@ -25,13 +19,14 @@ from kvjax.cli.files import (
 )
 from kvjax.cli.settings import announce
 from kvjax.config import CompressionConfig, parse_budget
-from kvjax.placeholders import read, with_placeholders
-from kvjax.prompts import as_rows
+from kvjax.inputs.multimodal import read, with_placeholders
+from kvjax.inputs.prompts import as_rows
+from kvjax.settings import check_writable, replacing
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write the file and its picture, and say what came out."""
-    from kvjax.eval import figures
+    from kvjax import figures
 
     budget = None if arguments.budget is None else parse_budget(arguments.budget)
     config = CompressionConfig.named(arguments.method, budget=budget)
@@ -79,7 +74,7 @@ def _rows(
                 raise ValueError(
                     f'{place} is text but the model has no tokenizer, expected "tokens"'
                 )
-            if files and hasattr(model, "see"):
+            if files and hasattr(model, "encode_images"):
                 sample = with_placeholders(model, tokenizer, sample, len(files))
             sample = as_rows(sample, tokenizer=tokenizer, vocab_size=vocab_size)[0]
         check_vocabulary(sample, place, vocab_size)
@@ -100,11 +95,9 @@ def _picture(path: str) -> str:
 
 
 def _draw(path: str, title: str, profile: Profile) -> None:
-    from kvjax.eval import profile_figure
-
     prompts = len(profile.lengths)
     with replacing(path) as part:
-        profile_figure.profiles(
+        figures.layer_profiles(
             part, {f"{title}, {prompts} prompt{'s' if prompts > 1 else ''}": profile}
         )
 

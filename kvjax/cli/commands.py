@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import kvjax
-from kvjax.capacity import slot_bytes
 from kvjax.cli.files import (
     check_length,
     check_vocabulary,
@@ -21,13 +20,14 @@ from kvjax.cli.files import (
     read_text,
 )
 from kvjax.cli.settings import announce, compression, recompression, resolved, sampling
+from kvjax.compression.capacity import slot_bytes
 from kvjax.config import CompressionConfig
-from kvjax.images import load_image
+from kvjax.generation.request import check_rows
+from kvjax.inputs.images import load_image
+from kvjax.inputs.multimodal import prepare_inputs, read, with_placeholders
+from kvjax.inputs.prompts import bucket
 from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
-from kvjax.placeholders import look, read, with_placeholders
-from kvjax.prompts import bucket
-from kvjax.request import check_rows
 
 
 # ---------------------------------------------------------------------------- methods
@@ -97,7 +97,7 @@ def bench(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- train-tiny
 def train_tiny(arguments: argparse.Namespace) -> None:
     """`kvjax train-tiny`."""
-    from kvjax.eval import figures
+    from kvjax import figures
     from kvjax.tiny.settings import load_settings
     from kvjax.tiny.train import read_log, train
 
@@ -124,7 +124,7 @@ def generate(arguments: argparse.Namespace) -> None:
     for place, row in ids.items():
         check_vocabulary(row, place, vocab_size)
     check_vocabulary(arguments.eos or [], "--eos", vocab_size)
-    if images and texts and hasattr(model, "see") and not arguments.chat:
+    if images and texts and hasattr(model, "encode_images") and not arguments.chat:
         texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
     rows = read(model, texts or prompts, images, tokenizer=tokenizer, chat=arguments.chat).rows
     call = {
@@ -249,7 +249,7 @@ def score(arguments: argparse.Namespace) -> None:
     """`kvjax score`."""
     from tqdm import tqdm
 
-    from kvjax.load import load_model
+    from kvjax.models.load import load_model
 
     if arguments.positions and not arguments.json:
         raise ValueError("--positions needs --json, which alone prints them")
@@ -257,7 +257,7 @@ def score(arguments: argparse.Namespace) -> None:
     places = read_documents(arguments.tokens)
     images = read_images(arguments.tokens)
     model = load_model(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
-    if hasattr(model, "see") and images is not None:
+    if hasattr(model, "encode_images") and images is not None:
         places = _with_features(places, images, model)
     _check_documents(places, model, config)
     documents = list(places.values())
@@ -296,7 +296,7 @@ def _with_features(
     for (place, (tokens, prefix)), files in zip(places.items(), images, strict=True):
         try:
             pictures = [[load_image(file) for file in files]]
-            head = look(model, [tokens[:prefix]], pictures).rows[0]
+            head = prepare_inputs(model, [tokens[:prefix]], pictures).rows[0]
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         found[place] = head + tokens[prefix:], len(head)

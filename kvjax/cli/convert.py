@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.to == "orbax":
         _to_orbax(arguments)
         return
-    from kvjax.convert import convert_llama2c
+    from kvjax.models.checkpoints.llama2c import convert_llama2c
 
     if arguments.vocabulary is None:
         raise ValueError(
@@ -68,10 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _to_orbax(arguments: argparse.Namespace) -> None:
     import jax
 
-    from kvjax.convert import check_out
     from kvjax.eval.pod import join, workers
-    from kvjax.load import load_model
-    from kvjax.models.checkpoint import save_orbax
+    from kvjax.models.checkpoints.llama2c import check_out
+    from kvjax.models.checkpoints.orbax import save_orbax
+    from kvjax.models.load import load_model
 
     if arguments.vocabulary is not None:
         raise ValueError(

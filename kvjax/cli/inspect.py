@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     """`kvjax inspect`."""
     from kvjax import tiny
     from kvjax.cli.files import check_length, read_text
-    from kvjax.eval.inspect import pieces, shown, write_inspection
-    from kvjax.images import load_image
-    from kvjax.placeholders import read, with_placeholders
+    from kvjax.eval.report.inspect import pieces, shown, write_inspection
+    from kvjax.inputs.images import load_image
+    from kvjax.inputs.multimodal import read, with_placeholders
 
     configs = _configs(arguments.methods, arguments.budget)
     given = arguments.prompt_file
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = kvjax.load(directory, dtype=arguments.dtype, progress=sys.stderr.isatty())
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, expected one")
-    if pictures and hasattr(model, "see") and not arguments.chat:
+    if pictures and hasattr(model, "encode_images") and not arguments.chat:
         text = with_placeholders(model, tokenizer, text, len(pictures))
     images = [pictures] if pictures else None
-    looked = read(model, [text], images, tokenizer=tokenizer, chat=arguments.chat)
-    [row] = looked.rows
+    inputs = read(model, [text], images, tokenizer=tokenizer, chat=arguments.chat)
+    [row] = inputs.rows
     check_length(row, given or "--prompt", model.config.max_position_embeddings)
     kept = _masks(model, tokenizer, row, images, configs, arguments.seed)
     name = Path(directory).name if arguments.model else "the bundled one"
@@ -75,14 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
         "tokens": len(row),
         "shape": f"{model.config.num_layers} layers of {model.config.num_kv_heads} KV heads",
     }
-    token = looked.token if pictures else None
+    token = inputs.token if pictures else None
     written = write_inspection(
         arguments.out,
         pieces(row, tokenizer, token),
         kept,
         "What each head kept",
         facts,
-        shown(model, looked, pictures),
+        shown(model, inputs, pictures),
     )
     means = {name: float(mask.sum(axis=-1).mean()) for name, mask in kept.items()}
     if arguments.json:

@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 import kvjax
 from kvjax.bench.decode import OWNERS
-from kvjax.bench.presets import PRESETS
 from kvjax.bench.report import DEFAULTS, KINDS
 from kvjax.cli import calibrate, commands, convert, evaluate, inspect, plan, report
 from kvjax.methods import METHODS
+from kvjax.models.presets import PRESETS
 
 _LARGEST = 2**31 - 1  # what an int32 holds
 
@@ -232,7 +232,7 @@ def _method_flags(parser: Parser) -> None:
         " of the prompt; full ignores it",
     )
     add("--window", type=whole(1), metavar="N", help="last tokens observed (min(32, budget // 2))")
-    add("--pool", choices=("max", "average", "none"), help="smoothing of window scores (max)")
+    add("--pooling", choices=("max", "average", "none"), help="smoothing of window scores (max)")
     add("--kernel", type=whole(1), metavar="N", help="width of the pooling, odd (7)")
     add("--floor", type=float, metavar="A", help="Ada-KV's alpha, from 0 to 1 (0.2)")
     add("--beta", type=whole(1), metavar="N", help="PyramidKV's steepness (20)")

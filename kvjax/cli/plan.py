@@ -15,7 +15,7 @@ _INSTALL = "pip install kvjax[ahead]"
 
 def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> None:
     """The flags of `kvjax plan`; `whole` makes a type of a least integer."""
-    from kvjax.bench.presets import PRESETS
+    from kvjax.models.presets import PRESETS
     from kvjax.plan.topology import TOPOLOGIES
 
     add = parser.add_argument
@@ -126,7 +126,7 @@ def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
     """The rows, compiled where the target's compiler is there."""
     from tqdm import tqdm
 
-    from kvjax.ahead import missing
+    from kvjax.compile_for import missing
     from kvjax.plan.depth import DEPTHS, by_depth
     from kvjax.plan.program import compiled, step_cost
     from kvjax.plan.rows import plan

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvjax.calibrate import read_profile
+from kvjax.compression.row_budgets import largest
 from kvjax.config import CompressionConfig, Recompress, parse_budget
-from kvjax.rows import largest
-from kvjax.sampling import Sampling
+from kvjax.generation.sampling import Sampling
 
 _OPTIONAL = (
-    "window", "pool", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout",
+    "window", "pooling", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout",
     "quantize", "sinks", "recent", "chunk",
 )  # fmt: skip
 
@@ -73,8 +73,8 @@ def announce(config: CompressionConfig, lengths: Sequence[int]) -> None:
         "recent": config.compresses and config.recent != "window",
         "chunk": config.chunk > 1,
         "reduce": pooled,
-        "pool": pooled,
-        "kernel": pooled and config.pool != "none",
+        "pooling": pooled,
+        "kernel": pooled and config.pooling != "none",
         "group": pooled or (config.compresses and config.scorer == "accumulated"),
         "floor": config.compresses and config.heads == "ada",
         "head_cap": config.head_cap is not None,

@@ -21,16 +21,16 @@ import numpy as np
 from tqdm import tqdm
 
 import kvjax
-from kvjax.capacity import slot_bytes
+from kvjax.compression.capacity import slot_bytes
+from kvjax.compression.kvzip import instructed
 from kvjax.config import CompressionConfig
 from kvjax.eval.journal import Journal, key_of
 from kvjax.eval.pod import ALONE, Workers
 from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
 from kvjax.eval.tasks.example import IMAGE
-from kvjax.placeholders import by_prompt, look, mark, placeholder
-from kvjax.prompts import bucket, chat_text, encoded
-from kvjax.reconstruction import instructed
+from kvjax.inputs.multimodal import by_prompt, mark, placeholder, prepare_inputs
+from kvjax.inputs.prompts import bucket, chat_text, encoded
 
 FULL = CompressionConfig.named("full")
 # Characters without a meaning, which are no white space: one marks where a context ends.
@@ -147,7 +147,7 @@ def _questions(
                     size = len(context)
                     if document.images:
                         pictures = by_prompt(list(document.images), list(context), model)
-                        size = len(look(model, [context], pictures).rows[0])
+                        size = len(prepare_inputs(model, [context], pictures).rows[0])
                     yield Question(name, length, document, ask, context, rest, size)
 
 

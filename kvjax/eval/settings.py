@@ -8,7 +8,7 @@ from typing import Any
 from kvjax.calibrate import read_profile
 from kvjax.config import CompressionConfig, ConfigError, parse_budget
 from kvjax.eval.tasks import TASKS
-from kvjax.toml import read_settings
+from kvjax.settings import read_settings
 
 PROTOCOLS = ("seen", "unseen")
 
@@ -135,5 +135,5 @@ def _profile(path: str, budget: int | float | None) -> tuple[float, ...]:
 
 
 def load_eval_settings(path: str | Path) -> EvalSettings:
-    """Read a settings file; ValueError and OSError as `kvjax.toml.read_settings` raises them."""
+    """Read a settings file; ValueError and OSError as of `kvjax.settings.read_settings`."""
     return read_settings(path, EvalSettings)

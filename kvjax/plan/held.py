@@ -10,15 +10,16 @@ from functools import cache
 
 import jax
 
-from kvjax import sharding, stages
-from kvjax.capacity import held_slots, packs, slot_bytes
-from kvjax.compress import needs_all_layers, probe_request
+from kvjax import sharding
+from kvjax.compression.capacity import held_slots, packs, slot_bytes
+from kvjax.compression.compress import needs_all_layers, probe_request
+from kvjax.generation import prefill
+from kvjax.inputs.prompts import bucket
 from kvjax.kernels.platform import assume
+from kvjax.models.checkpoints.weights import TensorSpec, tensor_specs
 from kvjax.models.config import ModelConfig
 from kvjax.models.layers import MLP_TOKENS
-from kvjax.models.weights import TensorSpec, tensor_specs
 from kvjax.plan.program import DTYPE, Ask
-from kvjax.prompts import bucket
 from kvjax.sharding import HEADS, QUERY_HEADS
 
 _OWNER_AND_POSITION, _POSITION = 5, 4  # bytes of a slot beside its key and value
@@ -97,7 +98,7 @@ def prefill_estimate(ask: Ask) -> int:
     """
     mesh, model, tokens = _mesh(ask), ask.model, bucket(ask.prompt)
     rows = ask.batch // ask.data
-    group = rows // stages._groups(rows, tokens)
+    group = rows // prefill._groups(rows, tokens)
     keys = 2 * model.num_kv_heads * model.head_dim // mesh.shape[HEADS]
     queries = model.num_heads * model.head_dim
     queries //= math.prod(mesh.shape[axis] for axis in QUERY_HEADS)

@@ -15,15 +15,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax import sharding, stages
-from kvjax.ahead import collectives, devices, lowering_for
-from kvjax.cache import Cache, with_room
+from kvjax import sharding
+from kvjax.cache.state import Cache, with_room
+from kvjax.compile_for import collectives, devices, lowering_for
 from kvjax.config import CompressionConfig
+from kvjax.generation import decode, prefill
+from kvjax.generation.programs import decode_program, generate_program
+from kvjax.inputs.prompts import bucket
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.plan.topology import GIB, Topology
-from kvjax.programs import decode_program, generate_program
-from kvjax.prompts import bucket
 
 DTYPE = jnp.dtype(jnp.bfloat16)  # of weights, activations and cache
 KERNELS = ("tpu_custom_call", "cudnn", "triton")
@@ -112,13 +113,13 @@ class Compiled:
 
 
 def shapes(ask: Ask, mesh: Mesh) -> tuple[Any, ...]:
-    """Arguments of `generate_program`, placed as `sharding.place` and `known` would; no arrays."""
+    """Arguments of `generate_program`, placed as `kvjax.sharding` would; no arrays."""
     config, rows = ask.model, (ask.batch,)
     model = nnx.eval_shape(lambda: Decoder(config, dtype=DTYPE, rngs=nnx.Rngs(0)))
     tokens = jax.ShapeDtypeStruct((*rows, bucket(ask.prompt)), jnp.int32)
     lengths = jax.ShapeDtypeStruct(rows, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rest = tokens, lengths, key, jax.eval_shape(stages.greedy_rules)
+    rest = tokens, lengths, key, jax.eval_shape(decode.greedy_rules)
     if mesh.axis_names != sharding.FITTED:
         return jax.tree.map(partial(_laid, mesh), (model, *rest))
     places = sharding.parameter_places(model, mesh)
@@ -235,6 +236,6 @@ def step_cost(ask: Ask) -> tuple[float, float] | None:
 
 
 def _prefilled(ask, model, tokens, lengths, key, rules):
-    logits, cache = stages.prefill_compress(model, tokens, lengths, key, ask.compression)
-    answer = stages.start_answer(logits, tokens, lengths, key, rules, ask.new_tokens)
+    logits, cache = prefill.prefill_compress(model, tokens, lengths, key, ask.compression)
+    answer = decode.start_answer(logits, tokens, lengths, key, rules, ask.new_tokens)
     return (cache, with_room(cache, ask.tail_slots)), answer

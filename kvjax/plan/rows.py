@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
+from kvjax.inputs.prompts import bucket
 from kvjax.plan import held
 from kvjax.plan.limits import Limit, bisected, largest
 from kvjax.plan.program import Ask, Compiled
-from kvjax.prompts import bucket
 
 Compiler = Callable[[Ask], Compiled]
 Limits = Literal["verified", "fit", "none"]

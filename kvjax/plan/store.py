@@ -11,6 +11,8 @@ import kvjax
 from kvjax.plan.program import Ask, Compiled
 
 _COMPILERS = ("jax", "libtpu", "jax-cuda13-plugin", "jax-triton", "triton")
+# What programs are made of, beside the modules that lie in no package.
+_PACKAGES = ("cache", "compression", "generation", "inputs", "kernels", "models")
 
 
 class Store:
@@ -19,7 +21,7 @@ class Store:
     def __init__(self, compiler: Callable[[Ask], Compiled], folder: str | Path):
         self._compiler = compiler
         self._folder = Path(folder)
-        self._common = repr((_versions(), _sources()))
+        self._common = repr((_versions(), _sources(Path(kvjax.__file__).parent)))
 
     def _file(self, ask: Ask) -> Path:
         key = hashlib.sha256((repr(ask) + self._common).encode()).hexdigest()[:24]
@@ -53,10 +55,9 @@ def _versions() -> list[str]:
     return found
 
 
-def _sources() -> str:
-    """A digest of the code that programs are made of."""
-    root = Path(kvjax.__file__).parent
-    files = [*root.glob("*.py"), *root.glob("models/*.py"), *root.glob("kernels/**/*.py")]
+def _sources(root: Path) -> str:
+    """A digest of the code that programs are made of, in the package at `root`."""
+    files = [*root.glob("*.py"), *(f for name in _PACKAGES for f in root.glob(f"{name}/**/*.py"))]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from kvjax.bench.presets import PRESETS, preset
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.models.config import ModelConfig, load_config
+from kvjax.models.presets import PRESETS, preset
 from kvjax.plan.limits import Limit
 from kvjax.plan.program import Ask
 from kvjax.plan.rows import MOST_TOKENS, Limits, Row
 from kvjax.plan.topology import GIB, TOPOLOGIES
-from kvjax.toml import read_settings
+from kvjax.settings import read_settings
 
 
 @dataclass(frozen=True)

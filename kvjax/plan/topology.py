@@ -19,7 +19,7 @@ class Topology:
 
     Attributes:
       name: as users say it.
-      target: of `kvjax.ahead`.
+      target: of `kvjax.compile_for`.
       slice: the compiler's name of the slice, None for one GPU.
       devices: that JAX sees (a tpu7x chip is two of them).
       memory: GB of a device's HBM, as its maker says.

@@ -1,8 +1,10 @@
 """Evaluation prompts: fresh documents of a given length, one question each."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from kvjax.eval.retrieval import Item
 from kvjax.tiny.tasks import compose, draw_facts
 
 # Documents of evaluation share no seed with those of training.
@@ -19,6 +21,15 @@ _TOKENS_PER_FACT = {
     "frequent": 48,
 }
 QUESTIONS = tuple(_TOKENS_PER_FACT)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one document, as token ids."""
+
+    document: Sequence[int]
+    question: Sequence[int]
+    answer: Sequence[int]
 
 
 def questions(task: str, length: int, count: int, *, seed: int = 0) -> list[Item]:

@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from kvjax.settings import read_settings
 from kvjax.tiny.tasks import TASKS
 from kvjax.tiny.vocabulary import BOS, EOS, SYMBOLS, VOCABULARY
-from kvjax.toml import read_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,5 +182,5 @@ def _check(stage: Stage, context: int) -> None:
 
 
 def load_settings(path: str | Path) -> Settings:
-    """Read a settings file; ValueError and OSError as `kvjax.toml.read_settings` raises them."""
+    """Read a settings file; ValueError and OSError as of `kvjax.settings.read_settings`."""
     return read_settings(path, Settings)

@@ -23,9 +23,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from kvjax.models.checkpoints.export import save_decoder
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
-from kvjax.models.export import save_decoder
 from kvjax.tiny.batches import Batch, loss_weights, training_batch
 from kvjax.tiny.settings import Settings
 from kvjax.tiny.vocabulary import tokenizer

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax import stages
-from kvjax.ahead import TARGETS, TPUS, collectives, compile_for, devices, missing
-from kvjax.cache import Cache, Tail
-from kvjax.eval.compile_matrix import KERNELS, compile_one
+from kvjax.cache.slots import Pool
+from kvjax.cache.state import Cache
+from kvjax.cache.tail import Tail
+from kvjax.compile_for import TARGETS, TPUS, collectives, compile_for, devices, missing
+from kvjax.generation import decode
 from kvjax.kernels.shapes import SHAPES, TESTED
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.layers import in_parts
-from kvjax.pool import Pool
+from kvjax.plan.compile_matrix import KERNELS, compile_one
 
 
 @pytest.fixture(params=TARGETS)
@@ -87,11 +88,11 @@ def decode_problem(head_dim: int):
         prompt_lengths=array((batch,), jnp.int32),
         next_positions=array((batch,), jnp.int32),
     )
-    rules = stages.greedy_rules()
+    rules = decode.greedy_rules()
     prompt = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
     logits = jnp.zeros((batch, 512), jnp.float32)
     answer = jax.eval_shape(
-        lambda: stages.start_answer(logits, *prompt, jax.random.key(0), rules, 16)
+        lambda: decode.start_answer(logits, *prompt, jax.random.key(0), rules, 16)
     )
     return model, cache, answer, rules
 
@@ -104,7 +105,7 @@ def test_the_decode_loop_copies_no_pool(name, head_dim):
         pytest.skip(reason)
     model, cache, answer, rules = decode_problem(head_dim)
     compiled = compile_for(
-        name, lambda m, c, a: stages.decode(m, c, a, rules, 15)[1].tokens, model, cache, answer
+        name, lambda m, c, a: decode.decode(m, c, a, rules, 15)[1].tokens, model, cache, answer
     )
     pool = cache.pool.entries
     shape = ",".join(map(str, pool.shape))

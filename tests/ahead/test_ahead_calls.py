@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kvjax import CompressionConfig, Recompress, stages
-from kvjax.ahead import TPUS, compile_for, missing
-from kvjax.cache import with_room
-from kvjax.eval.ask_matrix import asking, cache_of, layer_bytes, small_model
-from kvjax.likelihood import _score_program
-from kvjax.programs import (
+from kvjax import CompressionConfig, Recompress
+from kvjax.cache.state import with_room
+from kvjax.compile_for import TPUS, compile_for, missing
+from kvjax.generation import decode
+from kvjax.generation.programs import (
     answer_program,
     ask_program,
     decode_program,
     generate_program,
     prefill_compress_program,
 )
+from kvjax.likelihood import _score_program
+from kvjax.plan.question_matrix import asking, cache_of, layer_bytes, small_model
 
 PROMPT, TOKENS, NEW = 1024, 128, 16
 
@@ -41,7 +42,7 @@ def rows(tokens):
 
 def generate(model):
     def run(model, tokens, lengths):
-        rules = jax.random.key(0), stages.greedy_rules()
+        rules = jax.random.key(0), decode.greedy_rules()
         sizes = {"new_tokens": NEW, "tail_slots": 32, "whole": True}
         return generate_program(model, tokens, lengths, *rules, config=named("ada-snapkv"), **sizes)
 
@@ -53,7 +54,7 @@ def answer(config, recompress=None):
 
     def call(model):
         def run(model, cache, tokens, lengths):
-            rules = jax.random.key(0), stages.greedy_rules()
+            rules = jax.random.key(0), decode.greedy_rules()
             sizes = {"new_tokens": NEW, "tail_slots": TOKENS + NEW, "whole": False}
             sizes["recompress"] = recompress
             return answer_program(model, cache, tokens, lengths, *rules, **sizes)
@@ -78,14 +79,14 @@ def ask(config, tail=0):
     return call
 
 
-def decode(model):
+def decoding(model):
     cache = cache_of(model, named("snapkv"), 1, PROMPT)
     roomy = jax.eval_shape(lambda cache: with_room(cache, TOKENS + NEW), cache)
-    rules = stages.greedy_rules()
+    rules = decode.greedy_rules()
 
     def start(tokens, lengths):
         logits = jnp.zeros((1, model.config.vocab_size))
-        return stages.start_answer(logits, tokens, lengths, jax.random.key(0), rules, NEW)
+        return decode.start_answer(logits, tokens, lengths, jax.random.key(0), rules, NEW)
 
     def run(model, cache, tail, answer):
         return decode_program(model, cache, tail, answer, rules, steps=8)
@@ -117,7 +118,7 @@ CALLS = {
     "recompress": answer(named("snapkv"), Recompress(budget=512, every=8)),
     "score": score,
     "stream's question": ask(named("snapkv")),
-    "stream's answer": decode,
+    "stream's answer": decoding,
     "a second turn": ask(named("ada-snapkv"), tail=TOKENS + NEW),
     "int8": ask(named("snapkv", quantize="int8")),
     "evicted ranges": ask(named("prefixkv")),

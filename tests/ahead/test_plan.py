@@ -10,13 +10,14 @@ import jax
 import pytest
 from flax import nnx
 
-from kvjax import METHODS, CompressionConfig, sharding, stages
-from kvjax.ahead import collectives, missing
-from kvjax.bench.presets import preset
-from kvjax.cache import with_room
+from kvjax import METHODS, CompressionConfig, sharding
+from kvjax.cache.state import with_room
+from kvjax.compile_for import collectives, missing
+from kvjax.generation import prefill
 from kvjax.kernels.platform import assume
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.presets import preset
 from kvjax.plan import TOPOLOGIES, Ask, held, largest, plan, program
 from kvjax.plan.depth import by_depth
 from kvjax.plan.program import Compiled
@@ -88,7 +89,7 @@ def test_shapes_say_what_the_stages_make(method):
     lengths = jax.ShapeDtypeStruct((4,), "int32")
 
     def made(model, tokens, lengths):
-        _, cache = stages.prefill_compress(model, tokens, lengths, jax.random.key(0), config)
+        _, cache = prefill.prefill_compress(model, tokens, lengths, jax.random.key(0), config)
         return with_room(cache, one.tail_slots)
 
     with sharding.using(mesh), assume("tpu"):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from results import folder, made_up, row
 
-from kvjax.eval.inspect import Shown, write_inspection
 from kvjax.eval.report import write_report
+from kvjax.eval.report.inspect import Shown, write_inspection
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
 

@@ -1,4 +1,4 @@
-"""The arrows between modules run one way (docs/architecture.md)."""
+"""The arrows between packages run one way (docs/architecture.md)."""
 
 import ast
 from pathlib import Path
@@ -6,56 +6,60 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# What compression may build on.
-BELOW = {"config", "methods", "integers", "pool", "cache", "probe", "kernels", "seen", "sharding"}
-BELOW |= {"attend", "split", "precision"}
-IMAGES = {"image_config", "images"}
-COMPRESSION = {"rows", "scores", "budgets", "capacity", "compress", "loose", "recompress"}
-ENGINE = {"stages", "programs", "prompts", "request", "sampling", "text", "generate", "likelihood"}
-ENGINE |= {"origin", "calibrate", "reconstruction", "placeholders", "timed"}
-LOADING = {"models", "tokenizer", "load", "convert"}
-
-# Who may import which parts of kvjax; each may import itself.
+# From the ground up: each may import itself and what stands before it.
+ORDER = (
+    "methods",
+    "precision",
+    "exact",
+    "sharding",
+    "settings",
+    "model_interface",
+    "config",
+    "kernels",
+    "compile_for",
+    "cache",
+    "compression",
+    "inputs",
+    "models",
+    "generation",
+    "likelihood",
+    "calibrate",
+    "figures",
+    "__init__",
+    "tiny",
+    "eval",
+    "bench",
+    "plan",
+    "studies",
+    "cli",
+)
+# And nothing else of that, where less is enough.
 ALLOWED = {
-    "kernels": set(),
     "methods": set(),
-    "config": {"methods"},
-    "integers": set(),
-    "pool": set(),
-    "probe": set(),
-    "sharding": set(),
     "precision": set(),
-    "cache": {"pool", "sharding"},
-    "attend": {"cache", "pool", "kernels", "integers"},
-    "split": {"attend", "cache", "pool", "kernels", "sharding"},
-    "extend": {"attend", "cache", "precision"},
-    "saved": {"cache", "origin", "pool", "config"},
-    "seen": set(),
-    "image_config": set(),
-    "images": {"image_config"},
-    "models": {"cache", "kernels", "probe", "seen", "sharding", "split"},
-    **dict.fromkeys(COMPRESSION, BELOW | COMPRESSION),
-    **dict.fromkeys(
-        ENGINE, BELOW | COMPRESSION | ENGINE | IMAGES
-    ),  # the model comes as an argument
-    "origin": {"cache"},
-    "tokenizer": set(),
-    "toml": set(),
-    "convert": set(),
-    "load": {"models", "tokenizer", "image_config"},
+    "exact": set(),
+    "sharding": set(),
+    "settings": set(),
+    "model_interface": set(),
+    "config": {"methods"},
+    "kernels": set(),
+    "compile_for": {"kernels"},
+    "cache": {"config", "exact", "kernels", "precision", "sharding"},
+    "inputs": {"model_interface"},
+    "models": {"cache", "inputs", "kernels", "model_interface", "sharding"},
 }
-# What sits on top may import everything; nothing else imports it.
-TOP = {"__init__", "ahead", "cli", "eval", "bench", "demo", "plan", "tiny"}
-# Third parties of the lowest layers.
+# Third parties of the lowest packages.
 PACKAGES = {
     "kernels": {"jax", "jaxtyping", "jax_triton", "triton"},
     "methods": set(),
     "config": set(),
 }
+STANDARD = {"collections", "contextlib", "dataclasses", "functools", "importlib", "inspect"}
+STANDARD |= {"math", "operator", "types", "typing"}
 
 
 def modules() -> list[tuple[str, Path]]:
-    """(part, file): the part is the first name below `kvjax`."""
+    """(package, file): the first name below `kvjax`."""
     files = [*ROOT.glob("kvjax/*.py"), *ROOT.glob("kvjax/[!mk]*/**/*.py")]  # not the links
     files += [*ROOT.glob("models/**/*.py"), *ROOT.glob("kernels/**/*.py")]
     found = []
@@ -76,30 +80,65 @@ def imports(file: Path) -> set[str]:
     return names
 
 
+def ours(names: set[str]) -> set[str]:
+    """Packages of kvjax; what stands in its `__init__` counts as that."""
+    second = {name.split(".")[1] for name in names if name.startswith("kvjax.")}
+    return {name if name in ORDER else "__init__" for name in second}
+
+
 @pytest.mark.parametrize(
-    ("part", "file"), modules(), ids=lambda value: getattr(value, "name", value)
+    ("package", "file"), modules(), ids=lambda value: getattr(value, "name", value)
 )
-def test_imports_follow_the_arrows(part, file):
+def test_imports_follow_the_arrows(package, file):
     names = imports(file)
     for name in names:
         assert name.split(".")[0] not in ("models", "kernels"), f"{file}: import kvjax.{name}"
-    if part in TOP:
-        return
-    assert part in ALLOWED, f"{file}: give {part} its place in ALLOWED"
-    ours = {name.split(".")[1] for name in names if name.startswith("kvjax.")}
-    assert ours <= ALLOWED[part] | {part}
-    if part in PACKAGES:
-        known = PACKAGES[part] | {"kvjax"}
+    assert package in ORDER, f"{file}: give {package} its place in ORDER"
+    before = set(ORDER[: ORDER.index(package)])
+    assert ours(names) <= ALLOWED.get(package, before) | {package}
+    if package in PACKAGES:
+        known = PACKAGES[package] | {"kvjax"}
         others = {name.split(".")[0] for name in names} - known
         assert others <= STANDARD, f"{file} imports {others - STANDARD}"
 
 
-STANDARD = {"collections", "dataclasses", "functools", "math", "types", "typing"}
-STANDARD |= {"contextlib", "importlib", "inspect", "operator"}
-
-
-def test_the_walk_sees_every_part():
-    parts = {part for part, _ in modules()}
-    assert parts >= set(ALLOWED) | TOP
+def test_the_walk_sees_every_package():
+    assert {package for package, _ in modules()} == set(ORDER)
+    for package, allowed in ALLOWED.items():
+        assert allowed <= set(ORDER[: ORDER.index(package)])
     attention = ROOT / "models" / "attention.py"
-    assert "kvjax.cache.Cache" in imports(attention)
+    assert "kvjax.cache.state.Cache" in imports(attention)
+
+
+def test_no_public_name_is_a_module_too():
+    """`import kvjax.generate` would give a function where a module is looked for."""
+    import kvjax
+
+    below = {path.stem for path in (ROOT / "kvjax").iterdir() if not path.name.startswith("_")}
+    assert not below & set(kvjax.__all__)
+
+
+def test_a_plan_is_renewed_where_code_of_its_programs_changes(tmp_path):
+    from kvjax.plan.store import _sources
+
+    package = tmp_path / "kvjax"
+    for file in ROOT.glob("kvjax/**/*.py"):
+        copy = package / file.relative_to(ROOT / "kvjax")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text())
+    for name in ("models", "kernels"):  # links, as in a checkout
+        for file in ROOT.glob(f"{name}/**/*.py"):
+            copy = tmp_path / file.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(file.read_text())
+        if not (package / name).exists():
+            (package / name).symlink_to(tmp_path / name)
+    before = _sources(package)
+    changed = "config.py cache/attend.py compression/scorers.py generation/prefill.py"
+    changed += " models/decoder.py models/vision/clip.py kernels/decode_attention/tpu.py"
+    for name in changed.split():
+        text = (package / name).read_text()
+        (package / name).write_text(text + "\n# changed\n")
+        assert _sources(package) != before, name
+        (package / name).write_text(text)
+    assert _sources(package) == before

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvjax import budgets
+from kvjax import exact
+from kvjax.compression import allocators
 
 B, L, K, S = 2, 3, 4, 8
 FLOORS = (0.0, 0.2, 0.5, 1.0)
@@ -20,15 +21,15 @@ LEVELS = [0.0, 0.0, 1.0, 1.0, 1e-30, 0.25, 0.1, 3.0, 7.5, 1e30]
 ODD = [*LEVELS, np.nan, np.inf, -np.inf, -1.0]
 
 examples = settings(max_examples=50, deadline=None, derandomize=True)
-select_top = jax.jit(budgets.select_top)
-kth_largest = jax.jit(budgets.kth_largest)
-largest_remainder = jax.jit(budgets.largest_remainder, static_argnums=1)
-spread = jax.jit(budgets.spread)
-uniform_layers = jax.jit(budgets.uniform_layers)
-pyramid_layers = jax.jit(budgets.pyramid_layers, static_argnames="beta")
-profile_layers = jax.jit(budgets.profile_layers)
-prefix_layers = jax.jit(budgets.prefix_layers)
-ada_heads = jax.jit(budgets.ada_heads, static_argnames="floor")
+select_top = jax.jit(exact.select_top)
+kth_largest = jax.jit(exact.kth_largest)
+largest_remainder = jax.jit(exact.largest_remainder, static_argnums=1)
+spread = jax.jit(exact.spread)
+uniform_layers = jax.jit(allocators.uniform_layers)
+pyramid_layers = jax.jit(allocators.pyramid_layers, static_argnames="beta")
+profile_layers = jax.jit(allocators.profile_layers)
+prefix_layers = jax.jit(allocators.prefix_layers)
+ada_heads = jax.jit(allocators.ada_heads, static_argnames="floor")
 
 
 def ints(values) -> jax.Array:

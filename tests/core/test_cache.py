@@ -8,28 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import attend as attending
-from kvjax import cache as caches
-from kvjax.cache import (
-    Cache,
-    Tail,
-    empty_tail,
-    for_rows,
-    full_layer,
-    with_own_entries,
-    with_room,
-)
+from kvjax.cache import attend as attending
+from kvjax.cache import padded
+from kvjax.cache.padded import full_layer
+from kvjax.cache.state import Cache, for_rows, with_own_entries, with_room
+from kvjax.cache.tail import Tail, empty_tail, write_layer, write_positions
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
-pack = jax.jit(caches.pack, static_argnums=3, compiler_options=QUICK)
+pack = jax.jit(padded.pack, static_argnums=3, compiler_options=QUICK)
 attend = jax.jit(attending.attend, static_argnums=(3, 4), compiler_options=QUICK)
-write_positions = jax.jit(caches.write_positions)
-write_layer = jax.jit(caches.write_layer, static_argnums=1)
+write_positions = jax.jit(write_positions)
+write_layer = jax.jit(write_layer, static_argnums=1)
 
 
 @partial(jax.jit, static_argnums=4, compiler_options=QUICK)
 def dead_masks(kept, prompts, positions, tail, slots):
-    found = attending.dead_slots(kept, prompts, positions, None, tail, slots)
+    found = attending.evicted_ranges(kept, prompts, positions, None, tail, slots)
     return [evicted.mask() for evicted in found]
 
 
@@ -39,7 +33,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 # --------------------------------------------------------------------------- packing
 def test_pack_by_hand():
-    # The picture in kvjax/cache.py: ten tokens, two heads, five slots.
+    # The picture in kvjax/cache/padded.py: ten tokens, two heads, five slots.
     keep = np.zeros((1, 2, 10), bool)
     keep[0, 0, [0, 3, 7, 9]] = keep[0, 1, [0, 8, 9]] = True
     keys = np.arange(1.0, 21).astype(np.float32).reshape(1, 10, 2, 1)  # 2 p + 1 and 2 p + 2
@@ -281,7 +275,7 @@ def upstream(prompt: int, kept: int, steps: int) -> list[list[int]]:
 
 
 def dead(prompts, kept, steps):
-    """`dead_slots` of heads that keep `kept` [B, K] of `prompts` [B] tokens, query by query."""
+    """`evicted_ranges` of heads that keep `kept` [B, K] of `prompts` [B] tokens, query by query."""
     kept, prompts = np.asarray(kept), np.asarray(prompts, np.int32)
     positions = jnp.array(prompts[:, None] + np.arange(steps, dtype=np.int32))
     tail = Tail((), (), positions, jnp.zeros((), jnp.int32))

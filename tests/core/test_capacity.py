@@ -12,19 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import probe_of
 
-from kvjax import METHODS, CompressionConfig, ConfigError, budgets
-from kvjax.cache import PaddedLayer
-from kvjax.capacity import capacity, held_slots, layer_capacity, pool_shape
-from kvjax.compress import compress, make_plan
-from kvjax.rows import check_prompt, largest, make_rows, protected
+from kvjax import METHODS, CompressionConfig, ConfigError
+from kvjax.cache.padded import PaddedLayer
+from kvjax.compression import allocators
+from kvjax.compression.capacity import capacity, held_slots, layer_capacity, pool_shape
+from kvjax.compression.compress import compress, make_plan
+from kvjax.compression.row_budgets import check_prompt, largest, make_rows, protected
 
 named = partial(CompressionConfig.named, layout="padded")
-subject = import_module("kvjax.compress")  # kvjax.compress is the function
+subject = import_module("kvjax.compression.compress")
 
 # Every config is another program; the parts that they share are compiled once.
-PARTS = [(budgets, name, ()) for name in ("select_top", "spread", "uniform_layers")]
-PARTS += [(budgets, name, ()) for name in ("prefix_layers", "profile_layers")]
-PARTS += [(budgets, "pyramid_layers", ("beta",)), (budgets, "ada_heads", ("floor",))]
+PARTS = [(allocators, name, ()) for name in ("select_top", "spread", "uniform_layers")]
+PARTS += [(allocators, name, ()) for name in ("prefix_layers", "profile_layers")]
+PARTS += [(allocators, "pyramid_layers", ("beta",)), (allocators, "ada_heads", ("floor",))]
 JITTED = [
     (module, name, jax.jit(getattr(module, name), static_argnames=static))
     for module, name, static in PARTS

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kvjax.scores
-from kvjax import METHODS, CompressionConfig, Probe, budgets
-from kvjax.cache import PaddedLayer, pack
-from kvjax.compress import Packing, choose, compress, probe_request
-from kvjax.rows import Rows, eligible, make_rows, protected
+import kvjax.compression.scorers
+from kvjax import METHODS, CompressionConfig, Probe
+from kvjax.cache.padded import PaddedLayer, pack
+from kvjax.compression import allocators
+from kvjax.compression.compress import Packing, choose, compress, probe_request
+from kvjax.compression.row_budgets import Rows, eligible, make_rows, protected
 
 N, K, H = 4, 2, 3
 TOKENS, LENGTHS = 32, (32, 20, 9, 3, 1)
@@ -27,17 +28,17 @@ WINDOWS = {
     "mixed": (7, None, 15),
 }
 named = partial(CompressionConfig.named, layout="padded")
-subject = import_module("kvjax.compress")  # kvjax.compress is the function
+subject = import_module("kvjax.compression.compress")
 
 # Every config is another program. To share what was compiled, its parts are jitted here and the
 # rest runs op by op; `test_jit_gives_the_same` compiles the whole, the users' way.
-PARTS = [(budgets, name, ()) for name in ("select_top", "spread", "uniform_layers")]
-PARTS += [(budgets, "prefix_layers", ()), (budgets, "pyramid_layers", ("beta",))]
-PARTS += [(budgets, "ada_heads", ("floor",)), (budgets, "global_heads", ())]
-PARTS += [(budgets, "joint_heads", ("floor",))]
-PARTS += [(kvjax.scores, "window_scores", ("window", "power", "group"))]
-PARTS += [(kvjax.scores, "over_group", ("kv_heads", "how"))]
-PARTS += [(kvjax.scores, "pool", ("how", "kernel")), (subject, "pack", ("slots",))]
+PARTS = [(allocators, name, ()) for name in ("select_top", "spread", "uniform_layers")]
+PARTS += [(allocators, "prefix_layers", ()), (allocators, "pyramid_layers", ("beta",))]
+PARTS += [(allocators, "ada_heads", ("floor",)), (allocators, "global_heads", ())]
+PARTS += [(allocators, "joint_heads", ("floor",))]
+PARTS += [(kvjax.compression.scorers, "window_scores", ("window", "power", "group"))]
+PARTS += [(kvjax.compression.scorers, "over_group", ("kv_heads", "how"))]
+PARTS += [(kvjax.compression.scorers, "smooth", ("how", "kernel")), (subject, "pack", ("slots",))]
 PARTS += [(subject, "put_layer", ("layer", "room"))]
 PARTS += [(subject, name, ("tokens", "window")) for name in ("eligible", "protected")]
 JITTED = [

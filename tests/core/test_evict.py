@@ -8,11 +8,11 @@ from synthetic import probe_of
 
 import kvjax
 from kvjax import CompressionConfig, ConfigError, Recompress
-from kvjax.cache import with_room
-from kvjax.loose import allowed, check_held, loosen, slots_needed
-from kvjax.pool import kept_mask
-from kvjax.recompress import evict as evict_
-from kvjax.recompress import make_room
+from kvjax.cache.room import allowed, check_held, loosen, slots_needed
+from kvjax.cache.slots import kept_mask
+from kvjax.cache.state import with_room
+from kvjax.compression.recompress import evict as evict_
+from kvjax.compression.recompress import make_room
 
 B, T, U, LAYERS, N, K, H = 2, 40, 8, 2, 4, 2, 8
 LENGTHS = np.array([40, 29], np.int32)

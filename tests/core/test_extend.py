@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import kvjax
 from kvjax import CompressionConfig
-from kvjax.models.weights import load_decoder
+from kvjax.models.checkpoints.weights import load_decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "hf"

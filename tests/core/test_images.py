@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvjax.image_config import ClipImages, Levels, QwenImages, load_image_config
-from kvjax.images import clip_pixels, load_image, qwen_patches
+from kvjax.inputs.image_processor import ClipImages, Levels, QwenImages, load_image_config
+from kvjax.inputs.images import clip_pixels, load_image, qwen_patches
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = sorted(path.name for path in (FIXTURES / "vl").iterdir())

@@ -12,11 +12,11 @@ from kvjax import CompressionConfig, ConfigError
 from kvjax.calibrate import calibrate, read_profile
 from kvjax.cli.files import read_documents, read_prompts, read_samples, read_text
 from kvjax.eval.settings import load_eval_settings
-from kvjax.image_config import ClipImages, load_image_config
-from kvjax.load import load_model, load_model_config
-from kvjax.models.checkpoint import CONFIG, load_orbax_config, save_orbax
+from kvjax.inputs.image_processor import ClipImages, load_image_config
+from kvjax.inputs.tokenizer import load_tokenizer
+from kvjax.models.checkpoints.orbax import CONFIG, load_orbax_config, save_orbax
+from kvjax.models.load import load_model, load_model_config
 from kvjax.tiny import WEIGHTS
-from kvjax.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 
@@ -47,9 +47,9 @@ def test_a_methods_name_is_no_config(model, config):
 
 
 def test_pools_have_peers_spelling():
-    config = CompressionConfig.named("snapkv", 8, pool="avg")
-    assert config == CompressionConfig.named("snapkv", 8, pool="average")
-    assert hash(config) == hash(CompressionConfig.named("snapkv", 8, pool="average"))
+    config = CompressionConfig.named("snapkv", 8, pooling="avg")
+    assert config == CompressionConfig.named("snapkv", 8, pooling="average")
+    assert hash(config) == hash(CompressionConfig.named("snapkv", 8, pooling="average"))
 
 
 @pytest.mark.usefixtures("unchecked")

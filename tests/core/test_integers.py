@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax import CompressionConfig, budgets
-from kvjax.integers import MOST, divided_product, total, total_before
-from kvjax.rows import make_rows
+from kvjax import CompressionConfig, exact
+from kvjax.compression import allocators
+from kvjax.compression.row_budgets import make_rows
+from kvjax.exact import MOST, divided_product, total, total_before
 
 LAYERS, HEADS, TOKENS = 80, 64, 1_000_000
 # Entries a head of a row of 80 layers that has as many slots a head as an index can count.
@@ -23,10 +24,10 @@ HUGE = MOST // LAYERS
 
 examples = settings(max_examples=40, deadline=None, derandomize=True)
 product = jax.jit(divided_product, static_argnames="bits")
-spread = jax.jit(budgets.spread)
-uniform_layers = jax.jit(budgets.uniform_layers)
-pyramid_layers = jax.jit(budgets.pyramid_layers, static_argnames="beta")
-profile_layers = jax.jit(budgets.profile_layers)
+spread = jax.jit(exact.spread)
+uniform_layers = jax.jit(allocators.uniform_layers)
+pyramid_layers = jax.jit(allocators.pyramid_layers, static_argnames="beta")
+profile_layers = jax.jit(allocators.profile_layers)
 
 
 def ints(values) -> jax.Array:
@@ -149,7 +150,7 @@ def test_heads_of_more_than_two_million_entries():
     scores = np.zeros((1, 2, entries), np.float32)
     scores[0, 0], scores[0, 1, : base // 2] = 2.0, 1.0
     first = entries - (entries - base) // 5  # all that it has, and a fifth less of the excess
-    heads = jax.jit(partial(budgets.ada_heads, floor=0.2))
+    heads = jax.jit(partial(allocators.ada_heads, floor=0.2))
     found = heads(jnp.asarray(scores), jnp.ones(scores.shape, bool), ints([base]))
     assert found[0].tolist() == [first, 2 * base - first]
 
@@ -158,7 +159,7 @@ def test_a_floor_of_more_than_two_million_entries():
     scores = jnp.asarray([[[[1.0, 1.0, 1.0], [9.0, 0.1, 0.1]]]])
     # Every entry lies below its head's floor, so all come first, the heaviest next one before.
     for base, sizes in ((0, [2, 1]), (2_200_000, [0, 3])):
-        heads = jax.jit(partial(budgets.joint_heads, floor=1.0))
+        heads = jax.jit(partial(allocators.joint_heads, floor=1.0))
         assert heads(scores, scores >= 0, ints([base]), ints([3])).tolist() == [[sizes]]
 
 

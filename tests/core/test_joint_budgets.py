@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kvjax import CompressionConfig, Probe, budgets, compress
-from kvjax.attend import attend
-from kvjax.compress import make_plan
-from kvjax.scores import Layer, score
+from kvjax import CompressionConfig, Probe, compress, exact
+from kvjax.cache.attend import attend
+from kvjax.compression import allocators
+from kvjax.compression.compress import make_plan
+from kvjax.compression.scorers import ScorerInput, score
 
 B, L, K, S = 2, 2, 3, 6
 X = L * K  # curves of a row
@@ -25,11 +26,11 @@ LEVELS = [0.0, 0.0, 1.0, 1.0, 0.25, 0.1, 3.0, 7.5, 1e-30, 1e30]
 ODD = [*LEVELS, np.nan, np.inf, -np.inf, -1.0]
 
 examples = settings(max_examples=50, deadline=None, derandomize=True)
-select_top = jax.jit(budgets.select_top)
-kth_largest = jax.jit(budgets.kth_largest, static_argnames="axes")
-count_top = jax.jit(budgets.count_top, static_argnames="axes")
-global_heads = jax.jit(budgets.global_heads)
-joint_heads = jax.jit(budgets.joint_heads, static_argnames="floor")
+select_top = jax.jit(exact.select_top)
+kth_largest = jax.jit(exact.kth_largest, static_argnames="axes")
+count_top = jax.jit(exact.count_top, static_argnames="axes")
+global_heads = jax.jit(allocators.global_heads)
+joint_heads = jax.jit(allocators.joint_heads, static_argnames="floor")
 
 
 def ints(values) -> jax.Array:
@@ -209,7 +210,7 @@ def test_kv_compress_keeps_a_row_s_best_and_attends_to_them_alone_v8():
         probes = [Probe(queries=2 * layer[:, -4:]) for layer in queries]
         plan = make_plan(config, ints(lengths), tokens, (None, None))
         layers = zip(probes, keys, values, strict=True)
-        scores = [score(Layer(*one, plan.rows, config, plan.key, None)) for one in layers]
+        scores = [score(ScorerInput(*one, plan.rows, config, plan.key, None)) for one in layers]
         cache = compress(
             list(keys), list(values), probes, config, lengths=ints(lengths), tail_slots=1
         )

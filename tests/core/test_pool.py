@@ -13,9 +13,9 @@ from synthetic import probe_of
 
 import kvjax
 from kvjax import METHODS, CompressionConfig
-from kvjax import pool as pools
-from kvjax.models.weights import load_decoder
-from kvjax.pool import empty_pool
+from kvjax.cache import slots as pools
+from kvjax.cache.slots import empty_pool
+from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 QUICK = {"xla_backend_optimization_level": 0}
@@ -30,7 +30,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------- packing
 def test_put_by_hand():
-    """The picture in kvjax/pool.py: ten tokens, two layers, two heads."""
+    """The picture in kvjax/cache/slots.py: ten tokens, two layers, two heads."""
     keys = np.arange(1.0, 21).astype(np.float32).reshape(1, 10, 2, 1)  # 2 p + 1 and 2 p + 2
     kept = [([0, 3, 9], [0, 9]), ([9], [0, 9])]
     pool = empty_pool(jnp.asarray(keys), 2, 9, None)
@@ -337,7 +337,7 @@ def test_turns_streams_and_scores(model, prompts):
 
 def test_layout_none_packs_uneven_budgets():
     """On a CPU; uniform ones stay padded there."""
-    from kvjax.capacity import packs
+    from kvjax.compression.capacity import packs
 
     packed = {name for name in COMPRESSING if packs(CompressionConfig.named(name, 16))}
     even = {("uniform", "uniform"), ("uniform", "shared")}

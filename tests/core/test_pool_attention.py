@@ -52,7 +52,7 @@ def make_case(seed, *, batch=2, tokens=1, heads=6, kv_heads=2, head_dim=8, slots
     }
 
 
-def oracle(case, kv_heads, window=None, dead=None):
+def oracle(case, kv_heads, window=None, evicted=None):
     """One query, head and slot at a time, in float64."""
     q = case["q"].astype(np.float64)
     batch, tokens, heads, head_dim = q.shape
@@ -65,7 +65,7 @@ def oracle(case, kv_heads, window=None, dead=None):
                 continue
             if window is not None and distance >= window:
                 continue
-            if dead is not None and dead[0][b, owner] <= m < dead[1][b, t, owner]:
+            if evicted is not None and evicted[0][b, owner] <= m < evicted[1][b, t, owner]:
                 continue
             entry = case["entries"][b, m].astype(np.float64)
             scores.append(q[b, t, n] @ entry[:head_dim] / np.sqrt(head_dim))
@@ -107,14 +107,14 @@ OWNERS = ["any", "runs", "one head", "one slot", "empty layer", "holes"]
 def test_reference_matches_float64(owners, window, block, monkeypatch):
     monkeypatch.setattr(packed, "BLOCK", block)
     case = make_case(3, tokens=2, owners=owners)
-    for dead in (None, make_dead(0, case, 2)):
+    for evicted in (None, make_dead(0, case, 2)):
         out, lse = packed.pool_attention(
             **jax.tree.map(jnp.asarray, case),
             kv_heads=2,
             window=window,
-            dead=jax.tree.map(jnp.asarray, dead),
+            evicted=jax.tree.map(jnp.asarray, evicted),
         )
-        expected = oracle(case, 2, window, dead)
+        expected = oracle(case, 2, window, evicted)
         np.testing.assert_allclose(out, expected[0], atol=2e-6)
         np.testing.assert_allclose(lse, expected[1], atol=2e-6)
 
@@ -166,8 +166,8 @@ def test_tpu_kernel_matches_the_reference(name):
 def test_tpu_kernel_masks(owners, window, tokens):
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "slots": 300, "tokens": tokens}
     case = jax.tree.map(jnp.asarray, make_case(11, owners=owners, **shape))
-    dead = jax.tree.map(jnp.asarray, make_dead(5, case, 2)) if tokens > 1 else None
-    call = {**case, "kv_heads": 2, "window": window, "dead": dead}
+    evicted = jax.tree.map(jnp.asarray, make_dead(5, case, 2)) if tokens > 1 else None
+    call = {**case, "kv_heads": 2, "window": window, "evicted": evicted}
     expected = packed.pool_attention(**call)
     out = tpu.pool_attention(**call, tile=128, interpret=True)
     np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
@@ -267,9 +267,9 @@ def test_many_rows_match_float64(owners, many):
 
 def test_many_rows_with_a_window_and_evicted_slots(many):
     case = ragged(29, "any")
-    dead = make_dead(7, case, 2)
-    expected = oracle(case, 2, 30, dead)
-    rules = {"dead": jax.tree.map(jnp.asarray, dead)}
+    evicted = make_dead(7, case, 2)
+    expected = oracle(case, 2, 30, evicted)
+    rules = {"evicted": jax.tree.map(jnp.asarray, evicted)}
     case, rules = jax.tree.map(jnp.asarray, (case, rules))
     xla = packed.pool_attention(**case, kv_heads=2, window=30, **rules)
     mosaic = tpu.pool_attention(**case, kv_heads=2, window=30, tile=128, interpret=True, **rules)
@@ -304,11 +304,13 @@ def test_many_rows_in_a_fixed_region(many):
 def test_tokens_in_parts(monkeypatch):
     """Seven tokens of a call in parts of two, with what each has evicted."""
     case = make_case(41, tokens=7)
-    dead = make_dead(3, case, 2)
-    case, dead = jax.tree.map(jnp.asarray, (case, dead))
-    expected = pool_attention(**case, kv_heads=2, dead=dead)
+    evicted = make_dead(3, case, 2)
+    case, evicted = jax.tree.map(jnp.asarray, (case, evicted))
+    expected = pool_attention(**case, kv_heads=2, evicted=evicted)
     monkeypatch.setattr(decode_attention, "MOST_ROWS", 2 * 6 * 2)
-    for got, wanted in zip(pool_attention(**case, kv_heads=2, dead=dead), expected, strict=True):
+    for got, wanted in zip(
+        pool_attention(**case, kv_heads=2, evicted=evicted), expected, strict=True
+    ):
         np.testing.assert_allclose(got, wanted, atol=2e-6)
 
 
@@ -362,9 +364,9 @@ def test_scores_of_many_rows_never_span_a_layer():
 def test_slots_split_over_a_mesh(owners, with_dead):
     """Over four devices, of which some hold nothing of the layer."""
     case = make_case(5, owners=owners, tokens=2)
-    dead = make_dead(6, case, 2) if with_dead else None
-    case, dead = jax.tree.map(jnp.asarray, (case, dead))
-    expected = pool_attention(**case, kv_heads=2, dead=dead)
+    evicted = make_dead(6, case, 2) if with_dead else None
+    case, evicted = jax.tree.map(jnp.asarray, (case, evicted))
+    expected = pool_attention(**case, kv_heads=2, evicted=evicted)
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((4,), ("slots",), auto, devices=jax.devices()[:4])
     split, whole = jax.P(None, "slots"), jax.P()
@@ -372,13 +374,13 @@ def test_slots_split_over_a_mesh(owners, with_dead):
         ("entries", "owners", "positions"), split
     )
 
-    def run(case, dead):
-        return pool_attention(**case, kv_heads=2, dead=dead, axis="slots")
+    def run(case, evicted):
+        return pool_attention(**case, kv_heads=2, evicted=evicted, axis="slots")
 
     program = jax.jit(
         jax.shard_map(run, mesh=mesh, in_specs=(specs, whole), out_specs=whole, check_vma=False)
     )
-    for got, wanted in zip(program(case, dead), expected, strict=True):
+    for got, wanted in zip(program(case, evicted), expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-6)
 
 

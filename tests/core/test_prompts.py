@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from kvjax.eval.runner import as_tokens
 from kvjax.eval.tasks import Ask, Document
 from kvjax.eval.tasks.lengths import prompt_tokens
-from kvjax.prompts import as_rows, bucket, chat_text, check_context, encoded, eos_tokens, pad
-from kvjax.text import RunningText, cut_at_stop, first_stop
+from kvjax.generation.detokenize import RunningText, cut_at_stop, first_stop
+from kvjax.inputs.prompts import as_rows, bucket, chat_text, check_context, encoded, eos_tokens, pad
 
 VOCABULARY = 300
 BOS, SPECIAL = 256, 257

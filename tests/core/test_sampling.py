@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import sampling
-from kvjax.sampling import Sampling
+from kvjax.generation import sampling
+from kvjax.generation.sampling import Sampling
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
 sample = jax.jit(sampling.sample, static_argnums=3, compiler_options=QUICK)

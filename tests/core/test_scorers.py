@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from synthetic import probe_of
 
-from kvjax import scores as scorers
-from kvjax.compress import choose
+from kvjax.compression import scorers as scorers
+from kvjax.compression.compress import choose
+from kvjax.compression.row_budgets import Rows, largest, make_rows
+from kvjax.compression.scorers import ScorerInput
 from kvjax.config import CompressionConfig
 from kvjax.methods import SCORERS
-from kvjax.probe import Probe
-from kvjax.rows import Rows, largest, make_rows
-from kvjax.scores import Layer
+from kvjax.model_interface import Probe
 
 B, T, W, N, K, H = 4, 24, 4, 6, 2, 8
 G = N // K
@@ -35,7 +35,7 @@ def configured(scorer: str, **settings) -> CompressionConfig:
 
 @partial(jax.jit, static_argnames=("config", "window"))
 def scored(probe, keys, values, rows, key, config, window):
-    return scorers.score(Layer(probe, keys, values, rows, config, key, window))
+    return scorers.score(ScorerInput(probe, keys, values, rows, config, key, window))
 
 
 def score(config, probe, keys, values=None, rows=None, lengths=None, key=KEY, window=None):
@@ -74,7 +74,7 @@ def probabilities(q_NH, k_TKH, position: int, window: int | None) -> np.ndarray:
 
 
 def l2_window_oracle(q_WNH, k_TKH, n: int, observed: int, reach: int, window=None) -> np.ndarray:
-    """KV-Compress: sum over the group of pool(sum over queries of A^2), before the window."""
+    """KV-Compress: sum over the group of smooth(sum over queries of A^2), before the window."""
     squares_NT = np.zeros((N, T))
     for back in range(1, observed + 1):
         squares_NT += probabilities(q_WNH[-back], k_TKH, n - back, window) ** 2
@@ -109,7 +109,7 @@ def test_l2_window_by_hand():
     # q = 1: 1/6 2/6 3/6 and then 1/10 .. 4/10. q = -1: 6/11 3/11 2/11 and then 12/25 6/25 ..
     up = np.array([1 / 36 + 1 / 100, 4 / 36 + 4 / 100])
     down = np.array([36 / 121 + 144 / 625, 9 / 121 + 36 / 625])
-    plain, pooled = configured("l2-window", pool="none"), configured("l2-window", kernel=3)
+    plain, pooled = configured("l2-window", pooling="none"), configured("l2-window", kernel=3)
     for queries, expected in (([1.0], up), ([-1.0], down), ([1.0, -1.0], up + down)):
         scores = counting_scores(plain, queries)
         np.testing.assert_allclose(scores, [*expected, 0, 0], rtol=1e-5)

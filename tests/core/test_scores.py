@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import scores as scorers
+from kvjax.compression import scorers as scorers
+from kvjax.compression.row_budgets import Rows
+from kvjax.compression.scorers import ScorerInput, over_group, smooth
 from kvjax.config import CompressionConfig
-from kvjax.probe import Probe
-from kvjax.rows import Rows
-from kvjax.scores import Layer, over_group, pool
+from kvjax.model_interface import Probe
 
 KEY = jax.random.key(3)
 # Compile time is all that these tests cost.
@@ -21,7 +21,7 @@ compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 
 
 @partial(compiled, static_argnames=("config", "window"))
 def scored(probe, keys, values, rows, key, *, config, window):
-    return scorers.score(Layer(probe, keys, values, rows, config, key, window))
+    return scorers.score(ScorerInput(probe, keys, values, rows, config, key, window))
 
 
 def score(queries, sums, keys, rows, config, key, window, values=None, **probe):
@@ -48,15 +48,15 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 def test_pooling_by_hand():
     # V5: of 1 0 0 with kernel 3, zero padding divides by 3 at the edge too: 1/3 1/3 0.
     raw = jnp.array([[[1.0, 0.0, 0.0]]])
-    np.testing.assert_allclose(pool(raw, "average", 3)[0, 0], [1 / 3, 1 / 3, 0], rtol=1e-6)
-    np.testing.assert_array_equal(pool(raw, "max", 3)[0, 0], [1, 1, 0])
-    for same in (pool(raw, "none", 3), pool(raw, "max", 1), pool(raw, "average", 1)):
+    np.testing.assert_allclose(smooth(raw, "average", 3)[0, 0], [1 / 3, 1 / 3, 0], rtol=1e-6)
+    np.testing.assert_array_equal(smooth(raw, "max", 3)[0, 0], [1, 1, 0])
+    for same in (smooth(raw, "none", 3), smooth(raw, "max", 1), smooth(raw, "average", 1)):
         np.testing.assert_array_equal(same, raw)
     # Kernel 5 over 6 0 3 0 0 9 1: sums of up to five neighbours over 5, and their maxima.
     raw = jnp.array([[[6.0, 0, 3, 0, 0, 9, 1]]])
     average = [9 / 5, 9 / 5, 9 / 5, 12 / 5, 13 / 5, 10 / 5, 10 / 5]
-    np.testing.assert_allclose(pool(raw, "average", 5)[0, 0], average, rtol=1e-6)
-    np.testing.assert_array_equal(pool(raw, "max", 5)[0, 0], [6, 6, 6, 9, 9, 9, 9])
+    np.testing.assert_allclose(smooth(raw, "average", 5)[0, 0], average, rtol=1e-6)
+    np.testing.assert_array_equal(smooth(raw, "max", 5)[0, 0], [6, 6, 6, 9, 9, 9, 9])
 
 
 @pytest.mark.parametrize("how", ["max", "average"])
@@ -67,7 +67,7 @@ def test_pooling_matches_numpy(how, tokens, kernel):
     for i in range(tokens):
         near = raw[..., max(0, i - kernel // 2) : i + kernel // 2 + 1]
         expected[..., i] = near.max(-1) if how == "max" else near.sum(-1) / kernel
-    np.testing.assert_allclose(pool(jnp.array(raw), how, kernel), expected, rtol=1e-6)
+    np.testing.assert_allclose(smooth(jnp.array(raw), how, kernel), expected, rtol=1e-6)
 
 
 def test_group_by_hand():
@@ -84,7 +84,7 @@ def test_window_scores_by_hand():
     # Query 2 sees keys 0..2: 1/6 2/6 3/6. Query 3 sees all: 1/10 2/10 3/10 4/10.
     keys = jnp.log(jnp.array([1.0, 2, 3, 4])).reshape(1, 4, 1, 1)
     queries = jnp.ones((1, 2, 1, 1))
-    settings = {"pool": "none", "window": 2}
+    settings = {"pooling": "none", "window": 2}
 
     def scores(reduce):
         config = configured(reduce=reduce, **settings)
@@ -121,7 +121,7 @@ def snapkv(queries, keys, length, observed, config, window):
     for i in range(length - observed):
         near = grouped[:, max(0, i - reach) : i + reach + 1]
         pooled = {"max": near.max(-1), "average": near.sum(-1) / config.kernel}
-        scores[:, i] = pooled.get(config.pool, grouped[:, i])
+        scores[:, i] = pooled.get(config.pooling, grouped[:, i])
     return scores
 
 
@@ -130,8 +130,8 @@ def snapkv(queries, keys, length, observed, config, window):
     [
         ({}, 2, None),
         ({"reduce": "sum", "group": "max"}, 1, None),
-        ({"pool": "average", "kernel": 5}, 4, None),
-        ({"pool": "none", "group": "max"}, 2, 9),
+        ({"pooling": "average", "kernel": 5}, 4, None),
+        ({"pooling": "none", "group": "max"}, 2, 9),
     ],
 )
 def test_window_scores_match_numpy(settings, kv_heads, window):
@@ -151,7 +151,7 @@ def test_pooling_does_not_reach_into_the_window_or_the_padding():
     keys = normal(1, 1, 32, 1, 8)
     queries = np.ones((1, 4, 1, 8), np.float32)
     keys[0, 24:28], keys[0, 28:] = 5.0, np.nan
-    config = configured(kernel=7, pool="max", reduce="sum")
+    config = configured(kernel=7, pooling="max", reduce="sum")
     arguments = jnp.array(queries), None, jnp.array(keys), rows_of([28], [4]), config, KEY, None
     scores = np.asarray(score(*arguments))
     assert np.isfinite(scores).all()

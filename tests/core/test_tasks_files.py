@@ -11,9 +11,9 @@ from kvjax.config import ConfigError
 from kvjax.eval.tasks import METRICS, TASKS
 from kvjax.eval.tasks.lengths import prompt_tokens, tokens_of
 from kvjax.eval.tasks.longbench_prompts import PROMPTS
+from kvjax.inputs.tokenizer import load_tokenizer
 from kvjax.tiny import WEIGHTS
 from kvjax.tiny.questions import QUESTIONS, questions
-from kvjax.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from kvjax.config import ConfigError
 from kvjax.eval.tasks import METRICS, TASKS
 from kvjax.eval.tasks.lengths import cut_middle, prompt_tokens
 from kvjax.eval.tasks.longbench_prompts import PROMPTS
+from kvjax.inputs.tokenizer import load_tokenizer
 from kvjax.tiny import WEIGHTS
-from kvjax.tokenizer import load_tokenizer
 
 # task -> (most new tokens, metric), LongBench's dataset2maxlen.json and eval.py.
 LONGBENCH = {

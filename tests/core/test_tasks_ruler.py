@@ -16,8 +16,8 @@ from kvjax.eval.tasks.haystack import NOISE
 from kvjax.eval.tasks.lengths import largest, prompt_tokens
 from kvjax.eval.tasks.ruler_needles import needle_prompt
 from kvjax.eval.tasks.words import ADJECTIVES, NOUNS, PLAIN, VERBS, pairs
+from kvjax.inputs.tokenizer import load_tokenizer
 from kvjax.tiny import WEIGHTS
-from kvjax.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module", params=["bundled", "bytes"])

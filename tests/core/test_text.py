@@ -5,7 +5,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvjax.text import WINDOW, RunningText, cut_at_stop, decode_after, first_stop
+from kvjax.generation.detokenize import WINDOW, RunningText, cut_at_stop, decode_after, first_stop
 
 WORDS = ["▁the", "▁", "▁end", "s", ".", "\n", "▁a", "END", "EN", "D", "é", "▁€"]
 

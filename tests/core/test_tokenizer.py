@@ -9,7 +9,7 @@ import sys
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kvjax.tokenizer import load_tokenizer
+from kvjax.inputs.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_settings_without_a_vocabulary(tmp_path):
 def test_says_nothing_of_torch_and_leaves_no_setting_behind(folder):
     """In a fresh process: the advice is given where transformers is first imported."""
     program = (
-        "import os, sys; from kvjax.tokenizer import load_tokenizer; "
+        "import os, sys; from kvjax.inputs.tokenizer import load_tokenizer; "
         "assert 'transformers' not in sys.modules; load_tokenizer(sys.argv[1]); "
         "import transformers; print(dict(os.environ).get('TRANSFORMERS_NO_ADVISORY_WARNINGS'), "
         "transformers.logging.get_verbosity())"

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvjax import stages
 from kvjax.kernels.prefill_attention.training import blockwise, training_attention
+from kvjax.model_interface import ProbeRequest
+from kvjax.models.checkpoints.export import save_decoder
+from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.config import load_config
-from kvjax.models.export import save_decoder
-from kvjax.models.weights import load_decoder
-from kvjax.probe import ProbeRequest
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists())
@@ -57,9 +56,9 @@ def test_forward_pass_is_prefill(name):
     tokens = np.random.default_rng(0).integers(3, 80, (2, 33))
     tokens = jnp.asarray(tokens, jnp.int32)
     logits = jax.jit(lambda model: model(tokens))(model)
-    prefill = jax.jit(lambda lengths: stages.prefill(model, tokens, lengths, ProbeRequest())[0])
+    run = jax.jit(lambda lengths: prefill.prefill(model, tokens, lengths, ProbeRequest())[0])
     for length in (33, 20):
-        last = prefill(jnp.array([length, length], jnp.int32))
+        last = run(jnp.array([length, length], jnp.int32))
         np.testing.assert_allclose(logits[:, length - 1], last, atol=1e-4)
 
 

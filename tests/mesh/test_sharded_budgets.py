@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax import budgets
+from kvjax import exact
+from kvjax.compression import allocators
 
 B, L, K, S = 2, 3, 8, 512
 MESHES = {"model": (1, 8), "data and model": (2, 4)}
@@ -65,29 +66,29 @@ def results(text: str) -> tuple[list[Result], list[Result]]:
 def ada(scores, can_BS, base):
     """One layer, capped."""
     can = jnp.broadcast_to(can_BS[:, None], scores.shape)
-    sizes = budgets.ada_heads(scores, can, base, floor=0.2, cap=base + 60)
-    return sizes, budgets.select_top(scores, sizes, can)
+    sizes = allocators.ada_heads(scores, can, base, floor=0.2, cap=base + 60)
+    return sizes, exact.select_top(scores, sizes, can)
 
 
 def globally(scores, can_BS, base):
     can = jnp.broadcast_to(can_BS[:, None, None], scores.shape)
-    sizes = budgets.global_heads(scores, can, L * K * base)
-    return sizes, budgets.select_top(scores, sizes, can)
+    sizes = allocators.global_heads(scores, can, L * K * base)
+    return sizes, exact.select_top(scores, sizes, can)
 
 
 def jointly(scores, can_BS, base):
     can = jnp.broadcast_to(can_BS[:, None, None], scores.shape)
-    sizes = budgets.joint_heads(scores, can, base, L * K * base, floor=0.2)
-    return sizes, budgets.select_top(scores, sizes, can)
+    sizes = allocators.joint_heads(scores, can, base, L * K * base, floor=0.2)
+    return sizes, exact.select_top(scores, sizes, can)
 
 
 def prefix(scores, can_BS, base):
     """Each layer's scores are its heads' mean; sizes are the layer's."""
     means = jnp.stack([scores[:, layer].mean(1) for layer in range(L)], axis=1)
     can = jnp.broadcast_to(can_BS[:, None], means.shape)
-    sizes = budgets.prefix_layers(means, can, jnp.full((B, L), 2, jnp.int32), base)
+    sizes = allocators.prefix_layers(means, can, jnp.full((B, L), 2, jnp.int32), base)
     each = jnp.broadcast_to(sizes[..., None], scores.shape[:-1])
-    return sizes, budgets.select_top(scores, each, jnp.broadcast_to(can[:, :, None], scores.shape))
+    return sizes, exact.select_top(scores, each, jnp.broadcast_to(can[:, :, None], scores.shape))
 
 
 def by_sorting(scores, can_BS, base):

@@ -13,31 +13,24 @@ from flax import nnx
 from synthetic import probe_of
 
 import kvjax
-from kvjax import (
-    METHODS,
-    CompressionConfig,
-    Recompress,
-    compress,
-    probe_request,
-    sharding,
-    stages,
-)
-from kvjax.ahead import collectives
-from kvjax.cache import with_room
-from kvjax.models import weights
-from kvjax.models.checkpoint import load_orbax, save_orbax
-from kvjax.models.config import ModelConfig
-from kvjax.models.decoder import Decoder
-from kvjax.models.weights import load_decoder, parameter_at, tensor_specs
-from kvjax.pool import dealt, empty_pool
-from kvjax.programs import (
+from kvjax import METHODS, CompressionConfig, Recompress, compress, probe_request, sharding
+from kvjax.cache.slots import empty_pool, reshard_slots
+from kvjax.cache.split import put_layer
+from kvjax.cache.state import with_room
+from kvjax.compile_for import collectives
+from kvjax.generation import decode, prefill
+from kvjax.generation.programs import (
     Program,
     decode_program,
     prefill_compress_program,
     start_answer_program,
 )
-from kvjax.prompts import pad
-from kvjax.split import put_layer
+from kvjax.inputs.prompts import pad
+from kvjax.models.checkpoints import weights
+from kvjax.models.checkpoints.orbax import load_orbax, save_orbax
+from kvjax.models.checkpoints.weights import load_decoder, parameter_at, tensor_specs
+from kvjax.models.config import ModelConfig
+from kvjax.models.decoder import Decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 HEADS, HEAD_DIM = 8, 16
@@ -105,7 +98,7 @@ def prefilled(mesh, prompts):
     model = make_model(2, layers=2)
     tokens, lengths = pad(prompts)
     wanted = reduce(or_, (probe_request(method(name), tokens.shape[1]) for name in METHODS))
-    run = Program(partial(stages.prefill, request=wanted))
+    run = Program(partial(prefill.prefill, request=wanted))
     models = model, sharding.place(model, mesh)
     return [(model, *run(model, tokens, lengths)[1:], jnp.asarray(lengths)) for model in models]
 
@@ -152,7 +145,7 @@ def test_int8_entries_and_a_batch_that_does_not_divide(mesh, prompts):
 
 @pytest.mark.slow
 def test_groups_of_rows(mesh, prompts, monkeypatch):
-    monkeypatch.setattr(stages, "PREFILL_TOKENS", 64)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 64)
     model = make_model(4)
     config = CompressionConfig.named("snapkv", BUDGET)
     assert_same(answers(model, prompts, config), answers(model, prompts, config, mesh=mesh))
@@ -247,7 +240,7 @@ def skewed_cache(placed):
         for _ in range(2)
     )
     with sharding.using(placed):
-        prompt = sharding.known((keys, values, [probe] * 2), placed)
+        prompt = sharding.put_on_mesh((keys, values, [probe] * 2), placed)
         return jax.jit(lambda *x: kvjax.compress(*x, config))(*prompt)
 
 
@@ -261,7 +254,7 @@ def test_a_skewed_allocation_leaves_devices_even(mesh):
     # Each layer's 64 entries are 16 a device, and in the same order as on one device.
     assert all((np.asarray(shard.data) >= 0).all() for shard in shards)
     for name in ("entries", "owners", "positions"):
-        one, other = (getattr(dealt(c.pool, 1), name) for c in (expected, cache))
+        one, other = (getattr(reshard_slots(c.pool, 1), name) for c in (expected, cache))
         np.testing.assert_array_equal(other, one)
     first_layer = [np.asarray(shard.data)[0, :16] for shard in shards]
     assert sum((owners == 0).sum() for owners in first_layer) == 2 * 38
@@ -284,7 +277,7 @@ def test_counts_say_what_the_split_pool_stores(mesh):
     def filled(placed):
         with sharding.using(placed):
             arrays = map(jnp.asarray, (keys, values, keep))
-            return jax.jit(fill)(*sharding.known(tuple(arrays), placed))
+            return jax.jit(fill)(*sharding.put_on_mesh(tuple(arrays), placed))
 
     alone, split = filled(None), filled(sharding.fitted(mesh, 8, 4))
     assert (alone.parts, split.parts) == (1, 4)
@@ -303,7 +296,7 @@ def decode_step(sharded, layout):
     """A compiled decode loop of 4 rows with 128 entries a head, and the cache that it reads."""
     config = dataclasses.replace(CompressionConfig.named("snapkv", 128), layout=layout)
     prompt = jnp.ones((4, 256), jnp.int32), jnp.full((4,), 250)
-    key, rules = jax.random.key(0), stages.greedy_rules()
+    key, rules = jax.random.key(0), decode.greedy_rules()
     logits, cache = prefill_compress_program(sharded, *prompt, key, config=config)
     answer = start_answer_program(logits, *prompt, key, rules, room=8)
     cache = with_room(cache, 64)

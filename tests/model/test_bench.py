@@ -11,11 +11,11 @@ import pytest
 import kvjax
 from kvjax import CompressionConfig
 from kvjax.bench import budgets, decode, report
-from kvjax.bench.presets import model_config, preset, random_model
 from kvjax.bench.report import Settings
 from kvjax.bench.timing import bandwidth, timed
-from kvjax.load import load_model
 from kvjax.models.config import load_config
+from kvjax.models.load import load_model
+from kvjax.models.presets import model_config, preset, random_model
 
 
 def test_timing_counts_runs_and_steps():

@@ -10,19 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import kvjax
-from kvjax import CompressionConfig, ConfigError, compress_prompt
-from kvjax.calibrate import (
-    Profile,
-    _batches,
-    calibrate,
-    check_writable,
-    read_profile,
-    replacing,
-    write_profile,
-)
-from kvjax.eval import figures
-from kvjax.models.weights import load_decoder
-from kvjax.prompts import bucket
+from kvjax import CompressionConfig, ConfigError, compress_prompt, figures
+from kvjax.calibrate import Profile, _batches, calibrate, read_profile, write_profile
+from kvjax.inputs.prompts import bucket
+from kvjax.models.checkpoints.weights import load_decoder
+from kvjax.settings import check_writable, replacing
 
 MODEL = str(Path(__file__).parents[1] / "fixtures" / "hf" / "llama2-gqa")  # 2 layers, 2 KV heads
 LENGTHS = (40, 100, 44, 41)  # two buckets, one of them with three prompts

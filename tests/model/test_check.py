@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from check_parts import part
 
-from kvjax.ahead import TPUS, compile_for, missing
 from kvjax.bench import decode, generate, scores
 from kvjax.bench.check import calls, kernels, needs, oracle, runner, speed
 from kvjax.bench.check.__main__ import main
@@ -22,8 +21,9 @@ from kvjax.bench.check.listed import PLATFORMS, parts
 from kvjax.bench.check.part import Answer, Failed, agree, error
 from kvjax.bench.check.runner import run
 from kvjax.bench.timing import Timing
+from kvjax.compile_for import TPUS, compile_for, missing
+from kvjax.generation.programs import Program
 from kvjax.kernels import decode_attention
-from kvjax.programs import Program
 
 SETTINGS = {"platform": "cpu", "small": True}
 
@@ -282,7 +282,7 @@ def test_speed_parts_compile(target, recorder, monkeypatch):
         monkeypatch.setattr(module, "timed", record)
     monkeypatch.setattr(speed, "rates", lambda: {"copy": 1.0, "read": 1.0})
     half = partial(lambda: jnp.bfloat16)
-    for place in ("kvjax.bench.presets.default_dtype", "kvjax.bench.check.speed.default_dtype"):
+    for place in ("kvjax.models.presets.default_dtype", "kvjax.bench.check.speed.default_dtype"):
         monkeypatch.setattr(place, half)
 
     def everything():

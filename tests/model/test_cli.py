@@ -16,10 +16,10 @@ from kvjax import METHODS, CompressionConfig, Sampling
 from kvjax.cli import main
 from kvjax.cli.parser import build_parser
 from kvjax.cli.settings import compression, recompression
+from kvjax.inputs.prompts import bucket
+from kvjax.inputs.tokenizer import load_tokenizer
 from kvjax.likelihood import batches
-from kvjax.models.weights import load_decoder
-from kvjax.prompts import bucket
-from kvjax.tokenizer import load_tokenizer
+from kvjax.models.checkpoints.weights import load_decoder
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = str(
@@ -110,13 +110,13 @@ def test_method_flags_reach_the_config(tmp_path):
 
     assert config() == CompressionConfig.named("full")
     assert config("--budget", "7") == CompressionConfig.named("full")  # for scripts that sweep
-    scoring = ["--window", "9", "--pool", "average", "--kernel", "5", "--group", "max"]
+    scoring = ["--window", "9", "--pooling", "average", "--kernel", "5", "--group", "max"]
     assert config(
         *["--method", "ada-snapkv", "--budget", "64", "--floor", "0.5", "--head-cap", "80"],
         *[*scoring, "--reduce", "sum"],
     ) == CompressionConfig.named(
-        "ada-snapkv", 64, window=9, pool="average", kernel=5, group="max", reduce="sum", floor=0.5,
-        head_cap=80,
+        "ada-snapkv", 64, window=9, pooling="average", kernel=5, group="max", reduce="sum",
+        floor=0.5, head_cap=80,
     )  # fmt: skip
     assert config("--method", "pyramidkv", "--budget", "12.5%", "--beta", "3") == (
         CompressionConfig.named("pyramidkv", 0.125, beta=3)
@@ -171,7 +171,8 @@ def test_json_and_streamed_tokens_agree(run, one, model, prompt):
     code, streamed, err = run(*flags)
     assert code == 0
     assert err == (
-        "method=ada-snapkv budget=8 window=4 reduce=mean pool=max kernel=7 group=mean floor=0.2\n"
+        "method=ada-snapkv budget=8 window=4 reduce=mean pooling=max kernel=7 group=mean"
+        " floor=0.2\n"
     )
     code, out, _ = run(*flags, "--json")
     assert code == 0
@@ -194,7 +195,7 @@ def test_json_and_streamed_tokens_agree(run, one, model, prompt):
     assert report["tokens_per_second"] == pytest.approx((NEW - 1) / report["decode_seconds"])
     assert report["compilations"] == 3
     assert report["prompt_tokens"] == [40]
-    settings = {"method": "ada-snapkv", "budget": 8, "window": 4, "pool": "max", "kernel": 7}
+    settings = {"method": "ada-snapkv", "budget": 8, "window": 4, "pooling": "max", "kernel": 7}
     settings |= {"floor": 0.2, "head_cap": None, "seed": 0, "dtype": "float32", "temperature": 0}
     assert {name: report[name] for name in settings} == settings
 

@@ -78,7 +78,7 @@ def test_wrong_calls(run, flags, named):
         (["--method", "snapkv", "--budget", "25%", "--window", "16"], "window=16"),
         (["--method", "snapkv", "--budget", "8", "--window", "0"], "--window: '0'"),
         (["--method", "snapkv", "--budget", "8", "--kernel", "4"], "kernel=4"),
-        (["--method", "snapkv", "--budget", "8", "--pool", "median"], "median"),
+        (["--method", "snapkv", "--budget", "8", "--pooling", "median"], "median"),
         (["--method", "snapkv", "--budget", "8", "--head-cap", "9"], "head_cap=9"),
         (["--method", "ada-snapkv", "--budget", "8", "--head-cap", "7"], "head_cap=7"),
         (["--method", "ada-snapkv", "--budget", "8", "--floor", "nan"], "floor=nan"),

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from kvjax.convert import convert_llama2c
+from kvjax.models.checkpoints.llama2c import convert_llama2c
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 32, 24, 2, 4, 2, 8

@@ -9,12 +9,13 @@ import pytest
 from synthetic import TYPICAL
 
 import kvjax
-from kvjax import CompressionConfig, Sampling, stages
-from kvjax.cache import with_room
+from kvjax import CompressionConfig, Sampling
+from kvjax.cache.state import with_room
+from kvjax.generation import decode, prefill
+from kvjax.generation.programs import generate_program, prefill_compress_program
+from kvjax.inputs.prompts import pad
+from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.layers import in_parts
-from kvjax.models.weights import load_decoder
-from kvjax.programs import generate_program, prefill_compress_program
-from kvjax.prompts import pad
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 STEPS = 12
@@ -82,8 +83,8 @@ def test_prompt_within_the_budget_keeps_every_entry(model, prompts, step_tokens,
     full = CompressionConfig.named("full")
     first, cache = compressed(model, short, CompressionConfig.named(name, budget=BUDGET))
     expected_first, expected_cache = compressed(model, short, full)
-    assert stages.kept_entries(cache)[:, 0, 0].tolist() == [16, 9, 12]
-    assert (stages.kept_entries(cache) == stages.kept_entries(cache)[:, :1, :1]).all()
+    assert decode.kept_entries(cache)[:, 0, 0].tolist() == [16, 9, 12]
+    assert (decode.kept_entries(cache) == decode.kept_entries(cache)[:, :1, :1]).all()
     expected = forced(model, expected_cache, step_tokens)
     np.testing.assert_array_equal(first, expected_first)
     np.testing.assert_allclose(forced(model, cache, step_tokens), expected, atol=1e-5, rtol=0)
@@ -95,7 +96,7 @@ def test_compression_changes_what_is_decoded_but_not_the_first_token(
 ):
     first, cache = compressed(model, prompts, CompressionConfig.named(name, budget=BUDGET))
     np.testing.assert_array_equal(first, full_logits[0])
-    assert int(stages.kept_entries(cache).sum()) == 3 * 2 * 2 * BUDGET
+    assert int(decode.kept_entries(cache).sum()) == 3 * 2 * 2 * BUDGET
     later = np.asarray(forced(model, cache, step_tokens))
     assert np.isfinite(later).all()
     assert np.abs(later - full_logits[1]).max() > 1e-3
@@ -169,8 +170,8 @@ def test_rows_in_groups_are_rows_together(model, prompts, monkeypatch, name, lay
     key = jax.random.split(key, 4) if name == "random" else key
 
     def run(tokens, lengths, key, limit):
-        monkeypatch.setattr(stages, "PREFILL_TOKENS", limit)
-        return stages.prefill_compress(model, tokens, lengths, key, config)
+        monkeypatch.setattr(prefill, "PREFILL_TOKENS", limit)
+        return prefill.prefill_compress(model, tokens, lengths, key, config)
 
     program = jax.jit(run, static_argnums=3)
     groups, together = (program(tokens, lengths, key, limit) for limit in (150, 256))
@@ -180,12 +181,12 @@ def test_rows_in_groups_are_rows_together(model, prompts, monkeypatch, name, lay
 
 
 def test_groups_are_equal_and_as_few_as_fit():
-    limit = stages.PREFILL_TOKENS
-    assert stages._groups(1, 9 * limit) == 1
-    assert stages._groups(4, limit // 4) == 1
-    assert stages._groups(4, limit) == 4
-    assert stages._groups(6, limit // 4) == 2  # three rows twice
-    assert stages._groups(7, limit // 4) == 7
+    limit = prefill.PREFILL_TOKENS
+    assert prefill._groups(1, 9 * limit) == 1
+    assert prefill._groups(4, limit // 4) == 1
+    assert prefill._groups(4, limit) == 4
+    assert prefill._groups(6, limit // 4) == 2  # three rows twice
+    assert prefill._groups(7, limit // 4) == 7
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_greedy_tokens_are_the_likeliest_ones(model, prompts):
 
 
 def test_one_compilation_for_another_prompt_seed_temperature_and_allocation(model, prompts):
-    config = CompressionConfig.named("ada-snapkv", budget=BUDGET, pool="none")
+    config = CompressionConfig.named("ada-snapkv", budget=BUDGET, pooling="none")
     warm = Sampling(temperature=0.7, top_p=0.9)
     before = generate_program._cache_size()
     first = kvjax.generate(model, prompts, config, max_new_tokens=4, sampling=warm)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CompressionConfig, stages
-from kvjax.cache import with_room
+from kvjax import CompressionConfig
+from kvjax.cache.state import with_room
+from kvjax.generation import prefill
 
 STEPS = 200
 
@@ -30,7 +31,7 @@ def test_prefill_and_decode_write_the_golden_text(stories, golden):
     model, tokenizer, _ = stories
     config = CompressionConfig.named("full")
     prompt = jnp.ones((1, 1), jnp.int32)
-    logits, cache = jax.jit(stages.prefill_compress, static_argnames="config")(
+    logits, cache = jax.jit(prefill.prefill_compress, static_argnames="config")(
         model, prompt, jnp.ones((1,), jnp.int32), jax.random.key(0), config=config
     )
 
@@ -89,7 +90,7 @@ def test_the_same_entries_as_kvpress(stories, shared_data, method, dumped):
     documents = json.loads((folder / "docs_stories260K.json").read_text())[:5]
     theirs = np.load(folder / "kept_stories260K.npz")
     results = json.loads((folder / "results_stories260K.json").read_text())["methods"]
-    config = CompressionConfig.named(method, 64, window=8, pool="average", kernel=5)
+    config = CompressionConfig.named(method, 64, window=8, pooling="average", kernel=5)
     scores = kvjax.score(
         model, [d["ids"] for d in documents], [d["prompt"] for d in documents], config,
         positions=True,

@@ -11,8 +11,8 @@ import pytest
 import kvjax
 from kvjax import tiny
 from kvjax.cli import inspect as command
-from kvjax.eval.inspect import pack_mask, pieces, write_inspection
-from kvjax.tokenizer import load_tokenizer
+from kvjax.eval.report.inspect import pack_mask, pieces, write_inspection
+from kvjax.inputs.tokenizer import load_tokenizer
 
 TEXT = "note bami sena zini . a crow cleans a green bridge . some bright farmer holds our mirror . "
 

@@ -23,14 +23,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from life import Life, agree, born, budgeted, digest, evicted, likely, settled
+from life import Life, agree, born, budgeted, digest, evicted, likely, reshard
 from oracle import Oracle, Row
 
 import kvjax
 from kvjax import CompressionConfig, Recompress
-from kvjax.generate import _steps
-from kvjax.models.weights import load_decoder
-from kvjax.request import FULL, Request
+from kvjax.generation.generate import _steps
+from kvjax.generation.request import FULL, Request
+from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 LONG = 48  # a bucket: the longer of two prompts has more than 32 tokens
@@ -157,7 +157,7 @@ class Machine(RuleBasedStateMachine):
         for step, (_, state) in enumerate(_steps(self.model, request, NEW)):
             # A step runs what the one before has drawn, and from the third on it evicts before.
             if step == 0 and life.cache.keep_ratio:
-                settled(state.cache, rows)
+                reshard(state.cache, rows)
             elif step < 2:
                 agree(state.cache, rows)
             else:

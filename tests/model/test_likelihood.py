@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CompressionConfig, stages
-from kvjax.cache import with_room
-from kvjax.models.weights import load_decoder
-from kvjax.programs import prefill_compress_program
-from kvjax.prompts import pad
+from kvjax import CompressionConfig
+from kvjax.cache.state import with_room
+from kvjax.generation import decode, prefill
+from kvjax.generation.programs import prefill_compress_program
+from kvjax.inputs.prompts import pad
+from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 
@@ -37,7 +38,7 @@ def whole_text_nll(model, text):
     tokens, lengths = pad([text], 80)  # one shape for all texts
     x = model.embed(jnp.asarray(tokens))
     for layer in model.layers:
-        x, _, _, _ = layer.prefill(x, jnp.asarray(lengths), stages.ProbeRequest())
+        x, _, _, _ = layer.prefill(x, jnp.asarray(lengths), decode.ProbeRequest())
     logits = np.asarray(jax.nn.log_softmax(model.logits(x)))[0, : len(text)]
     return -logits[np.arange(len(text) - 1), text[1:]], logits.argmax(-1)
 
@@ -54,7 +55,7 @@ def forced(model, cache, tokens):
 
 
 def test_full_cache_equals_one_forward_pass(model, texts, monkeypatch):
-    monkeypatch.setattr(stages, "BLOCK", 16)  # several blocks, the last one part full
+    monkeypatch.setattr(prefill, "BLOCK", 16)  # several blocks, the last one part full
     scored = kvjax.score(model, texts, PREFIXES)
     for text, prefix, mine in zip(texts, PREFIXES, scored, strict=True):
         nll, top1 = whole_text_nll(model, text)
@@ -67,7 +68,7 @@ def test_full_cache_equals_one_forward_pass(model, texts, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["snapkv", "prefixkv"])
 def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name):
-    monkeypatch.setattr(stages, "BLOCK", 16)
+    monkeypatch.setattr(prefill, "BLOCK", 16)
     jax.clear_caches()  # nothing traced with blocks of another size
     config = CompressionConfig.named(name, budget=12)
     scored = kvjax.score(model, texts, PREFIXES, config, positions=True)

@@ -9,12 +9,12 @@ import pytest
 from vision_model import forced
 
 import kvjax
-from kvjax import stages
-from kvjax.load import load_model
-from kvjax.placeholders import by_prompt, look
-from kvjax.prompts import pad
-from kvjax.reconstruction import reconstruction_scores
-from kvjax.seen import see
+from kvjax.compression.kvzip import reconstruction_scores
+from kvjax.generation import prefill
+from kvjax.inputs.multimodal import by_prompt, prepare_inputs
+from kvjax.inputs.prompts import pad
+from kvjax.model_interface import encode_images
+from kvjax.models.load import load_model
 from kvjax.sharding import make_mesh
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vl"
@@ -57,9 +57,9 @@ def rows_of(expected, name):
 def test_logits_are_hugging_faces(case, name):
     model, expected = case
     rows, images = rows_of(expected, name)
-    looked = look(model, rows, by_prompt(images, rows, model))
-    tokens, lengths = pad(looked.rows, 45)
-    held = forced(model, tokens, lengths, looked.images(tokens), expected[f"{name}_step_tokens"])
+    inputs = prepare_inputs(model, rows, by_prompt(images, rows, model))
+    tokens, lengths = pad(inputs.rows, 45)
+    held = forced(model, tokens, lengths, inputs.images(tokens), expected[f"{name}_step_tokens"])
     prompt, last, later = map(np.asarray, held)
     real = np.concatenate([row[:length] for row, length in zip(prompt, lengths, strict=True)])
     np.testing.assert_allclose(real, expected[f"{name}_logits"], atol=TOLERANCE, rtol=0)
@@ -87,7 +87,7 @@ def test_groups_of_rows_share_the_images(model, pictures, monkeypatch):
     config = kvjax.CompressionConfig.named("snapkv", budget=8)
     whole = kvjax.compress_prompt(model, rows, config, images=images)
     jax.clear_caches()
-    monkeypatch.setattr(stages, "PREFILL_TOKENS", 48)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 48)
     grouped = kvjax.compress_prompt(model, rows, config, images=images)
     assert np.array_equal(whole.kept_mask(48), grouped.kept_mask(48))
     for one, other in zip(whole.layers, grouped.layers, strict=True):
@@ -128,13 +128,13 @@ def test_ways_to_run_agree(model, pictures, method):
 def test_the_repetition_repeats_the_image(model, pictures):
     """KVzip's scores of an image's entries depend on its features being said again."""
     row = [5, IMAGE, 7]
-    looked = look(model, [row], [[pictures[0]]])
-    tokens, lengths = map(jnp.asarray, pad(looked.rows))
-    seen = see(model, looked.images(np.asarray(tokens)))
+    inputs = prepare_inputs(model, [row], [[pictures[0]]])
+    tokens, lengths = map(jnp.asarray, pad(inputs.rows))
+    features = encode_images(model, inputs.images(np.asarray(tokens)))
     config = kvjax.CompressionConfig.named("kvzip", budget=8)
     request = kvjax.probe_request(config, tokens.shape[1])
-    _, keys, values, probes = stages.prefill(model, tokens, lengths, request, seen)
-    silent = seen.replace(places=jnp.full_like(seen.places, -1))
+    _, keys, values, probes = prefill.prefill(model, tokens, lengths, request, features)
+    silent = features.replace(places=jnp.full_like(features.places, -1))
     arguments = model, tokens, lengths, keys, values, request.repeat
     mute = reconstruction_scores(*arguments, silent)
     said = probes[0].reconstruction[0, :, 4:18]

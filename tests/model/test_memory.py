@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from kvjax import METHODS, CompressionConfig, compress
-from kvjax.ahead import missing
-from kvjax.compress import probe_request
-from kvjax.eval.compile_matrix import LAYER_BYTES, layer_growth, packing
-from kvjax.probe import Probe
-from kvjax.scores import READS
+from kvjax.compile_for import missing
+from kvjax.compression.compress import probe_request
+from kvjax.compression.scorers import READS
+from kvjax.model_interface import Probe
+from kvjax.plan.compile_matrix import LAYER_BYTES, layer_growth, packing
 
 COMPRESSING = [name for name in METHODS if name != "full"]
 array = jax.ShapeDtypeStruct

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import CompressionConfig, Probe, compress, stages
-from kvjax.compress import choose
+from kvjax import CompressionConfig, Probe, compress
+from kvjax.compression.compress import choose
+from kvjax.compression.row_budgets import Rows, make_rows
+from kvjax.compression.scorers import output_aware
+from kvjax.generation.prefill import prefill
+from kvjax.model_interface import ProbeRequest
+from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.observe import expected_queries, output_norms
-from kvjax.models.weights import load_decoder
-from kvjax.probe import ProbeRequest
-from kvjax.rows import Rows, make_rows
-from kvjax.scores import output_aware
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 T, LENGTHS = 24, (24, 11, 17, 3)
@@ -160,9 +161,9 @@ def test_one_request_for_two():
     model = load_decoder(FIXTURES / "llama2-gqa", progress=False)
     tokens = np.random.default_rng(0).integers(3, 80, (1, 16)).astype(np.int32)
     requests = ProbeRequest(future=FUTURE, skipped=SKIPPED), ProbeRequest(output_norms=True)
-    prefill = jax.jit(stages.prefill, static_argnums=3)
+    run = jax.jit(prefill, static_argnums=3)
     first, second, both = (
-        prefill(model, tokens, jnp.array([16]), request)[-1][1]
+        run(model, tokens, jnp.array([16]), request)[-1][1]
         for request in (*requests, requests[1] | requests[0])
     )
     assert jax.tree.leaves(first.replace(future_mean=None, future_cov=None)) == []

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import kvjax
-from kvjax import CompressionConfig, origin, sharding
-from kvjax.models.weights import load_decoder
+from kvjax import CompressionConfig, sharding
+from kvjax.cache import origin
+from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 CONFIG = CompressionConfig.named("snapkv", 8)
@@ -48,7 +49,7 @@ def test_another_model_of_the_same_shape_is_refused(model, other, cache, tmp_pat
 
 
 def test_every_cache_that_is_handed_back_has_an_origin(model, other, cache, tmp_path):
-    own = kvjax.origin.fingerprint(model)
+    own = kvjax.cache.origin.fingerprint(model)
     first = kvjax.generate(model, [5, 6], cache=cache, return_cache=True, **CALL)
     loaded = kvjax.load_cache(kvjax.save_cache(tmp_path / "cache", cache, model), model)
     assert {c.origin for c in (cache, first.cache, loaded)} == {own}

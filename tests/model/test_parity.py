@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import stages
-from kvjax.cache import with_room
+from kvjax.cache.state import with_room
 from kvjax.config import CompressionConfig
-from kvjax.models.weights import load_decoder
-from kvjax.prompts import pad
+from kvjax.generation import decode, prefill
+from kvjax.inputs.prompts import pad
+from kvjax.models.checkpoints.weights import load_decoder
 
 CASES = sorted(path.name for path in (Path(__file__).parents[1] / "fixtures" / "hf").iterdir())
 STEPS = 16
@@ -29,7 +29,7 @@ def prompt_logits(model, tokens, lengths):
     """Logits of every position, through the layers' prefill."""
     x = model.embed(tokens)
     for layer in model.layers:
-        x, _, _, _ = layer.prefill(x, lengths, stages.ProbeRequest())
+        x, _, _, _ = layer.prefill(x, lengths, decode.ProbeRequest())
     return model.logits(x)
 
 
@@ -37,7 +37,7 @@ def prompt_logits(model, tokens, lengths):
 def forced_steps(model, tokens, lengths, step_tokens):
     """Prefill, then feed given tokens one by one: logits after the prompt and after each."""
     full = CompressionConfig.named("full")
-    logits, cache = stages.prefill_compress(model, tokens, lengths, jax.random.key(0), full)
+    logits, cache = prefill.prefill_compress(model, tokens, lengths, jax.random.key(0), full)
 
     def step(cache, token):
         x, cache = model.extend(token[:, None], jnp.ones_like(lengths), cache)

@@ -10,8 +10,8 @@ import pytest
 import kvjax
 from kvjax import CompressionConfig, Recompress
 from kvjax.calibrate import calibrate
-from kvjax.models.weights import load_decoder
-from kvjax.programs import Program
+from kvjax.generation.programs import Program
+from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 ROWS = np.random.default_rng(0).integers(3, 80, (2, 16)).tolist()

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from kvjax.models.qwen_layout import lay_out, merged_tokens, mrope_positions
-from kvjax.models.qwen_vision import QwenTower, segment_attention
-from kvjax.models.qwen_vision_config import QwenVisionConfig
-from kvjax.models.qwen_weights import tower_specs
+from kvjax.models.vision.qwen_config import QwenVisionConfig
+from kvjax.models.vision.qwen_layout import lay_out, merged_tokens, mrope_positions
+from kvjax.models.vision.qwen_tower import QwenTower, segment_attention
+from kvjax.models.vision.qwen_weights import tower_specs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vl"
 TOLERANCE = 1e-4

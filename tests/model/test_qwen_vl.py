@@ -17,11 +17,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from vision_model import forced
 
 import kvjax
-from kvjax.images import qwen_patches
-from kvjax.load import load_model
-from kvjax.models.qwen_vl import load_qwen_config
-from kvjax.placeholders import by_prompt, look, with_placeholders
-from kvjax.prompts import pad
+from kvjax.inputs.images import qwen_patches
+from kvjax.inputs.multimodal import by_prompt, prepare_inputs, with_placeholders
+from kvjax.inputs.prompts import pad
+from kvjax.models.load import load_model
+from kvjax.models.vision.qwen_vl import load_qwen_config
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vl"
 TOLERANCE = 1e-4  # the fixtures' own cached and uncached passes differ by up to 1e-5
@@ -65,11 +65,11 @@ def padded(model, expected, name):
     A single prompt stands in every row.
     """
     rows, images = rows_of(expected, name)
-    looked = look(model, rows, by_prompt(images, rows, model))
+    inputs = prepare_inputs(model, rows, by_prompt(images, rows, model))
     every = [image for row in images for image in row]
     laid_out = model.lay_out(*qwen_patches(every, model.image_config), total=PATCHES)
-    tokens, lengths = pad(looked.rows, WIDTH)
-    seen = dataclasses.replace(looked, pixels=laid_out).images(tokens)
+    tokens, lengths = pad(inputs.rows, WIDTH)
+    seen = dataclasses.replace(inputs, pixels=laid_out).images(tokens)
     tokens, lengths, places, rotary = jax.tree.map(
         lambda x: np.repeat(x, ROWS // len(rows), axis=0),
         (tokens, lengths, seen.places, seen.rotary),

@@ -9,11 +9,11 @@ from flax import nnx
 
 import kvjax
 from kvjax import CompressionConfig, Recompress
+from kvjax.generation.programs import generate_program
+from kvjax.generation.request import Request
+from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
-from kvjax.models.weights import load_decoder
-from kvjax.programs import generate_program
-from kvjax.request import Request
 from kvjax.tiny import load as load_tiny
 from kvjax.tiny.questions import questions
 

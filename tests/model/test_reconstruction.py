@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 import kvjax
-from kvjax import CompressionConfig, ConfigError, stages
-from kvjax.compress import probe_request
+from kvjax import CompressionConfig, ConfigError
+from kvjax.compression.compress import probe_request
+from kvjax.compression.kvzip import INSTRUCTIONS, instructed, reconstruction_scores
+from kvjax.generation import prefill
+from kvjax.model_interface import ProbeRequest, Repeat
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
-from kvjax.probe import ProbeRequest, Repeat
-from kvjax.reconstruction import INSTRUCTIONS, instructed, reconstruction_scores
 
 N, K, H, LAYERS, VOCAB = 4, 2, 8, 2, 40
 G = N // K
@@ -55,7 +56,7 @@ def prompts(width: int, lengths, seed: int = 0) -> np.ndarray:
 
 @jax.jit
 def prefilled(model, tokens, lengths):
-    return stages.prefill(model, tokens, lengths, ProbeRequest())[1:3]
+    return prefill.prefill(model, tokens, lengths, ProbeRequest())[1:3]
 
 
 @partial(jax.jit, static_argnames="repeat")
@@ -303,13 +304,13 @@ def test_prefill_keeps_what_the_repetition_attends_to(model, method):
         method, 10, repeat=(FIRST, OTHERS), repeat_chunk=17, layout="padded", floor=0.0
     )
     tokens, lengths = prompts(48, LENGTHS), jnp.array(LENGTHS)
-    call = jax.jit(stages.prefill, static_argnums=3)
+    call = jax.jit(prefill.prefill, static_argnums=3)
     logits, _, _, probes = call(model, tokens, lengths, probe_request(config, 48))
     scores = scores_of(model, tokens, LENGTHS, REPEAT)
     found = np.stack([probe.reconstruction for probe in probes])
     np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-7)
 
-    compressed = jax.jit(stages.prefill_compress, static_argnums=4)
+    compressed = jax.jit(prefill.prefill_compress, static_argnums=4)
     first, cache = compressed(model, tokens, lengths, jax.random.key(0), config)
     np.testing.assert_allclose(first, logits, rtol=1e-5, atol=1e-5)
     kept = np.asarray(cache.kept_mask(48))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CompressionConfig
-from kvjax.eval import figures, retrieval
-from kvjax.eval.dispersion import _count, entries_needed
-from kvjax.eval.retrieval import Item, ask, interval
-from kvjax.models.weights import load_decoder
+from kvjax import CompressionConfig, figures
+from kvjax.models.checkpoints.weights import load_decoder
+from kvjax.studies import retrieval
+from kvjax.studies.dispersion import _count, entries_needed
+from kvjax.studies.retrieval import ask, interval
+from kvjax.tiny.questions import Item
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 NEW = 6

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import stages
-from kvjax.load import load_model
+from kvjax.generation import prefill
+from kvjax.models.load import load_model
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "vl" / "qwen25vl"
 START, END, IMAGE = 96, 97, 98
@@ -63,7 +63,7 @@ def test_compressing_while_decoding(model, images):
 @pytest.mark.slow
 def test_groups_of_rows(model, images, cache, monkeypatch):
     jax.clear_caches()
-    monkeypatch.setattr(stages, "PREFILL_TOKENS", 32)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 32)
     config = kvjax.CompressionConfig.named("ada-snapkv", budget=8)
     grouped = kvjax.compress_prompt(model, ROWS, config, images=images)
     assert np.array_equal(grouped.rotary_shift, cache.rotary_shift)

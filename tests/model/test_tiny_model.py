@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CompressionConfig, demo, tiny
-from kvjax.eval.dispersion import entries_needed
-from kvjax.eval.retrieval import ask
+from kvjax import CompressionConfig, tiny
+from kvjax.studies import demo
+from kvjax.studies.dispersion import entries_needed
+from kvjax.studies.retrieval import ask
 from kvjax.tiny.questions import questions
 from kvjax.tiny.settings import load_settings
 from kvjax.tiny.vocabulary import ID, text

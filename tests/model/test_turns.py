@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CompressionConfig, Recompress, Sampling, stages
-from kvjax.cache import compact, empty_tail, with_room
-from kvjax.models.weights import load_decoder
-from kvjax.programs import ask_program, flat, whole
-from kvjax.request import BLOCK, Request, doubled
-from kvjax.sampling import row_keys
+from kvjax import CompressionConfig, Recompress, Sampling
+from kvjax.cache.state import with_room
+from kvjax.cache.tail import compact, empty_tail
+from kvjax.generation import decode
+from kvjax.generation.programs import ask_program, flat, whole
+from kvjax.generation.request import BLOCK, Request, doubled
+from kvjax.generation.sampling import row_keys
+from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 NEW = 12
@@ -88,7 +90,7 @@ def test_what_the_ratio_evicted_does_not_come_back(model, ratio_cache):
     _, cache = ask_program(model, ratio_cache, tokens, lengths, tail_slots=64)
     kept, prompt = np.asarray(ratio_cache.counts), np.array([64, 41])[:, None, None]
     room = Recompress(every=4, budget=64)
-    opened, _, held = stages.open_answer(model, cache, room, 4, 1.0, asked=True)
+    opened, _, held = decode.open_answer(model, cache, room, 4, 1.0, asked=True)
     expected = kept + 40 - 40 * (prompt - kept) // prompt
     np.testing.assert_array_equal(opened.pool.counts, expected)
     np.testing.assert_array_equal(held.kept, kept)
@@ -122,14 +124,13 @@ def test_a_stream_hands_out_nothing_after_a_stop(model, prompts):
 
 @pytest.mark.slow
 def test_the_last_compression_of_an_answer_is_made_for_its_cache_alone(model, prompts, monkeypatch):
-    calls, evict = [], stages.evict
+    calls, evict = [], decode.evict
 
     def counted(*arguments):
         jax.debug.callback(lambda: calls.append(1))
         return evict(*arguments)
 
-    monkeypatch.setattr(stages, "evict", counted)
-    monkeypatch.setattr("kvjax.programs.stages", stages)
+    monkeypatch.setattr(decode, "evict", counted)
     rule = Recompress(every=4, budget=41)  # programs of this test's own
     assert [len(row) for row in ask(model, prompts, recompress=rule).tokens] == [NEW] * 2
     jax.effects_barrier()

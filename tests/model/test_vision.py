@@ -12,10 +12,10 @@ from vision_model import write_llava
 
 import kvjax
 from kvjax import tiny
-from kvjax.models.checkpoint import save_orbax
-from kvjax.models.export import save_decoder
-from kvjax.prompts import as_rows
-from kvjax.tokenizer import load_tokenizer
+from kvjax.inputs.prompts import as_rows
+from kvjax.inputs.tokenizer import load_tokenizer
+from kvjax.models.checkpoints.export import save_decoder
+from kvjax.models.checkpoints.orbax import save_orbax
 
 TEXT = "a crow cleans a green bridge ."
 FEATURES = 16

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvjax.models.vision import Clip
-from kvjax.models.vision_config import VisionConfig
+from kvjax.models.vision.clip import Clip
+from kvjax.models.vision.config import VisionConfig
 
 CONFIG = VisionConfig(
     hidden_size=16,

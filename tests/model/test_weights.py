@@ -18,9 +18,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from kvjax.models import weights
+from kvjax.models.checkpoints import weights
+from kvjax.models.checkpoints.weights import load_decoder, tensor_specs
 from kvjax.models.config import load_config
-from kvjax.models.weights import load_decoder, tensor_specs
 
 FIXTURES = sorted(
     path.parent for path in Path(__file__).parents[1].glob("fixtures/hf/*/config.json")

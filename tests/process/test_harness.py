@@ -14,7 +14,7 @@ from kvjax.tiny.vocabulary import text
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (kvjax[eval])")
 Instance = importlib.import_module("lm_eval.api.instance").Instance
 TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
-Harness = importlib.import_module("kvjax.eval.harness").Harness
+Harness = importlib.import_module("kvjax.eval.lm_eval_model").Harness
 
 BUDGET = 0.25
 CHOICE = """\

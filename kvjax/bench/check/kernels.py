@@ -33,9 +33,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 # (new tokens, what else): a decode step, a short question, one that is taken head by head.
 POOLS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (1, ()),
-    (1, ("window", "dead")),
-    (5, ("dead",)),
-    (130, ("window", "dead")),
+    (1, ("window", "evicted")),
+    (5, ("evicted",)),
+    (130, ("window", "evicted")),
     (130, ("region",)),
 )
 
@@ -91,7 +91,7 @@ def pool(dtype: str, small: bool = False) -> dict[str, Any]:
         case = pool_problem(rng, tokens, head_dim, slots, jnp.dtype(dtype))
         static: dict[str, Any] = {"kv_heads": KV_HEADS}
         static["window"] = 150 if "window" in options else None
-        case["dead"] = _dead(rng, tokens, slots) if "dead" in options else None
+        case["evicted"] = _dead(rng, tokens, slots) if "evicted" in options else None
         arrays = _arrays(case, wide, entries=dtype)
         region: dict[str, Any] = {"region": (0, slots)} if "region" in options else {}
         call = partial(_by_name, decode_attention.pool_attention, **static, **region)

@@ -13,8 +13,8 @@ Found = tuple[np.ndarray, np.ndarray]
 
 
 def pool_attention(
-    q, query_positions, entries, owners, positions, start, end, *, kv_heads, window=None, dead=None,
-    scales=None,
+    q, query_positions, entries, owners, positions, start, end, *, kv_heads, window=None,
+    evicted=None, scales=None,
 ) -> Found:  # fmt: skip
     """Output `[B, T, N, H]` and log-sum-exp `[B, T, N]`; see `kernels.decode_attention`."""
     heads, head_dim = q.shape[2:]
@@ -23,8 +23,8 @@ def pool_attention(
     inside_BM = (slot_M >= start[:, None]) & (slot_M < end[:, None])
     mine_BNM = inside_BM[:, None] & (owners[:, None] == owner_N[:, None])
     seen_BTNM = mine_BNM[:, None] & _near(query_positions, positions, window)[:, :, None]
-    if dead is not None:
-        first_BN, last_BTN = dead[0][:, owner_N], dead[1][:, :, owner_N]
+    if evicted is not None:
+        first_BN, last_BTN = evicted[0][:, owner_N], evicted[1][:, :, owner_N]
         gone_BTNM = (slot_M >= first_BN[:, None, :, None]) & (slot_M < last_BTN[..., None])
         seen_BTNM &= ~gone_BTNM
     entries = np.where((owners >= 0)[..., None], entries, 0).astype(np.float64)

@@ -15,8 +15,8 @@ import jax
 
 from kvjax.bench import generate, report, scores, timing
 from kvjax.bench.check.part import Failed
-from kvjax.bench.presets import default_dtype, preset, random_model
 from kvjax.models.decoder import Decoder
+from kvjax.models.presets import default_dtype, preset, random_model
 
 PEER = Path(__file__).parents[3] / "tests" / "fixtures" / "peer_torch.py"
 METHODS = ("ada-snapkv/packed", "snapkv/packed", "full")

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvjax.config import ConfigError
 from kvjax.eval.tasks.example import Ask, Document, TaskSettings
-from kvjax.prompts import encoded
+from kvjax.inputs.prompts import encoded
 
 
 @dataclass(frozen=True, kw_only=True)

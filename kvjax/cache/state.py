@@ -1,0 +1,116 @@
+"""The cache: what is kept of the prompt, in either layout, and the tail of tokens since.
+
+B batch, L layers, K KV heads, T tokens. All pytrees; state goes in and comes out.
+"""
+
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from kvjax.cache.padded import PaddedLayer
+from kvjax.cache.slots import Pool, kept_mask
+from kvjax.cache.tail import Tail, resized
+
+# PrefixKV (upstream's constant, from Elastic Cache): decoding evicts from this far before the
+# end of the prompt's kept entries; what lies before stays for good.
+FROZEN_POINT = 25
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Cache(struct.PyTreeNode):
+    """A prompt's compressed cache with its tail.
+
+    Attributes:
+      layers: kept entries in the padded layout, one a layer; constant while decoding.
+      pool: kept entries in the packed layout, and `layers` is empty then.
+      tail: tokens since.
+      prompt_lengths: `[B]` tokens of the prompt before compression.
+      next_positions: `[B]` position of the row's next token, whatever was evicted.
+      keep_ratio: whether the retained ratio is held while the answer grows (PrefixKV).
+      rotary_shift: `[B]` rotary minus true position of new tokens (M-RoPE), or None for 0.
+      origin: fingerprint of the model that made it (`kvjax.cache.origin`); None inside of programs,
+        and for one's own model (`kvjax.compress`).
+    """
+
+    layers: tuple[PaddedLayer, ...]
+    tail: Tail
+    prompt_lengths: Int[Array, " B"]
+    next_positions: Int[Array, " B"]
+    pool: Pool | None = None
+    keep_ratio: bool = struct.field(pytree_node=False, default=False)
+    rotary_shift: Int[Array, " B"] | None = None
+    origin: str | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.prompt_lengths.shape[0]
+
+    @property
+    def shared(self) -> int:
+        """Rows that hold one prompt's entries together; 1 where each has its own."""
+        entries = self.pool.owners if self.pool is not None else self.layers[0].positions
+        return self.batch // entries.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the prompt's keys and values occupy, empty slots included."""
+        if self.pool is not None:
+            return self.pool.nbytes
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    @property
+    def counts(self) -> Int[Array, "B L K"]:
+        """Entries that each row, layer and head holds; one row's where several share them."""
+        if self.pool is not None:
+            return self.pool.counts
+        return jnp.stack([layer.lengths for layer in self.layers], axis=1)
+
+    def kept_mask(self, tokens: int) -> Bool[Array, "B L K T"]:
+        """Which of the prompt's first `tokens` tokens are held, by row as `counts`, layer, head."""
+        if self.pool is not None:
+            layers = range(self.pool.counts.shape[1])
+            return jnp.stack([kept_mask(self.pool, layer, tokens) for layer in layers], axis=1)
+        return jnp.stack([layer.kept_mask(tokens) for layer in self.layers], axis=1)
+
+    def without_tail(self) -> "Cache":
+        """The prompt's entries alone: no layer has a tail."""
+        nothing = jnp.zeros((self.batch, 0), jnp.int32)
+        return self.replace(tail=Tail((), (), nothing, jnp.zeros((), jnp.int32)))
+
+
+def with_room(cache: Cache, slots: int) -> Cache:
+    """The cache with a tail of at least `slots` slots; what the tail holds stays."""
+    if slots <= cache.tail.positions.shape[1]:
+        return cache
+    return cache.replace(tail=resized(cache.tail, slots))
+
+
+def for_rows(cache: Cache, rows: int) -> Cache:
+    """One row's cache for `rows` questions about the same prompt.
+
+    The prompt's entries are held once, by all of them; each row has a tail of its own.
+
+    Raises:
+      ValueError: a cache of several rows, and another number of questions.
+    """
+    if cache.batch not in (1, rows):
+        raise ValueError(f"the cache has {cache.batch} rows, expected 1 or the prompts' {rows}")
+    if cache.batch == rows:
+        return cache
+    own = cache.replace(layers=(), pool=None)
+    own = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, own)
+    return own.replace(layers=cache.layers, pool=cache.pool)
+
+
+def with_own_entries(cache: Cache) -> Cache:
+    """The cache with entries for every row, where its rows hold one prompt's together."""
+    if cache.shared == 1:
+        return cache
+    layers, pool = jax.tree.map(
+        lambda x: jnp.repeat(x, cache.shared, axis=0), (cache.layers, cache.pool)
+    )
+    return cache.replace(layers=layers, pool=pool)

@@ -1,0 +1,1 @@
+"""Compress a prompt's cache: score every entry, divide the budget, keep the best."""

@@ -1,0 +1,329 @@
+"""score -> allocate -> pack: from a prompt's keys and values to a compressed cache.
+
+B batch, T prompt tokens (the bucket), N query heads, K KV heads, H head dim, L layers,
+S slots of a layer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kvjax import exact, sharding
+from kvjax.cache.padded import PaddedLayer, full_layer, pack
+from kvjax.cache.slots import Pool, empty_pool
+from kvjax.cache.split import put_layer
+from kvjax.cache.state import Cache
+from kvjax.cache.tail import empty_tail
+from kvjax.compression import allocators
+from kvjax.compression.capacity import capacity, layer_capacity, packs, pool_shape
+from kvjax.compression.row_budgets import Rows, eligible, largest, make_rows, protected
+from kvjax.compression.scorers import READS, ScorerInput, output_aware, score
+from kvjax.config import WINDOWED, CompressionConfig, check_config
+from kvjax.model_interface import Probe, ProbeRequest, Repeat
+from kvjax.precision import always_32_bits
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class ScoredLayer(struct.PyTreeNode):
+    """A layer that waits for the others' scores: sizes are known only after all layers."""
+
+    keys: Float[Array, "B T K H"]
+    values: Float[Array, "B T K H"]
+    scores: Float[Array, "B K T"]
+    output_norms: Float[Array, "B K T"] | None = None
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Packing(struct.PyTreeNode):
+    """The layers so far: padded ones or those that wait, or a pool that is being filled."""
+
+    layers: tuple[PaddedLayer | ScoredLayer, ...] = ()
+    pool: Pool | None = None
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Plan(struct.PyTreeNode):
+    """A prompt's compression: static settings and what is known before any layer is scored.
+
+    Attributes:
+      rows: each row's budget.
+      sizes: `[B, L]` entries per head of each layer, or None where they depend on scores.
+      key: random key of the `random` scorer, one for all rows or `[B]`.
+      config, windows: the settings; each layer's sliding window.
+      tokens: the bucket.
+    """
+
+    rows: Rows
+    sizes: Int[Array, "B L"] | None
+    key: Key[Array, "*row"]
+    config: CompressionConfig = struct.field(pytree_node=False)
+    windows: tuple[int | None, ...] = struct.field(pytree_node=False)
+    tokens: int = struct.field(pytree_node=False)
+
+
+@always_32_bits
+def compress(
+    keys: Sequence[Float[Array, "B T K H"]],
+    values: Sequence[Float[Array, "B T K H"]],
+    probes: Sequence[Probe],
+    config: CompressionConfig,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    windows: Sequence[int | None] | None = None,
+    key: Key[Array, "*row"] | None = None,
+    tail_slots: int = 0,
+) -> Cache:
+    """Compress a prompt's keys and values, for one's own model. Jittable, `config` static.
+
+    Args:
+      keys, values: one array a layer; keys after RoPE, rows padded on the right.
+      probes: one a layer, with what `config.scorer` reads (`probe_request` says what).
+      lengths: tokens of each row, T by default.
+      windows: each layer's sliding window, none by default.
+      key: for the `random` scorer; with one for each row (`[B]`) rows draw differently.
+      tail_slots: room for tokens to come.
+
+    Returns:
+      The cache. Its bytes are the budget's in the packed layout, and bounded by `capacity` in the
+      padded one.
+
+    Raises:
+      ValueError: a probe without what the scorer reads.
+    """
+    batch, tokens = keys[0].shape[:2]
+    lengths = jnp.full((batch,), tokens) if lengths is None else lengths
+    lengths = lengths.astype(jnp.int32)
+    wanted = probe_request(config, tokens)
+    for index, probe in enumerate(probes):
+        given = 0 if probe.queries is None else probe.queries.shape[1]
+        if given < wanted.queries:
+            raise ValueError(
+                f"probe {index} has {given} queries, expected the last {wanted.queries}"
+            )
+        for name in (*READS.get(config.scorer, ()), *["output_norms"] * config.output_aware):
+            if getattr(probe, name) is None and not config.keeps_all(tokens):
+                raise ValueError(
+                    f"probe {index} has {name}=None, expected it for {config.method!r}"
+                )
+    plan = make_plan(config, lengths, tokens, tuple(windows or [None] * len(keys)), key)
+    kept = Packing()
+    for index, (k, v, probe) in enumerate(zip(keys, values, probes, strict=True)):
+        kept = add_layer(kept, index, k, v, probe, plan)
+    return finish(kept, plan, tail_slots)
+
+
+def make_plan(
+    config: CompressionConfig,
+    lengths: Int[Array, " B"],
+    tokens: int,
+    windows: tuple[int | None, ...],
+    key: Key[Array, "*row"] | None = None,
+    rows: Rows | None = None,
+) -> Plan:
+    """Resolve budgets row by row, and layer sizes as far as they depend on lengths alone.
+
+    `rows` replaces what `config.budget` comes to by smaller budgets, as run-time numbers.
+    """
+    if config.profile is not None and len(config.profile) != len(windows):
+        raise ValueError(
+            f"profile has {len(config.profile)} layers, expected the model's {len(windows)}"
+        )
+    rows = make_rows(config, lengths) if rows is None else rows
+    sizes = None
+    if not config.keeps_all(tokens) and not needs_all_layers(config):
+        sizes = _sizes_from_lengths(config, rows, tokens, windows)
+    # A key of its own: the sampler folds other numbers into the caller's.
+    key = _each(lambda one: jax.random.split(one)[0], jax.random.key(0) if key is None else key)
+    return Plan(rows=rows, sizes=sizes, key=key, config=config, windows=windows, tokens=tokens)
+
+
+def _each(change: Callable, key: Key[Array, "*row"]) -> Key[Array, "*row"]:
+    return jax.vmap(change)(key) if key.ndim else change(key)
+
+
+def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
+    """What the scorer of `config` needs from the prefill of a bucket of `tokens`."""
+    check_config(config)
+    if config.keeps_all(tokens):
+        return ProbeRequest()
+    repeat = None
+    if config.scorer == "kvzip":
+        repeat = Repeat(config.repeat_chunk, config.repeat or ((), ()), config.sinks)
+    return ProbeRequest(
+        queries=max(1, largest(config, tokens).window) if config.scorer in WINDOWED else 0,
+        column_sums=config.scorer == "accumulated",
+        output_norms=config.output_aware,
+        future=config.future if config.scorer == "expected-attention" else 0,
+        skipped=config.sinks,
+        repeat=repeat,
+    )
+
+
+def needs_all_layers(config: CompressionConfig) -> bool:
+    """Whether layer sizes depend on scores, so that no layer can be packed before the last."""
+    return config.layers in ("prefix", "global", "joint") and config.profile is None
+
+
+def _sizes_from_lengths(config, rows, tokens, windows) -> Int[Array, "B L"]:
+    def count(select):
+        masks = [select(rows, tokens, window) for window in windows]
+        return jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], axis=1)
+
+    caps_BL, held_BL = count(eligible), count(protected)
+    if config.profile is not None:
+        base = None if config.budget is None else rows.base
+        retained = jnp.array(config.profile, jnp.float32)
+        return allocators.profile_layers(retained, base, caps_BL, held_BL, rows.lengths)
+    if config.layers == "pyramid":
+        selectable = rows.base - rows.sinks - rows.recent
+        ramp_BL = allocators.pyramid_layers(selectable, caps_BL - held_BL, config.beta)
+        wanted_BL = (rows.sinks + rows.recent)[:, None] + ramp_BL
+        return exact.spread(wanted_BL, caps_BL, len(windows) * rows.base)
+    return allocators.uniform_layers(rows.base, caps_BL)
+
+
+def add_layer(
+    kept: Packing,
+    index: int,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    probe: Probe,
+    plan: Plan,
+) -> Packing:
+    """Score the next layer, and pack it at once where its size is known."""
+    if plan.config.skips(plan.tokens):
+        return kept.replace(layers=(*kept.layers, full_layer(keys, values, plan.rows.lengths)))
+    if plan.config.keeps_all(plan.tokens):  # to be quantized: what a later token can see
+        keep_BT = eligible(plan.rows, plan.tokens, plan.windows[index])
+        return _store(kept, index, keys, values, keep_BT[:, None], plan)
+    key = _each(lambda key: jax.random.fold_in(key, index), plan.key)
+    layer = ScorerInput(probe, keys, values, plan.rows, plan.config, key, plan.windows[index])
+    norms = probe.output_norms if plan.config.output_aware else None
+    scores_BKT = sharding.constrain(score(layer), "BKT")
+    scored = ScoredLayer(keys=keys, values=values, scores=scores_BKT, output_norms=norms)
+    if plan.sizes is None:
+        return kept.replace(layers=(*kept.layers, scored))
+    return _pack(kept, index, scored, plan.sizes[:, index], plan)
+
+
+def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
+    """The cache, once every layer was added: those that waited for all scores are packed."""
+    waiting = [layer for layer in kept.layers if isinstance(layer, ScoredLayer)]
+    if waiting:
+        sizes = _sizes_from_scores(waiting, plan)
+        kept = Packing()
+        for index, layer in enumerate(waiting):
+            kept = _pack(kept, index, layer, sizes[:, index], plan)
+    padded = tuple(layer for layer in kept.layers if isinstance(layer, PaddedLayer))
+    return Cache(
+        layers=padded,
+        pool=kept.pool,
+        tail=empty_tail(kept.pool or padded, tail_slots),
+        prompt_lengths=plan.rows.lengths,
+        next_positions=plan.rows.lengths,
+        keep_ratio=plan.config.keep_ratio and not plan.config.keeps_all(plan.tokens),
+    )
+
+
+def _sizes_from_scores(
+    layers: Sequence[ScoredLayer], plan: Plan
+) -> Int[Array, "B L"] | Int[Array, "B L K"]:
+    """Entries per head of each layer, or of each layer and head, always-kept ones included."""
+    config, rows = plan.config, plan.rows
+    can = jnp.stack([eligible(rows, plan.tokens, window) for window in plan.windows], axis=1)
+    held = jnp.stack([protected(rows, plan.tokens, window) for window in plan.windows], axis=1)
+    held_BL = held.sum(-1, dtype=jnp.int32)
+    if config.layers == "prefix":
+        means = jnp.stack([layer.scores.mean(1) for layer in layers], axis=1)
+        return allocators.prefix_layers(means, can, held_BL, rows.base)
+    scores = jnp.stack([layer.scores for layer in layers], axis=1)
+    kv_heads = scores.shape[2]
+    open_BLKT = jnp.broadcast_to((can & ~held)[:, :, None], scores.shape)
+    budget_B = kv_heads * jnp.maximum(len(layers) * rows.base - held_BL.sum(1), 0)
+    if config.layers == "global":
+        sizes = allocators.global_heads(scores, open_BLKT, budget_B)
+    else:
+        base_B = budget_B // (kv_heads * len(layers))
+        sizes = allocators.joint_heads(scores, open_BLKT, base_B, budget_B, floor=config.floor)
+    return held_BL[..., None] + sizes
+
+
+def _pack(
+    kept: Packing,
+    index: int,
+    layer: ScoredLayer,
+    size: Int[Array, " B"] | Int[Array, "B K"],
+    plan: Plan,
+) -> Packing:
+    window = plan.windows[index]
+    keep = choose(layer.scores, size, plan.rows, plan.config, window, layer.output_norms)
+    return _store(kept, index, layer.keys, layer.values, keep, plan)
+
+
+def _store(kept: Packing, index: int, keys, values, keep, plan: Plan) -> Packing:
+    """What is to be kept of the next layer, in slots."""
+    config, windows, tokens = plan.config, plan.windows, plan.tokens
+    batch, _, kv_heads, _ = keys.shape
+    keep_BKT = jnp.broadcast_to(keep, (batch, kv_heads, tokens))
+    if not packs(config):
+        slots = capacity(config, tokens, index, windows, kv_heads)
+        padded = pack(keys, values, keep_BKT, slots)
+        return kept.replace(layers=(*kept.layers, padded))
+    pool = kept.pool
+    if pool is None:
+        slots, regions = pool_shape(config, tokens, windows, kv_heads)
+        quantize = config.quantize is not None
+        parts = sharding.parts()
+        pool = empty_pool(keys, len(windows), slots, regions, quantize, parts)
+    room = kv_heads * layer_capacity(config, tokens, index, windows)
+    room = min(room, pool.entries.shape[1])
+    if pool.regions is None:
+        pool = pool.replace(widest=max(pool.widest or 0, room))
+    return kept.replace(pool=put_layer(pool, index, keys, values, keep_BKT, room))
+
+
+def choose(
+    scores: Float[Array, "B K T"],
+    size: Int[Array, " B"] | Int[Array, "B K"],
+    rows: Rows,
+    config: CompressionConfig,
+    window: int | None,
+    output_norms: Float[Array, "B K T"] | None = None,
+) -> Bool[Array, " B #K T"]:
+    """Which entries a layer keeps: the protected ones and each head's best.
+
+    Args:
+      scores: importance >= 0 of each entry.
+      size: entries of the layer per head, on average, or of each head.
+      rows, config, window: each row's budget, the settings, the layer's sliding window.
+      output_norms: of each value's part in the output, where the second half of a head's entries
+        is chosen by it too (CriticalKV).
+    """
+    tokens = scores.shape[-1]
+    held_BT = protected(rows, tokens, window)
+    open_BT = eligible(rows, tokens, window) & ~held_BT
+    if config.heads == "shared":
+        scores = scores.mean(1, keepdims=True)
+        if output_norms is not None:
+            output_norms = output_norms.mean(1, keepdims=True)
+    open_BKT = jnp.broadcast_to(open_BT[:, None], scores.shape)
+    held_B = held_BT.sum(-1, dtype=jnp.int32)
+    if size.ndim == 2:
+        sizes_BK = size - held_B[:, None]
+    elif config.heads == "ada":
+        cap = None if config.head_cap is None else config.head_cap - held_B
+        sizes_BK = allocators.ada_heads(
+            scores, open_BKT, size - held_B, floor=config.floor, cap=cap
+        )
+    else:
+        sizes_BK = jnp.broadcast_to((size - held_B)[:, None], scores.shape[:2])
+    if output_norms is None:
+        return held_BT[:, None] | exact.select_top(scores, sizes_BK, open_BKT)
+    first_BKT = exact.select_top(scores, sizes_BK // 2, open_BKT)
+    weighed = output_aware(scores, output_norms)
+    rest_BKT = exact.select_top(weighed, sizes_BK - sizes_BK // 2, open_BKT & ~first_BKT)
+    return held_BT[:, None] | first_BKT | rest_BKT

@@ -1,0 +1,234 @@
+"""Compression while decoding: every so many tokens, evict and write the new ones in their place.
+
+    decode n tokens into the tail -> score, allocate, evict -> tail rows into freed slots -> ...
+
+The pool's shape never changes. A layer has a range of slots of its own, filled in any order
+(`kvjax.cache.room`); rows that survive in the tail are scattered into the slots that others left,
+so no pool is ever copied. Kept entries keep their true positions.
+
+B batch, L layers, K KV heads, N query heads, G = N // K, H head dim, R slots that are looked at for
+one layer, U slots of the tail, S = R + U, W remembered queries, X = K U.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kvjax import exact
+from kvjax.cache.room import Ratio, Slots, allowed, cut, look, loosen, ratio_of
+from kvjax.cache.slots import Pool, quantized, reshard_slots
+from kvjax.cache.state import Cache, with_own_entries
+from kvjax.compression import allocators
+from kvjax.config import Recompress
+
+
+def make_room(
+    cache: Cache,
+    rule: Recompress,
+    heads: int,
+    windows: tuple[int | None, ...],
+    asked: bool,
+    new: int = 0,
+    fraction: float = 1.0,
+) -> tuple[Cache, Ratio | None]:
+    """The cache with room for what an answer adds, and the ratio that it keeps, if it keeps one.
+
+    What PrefixKV's ratio has evicted by now is a mask in such a cache; here it goes for good, so
+    that nothing comes back under a rule that knows of budgets alone.
+
+    Args:
+      cache: of a prompt, with a question behind it or not; rows that share entries get their own.
+      rule: when and to what.
+      heads: query heads N.
+      windows: each layer's sliding window.
+      asked: whether tokens may have come since the prompt.
+      new, fraction: see `kvjax.cache.room.slots_needed`.
+    """
+    masked = cache.keep_ratio and rule.budget is not None and asked
+    loose, ratio = loosen(with_own_entries(cache), rule, heads, new, fraction, windows)
+    if masked and loose.pool is not None:
+        loose = evict(loose, ratio_of(loose, reshard_slots(loose.pool, 1)), rule, windows)
+    return loose, ratio
+
+
+def evict(
+    cache: Cache, ratio: Ratio | None, rule: Recompress, windows: tuple[int | None, ...]
+) -> Cache:
+    """Score, allocate and evict in every layer; what survives of the tail moves to the pool.
+
+    The tail is empty afterwards.
+
+    Args:
+      cache: from `loosen`, with tokens in its tail.
+      ratio: from `loosen`.
+      rule: when and to what.
+      windows: each layer's sliding window.
+    """
+    assert cache.pool is not None  # `loosen` made one
+    parts, pool = cache.pool.parts, reshard_slots(cache.pool, 1)
+    for index, window in enumerate(windows):
+        layer = look(pool, index)
+        if ratio is not None:
+            keep_BKS = _by_ratio(cache, ratio, layer, index, window)
+        else:
+            keep_BKS = _by_budget(cache, pool, rule, layer, index, window)
+        pool = _reuse(pool, cache, layer, index, keep_BKS)
+    tail = cache.tail
+    fresh = {"positions": jnp.full_like(tail.positions, -1), "cursor": jnp.zeros_like(tail.cursor)}
+    return cache.replace(pool=reshard_slots(pool, parts), tail=tail.replace(**fresh))
+
+
+def _held(cache: Cache, layer: Slots, window: int | None):
+    """Positions `[B, S]` of what the layer holds, pool and tail, and who holds it, `[B, K, S]`."""
+    tail = cache.tail
+    positions_BS = jnp.concatenate([layer.positions, tail.positions], axis=1)
+    batch, kv_heads, _ = layer.owned.shape
+    filled_BKU = jnp.broadcast_to(
+        (tail.positions >= 0)[:, None], (batch, kv_heads, tail.positions.shape[1])
+    )
+    held_BKS = jnp.concatenate([layer.owned, filled_BKU], axis=-1)
+    if window is not None:  # what no later token can see
+        held_BKS &= (positions_BS > (cache.next_positions - window)[:, None])[:, None]
+    return positions_BS, held_BKS
+
+
+def _by_ratio(cache, ratio, layer: Slots, index: int, window) -> Bool[Array, "B K S"]:
+    """PrefixKV: in position order from the frozen point on, as many go as keep the ratio."""
+    positions_BS, held_BKS = _held(cache, layer, window)
+    grown_B = cache.next_positions - cache.prompt_lengths
+    offered_B = cache.prompt_lengths
+    if window is not None:
+        offered_B = jnp.minimum(offered_B, max(window - 1, 1))
+    allowed_BK = allowed(ratio.kept[:, index], offered_B, grown_B[:, None])
+    total_B = jnp.minimum(allowed_BK.sum(-1), layer.size)
+    may_go_BKS = held_BKS & (positions_BS[:, None] >= ratio.frozen[:, index][..., None])
+    # Where the slots do not hold so many, a head that may evict makes up for one that may not.
+    stays_BK = (held_BKS & ~may_go_BKS).sum(-1, dtype=jnp.int32)
+    allowed_BK = exact.spread(allowed_BK, allowed_BK, total_B, stays_BK)
+    excess_BK = held_BKS.sum(-1, dtype=jnp.int32) - allowed_BK
+    # Earliest first; a position is exact in fp32 below 2**24.
+    order = jnp.broadcast_to((2.0**24 - positions_BS)[:, None], held_BKS.shape)
+    return held_BKS & ~exact.select_top(order, excess_BK, may_go_BKS)
+
+
+def _by_budget(cache, pool: Pool, rule, layer: Slots, index, window) -> Bool[Array, "B K S"]:
+    """The last tokens, the sinks, and what scores best of the others."""
+    positions_BS, held_BKS = _held(cache, layer, window)
+    scores_BKS = _SCORERS[rule.scorer](cache, pool, layer, index, window)
+    kv_heads = scores_BKS.shape[1]
+    each_B1 = (layer.size // kv_heads)[:, None]
+    recent_B1 = jnp.minimum(rule.recent, each_B1 // 2)
+    sinks_B1 = jnp.minimum(rule.sinks, each_B1 - recent_B1)
+    always_BS = positions_BS >= cache.next_positions[:, None] - recent_B1
+    always_BS |= positions_BS < sinks_B1
+    kept_BKS = held_BKS & always_BS[:, None]
+    open_BKS = held_BKS & ~kept_BKS
+    rest_B = layer.size - kept_BKS.sum((1, 2), dtype=jnp.int32)
+    sizes_BK = jnp.broadcast_to((rest_B // kv_heads)[:, None], scores_BKS.shape[:2])
+    if rule.heads == "ada":
+        sizes_BK = allocators.ada_heads(scores_BKS, open_BKS, rest_B // kv_heads, floor=rule.floor)
+    # A head that has less than its share leaves the rest to the others.
+    sizes_BK = exact.spread(sizes_BK, open_BKS.sum(-1, dtype=jnp.int32), rest_B)
+    return kept_BKS | exact.select_top(scores_BKS, sizes_BK, open_BKS)
+
+
+def _key_diff(cache, pool: Pool, layer: Slots, index, window) -> Float[Array, "B K S"]:
+    """KeyDiff (see `scorers.py`): 1 - cos to the mean direction of the keys that a head holds."""
+    tail_BKUH = cache.tail.keys[index].astype(jnp.float32)
+    head_dim = tail_BKUH.shape[-1]
+    k_BRH = cut(pool, pool.entries, index, layer.offset, layer.slots.shape[1])[..., :head_dim]
+    _, held_BKS = _held(cache, layer, window)
+    width = layer.slots.shape[1]
+    pool_BRH, tail_BKUH = (
+        x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+        for x in (k_BRH.astype(jnp.float32), tail_BKUH)  # a scale of int8 has no direction
+    )
+    pool_BRH = jnp.where(layer.owned.any(1)[..., None], pool_BRH, 0.0)
+    held_BKR, held_BKU = held_BKS[..., :width], held_BKS[..., width:]
+    tail_BKUH = jnp.where(held_BKU[..., None], tail_BKUH, 0.0)
+    anchor_BKH = jnp.einsum("BKR,BRH->BKH", held_BKR.astype(jnp.float32), pool_BRH)
+    anchor_BKH += tail_BKUH.sum(2)
+    anchor_BKH /= jnp.maximum(jnp.linalg.norm(anchor_BKH, axis=-1, keepdims=True), 1e-30)
+    like_BKR = jnp.einsum("BRH,BKH->BKR", pool_BRH, anchor_BKH)
+    like_BKU = jnp.einsum("BKUH,BKH->BKU", tail_BKUH, anchor_BKH)
+    return jnp.maximum(1.0 - jnp.concatenate([like_BKR, like_BKU], axis=-1), 0.0)
+
+
+def _attention(cache, pool: Pool, layer: Slots, index, window) -> Float[Array, "B K S"]:
+    """Attention from the remembered queries to pool and tail, the mean over queries and group."""
+    tail, kv_heads = cache.tail, layer.owned.shape[1]
+    q_BWNH, at_BW = tail.queries[index], tail.query_positions
+    batch, observed, heads, head_dim = q_BWNH.shape
+    q_BWKGH = q_BWNH.reshape(batch, observed, kv_heads, heads // kv_heads, head_dim)
+    where = index, layer.offset, layer.slots.shape[1]
+    k_BRH = cut(pool, pool.entries, *where)[..., :head_dim]
+    k_BRH = jnp.where(layer.owned.any(1)[..., None], k_BRH, 0).astype(q_BWNH.dtype)
+    einsum = jnp.einsum
+    s_pool = einsum("BWKGH,BRH->BKGWR", q_BWKGH, k_BRH, preferred_element_type=jnp.float32)
+    if pool.scales is not None:
+        scale_BR = cut(pool, pool.scales[:, 0], *where)
+        s_pool = s_pool * scale_BR[:, None, None, None]
+    k_BKUH = tail.keys[index]
+    s_tail = einsum("BWKGH,BKUH->BKGWU", q_BWKGH, k_BKUH, preferred_element_type=jnp.float32)
+    s_BKGWS = jnp.concatenate([s_pool, s_tail], axis=-1) * head_dim**-0.5
+    positions_BS, held_BKS = _held(cache, layer, None)
+    distance_BWS = at_BW[..., None] - positions_BS[:, None]
+    seen_BWS = (distance_BWS >= 0) & (at_BW >= 0)[..., None]
+    if window is not None:
+        seen_BWS &= distance_BWS < window
+    seen = held_BKS[:, :, None, None] & seen_BWS[:, None, None]
+    s_BKGWS = jnp.where(seen, s_BKGWS, -jnp.inf)
+    peak = s_BKGWS.max(-1, keepdims=True)
+    p_BKGWS = jnp.exp(s_BKGWS - jnp.where(peak == -jnp.inf, 0.0, peak))
+    total = p_BKGWS.sum(-1, keepdims=True)
+    return (p_BKGWS / jnp.where(total > 0, total, 1.0)).mean((2, 3))
+
+
+_SCORERS = {"window": _attention, "key-diff": _key_diff}
+
+
+def _reuse(pool: Pool, cache: Cache, layer: Slots, index: int, keep_BKS) -> Pool:
+    """Free what is not kept, and write the tail's survivors into the layer's free slots."""
+    tail, slots = cache.tail, pool.owners.shape[1]
+    width = layer.slots.shape[1]
+    stays_BR = keep_BKS[:, :, :width].any(1)
+    free_BR = (layer.slots < slots) & ~stays_BR
+    survives_BX = keep_BKS[:, :, width:].reshape(keep_BKS.shape[0], -1)
+    count = survives_BX.shape[1]
+    wanted_X = jnp.arange(1, count + 1)
+    find = jax.vmap(lambda running: jnp.searchsorted(running, wanted_X))
+    from_BX = find(jnp.cumsum(survives_BX, axis=1, dtype=jnp.int32))
+    to_BX = find(jnp.cumsum(free_BR, axis=1, dtype=jnp.int32))
+    moves_BX = (from_BX < count) & (to_BX < width)
+    slot_BX = jnp.take_along_axis(layer.slots, jnp.minimum(to_BX, width - 1), axis=1)
+    slot_BX = jnp.where(moves_BX, slot_BX, slots)  # out of bounds, where it is dropped
+    source_BX = jnp.minimum(from_BX, count - 1)
+
+    def rows(arrays):
+        flat = arrays[index].reshape(survives_BX.shape[0], count, -1)
+        return jnp.take_along_axis(flat, source_BX[..., None], axis=1)
+
+    tail_slots = tail.positions.shape[1]
+    batch_B1 = jnp.arange(slot_BX.shape[0])[:, None]
+    freed_BR = jnp.where(free_BR, layer.slots, slots)
+
+    def put(array, new, empty):
+        array = array.at[batch_B1, freed_BR].set(jnp.asarray(empty, array.dtype), mode="drop")
+        return array.at[batch_B1, slot_BX].set(new.astype(array.dtype), mode="drop")
+
+    halves, scales = [rows(tail.keys), rows(tail.values)], pool.scales
+    if scales is not None:
+        whole, found = zip(*map(quantized, halves), strict=True)
+        halves = list(whole)
+        scales = jnp.stack([put(scales[:, i], found[i], 0) for i in (0, 1)], axis=1)
+    entries = pool.entries.at[batch_B1, slot_BX].set(
+        jnp.concatenate(halves, axis=-1).astype(pool.entries.dtype), mode="drop"
+    )
+    position_BX = jnp.take_along_axis(tail.positions, source_BX % tail_slots, axis=1)
+    return pool.replace(
+        entries=entries,
+        owners=put(pool.owners, source_BX // tail_slots, -1),
+        positions=put(pool.positions, position_BX, -1),
+        scales=scales,
+        counts=pool.counts.at[:, index].set(keep_BKS.sum(-1, dtype=jnp.int32)),
+    )

@@ -1,0 +1,112 @@
+"""What a budget comes to for each row of a batch, and which entries are open to eviction.
+
+Everything here depends on a row's own length alone, never on the bucket or the batch, so that a
+row is compressed alike alone and in company.
+"""
+
+from typing import NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from kvjax.config import CompressionConfig, ConfigError
+from kvjax.exact import MILLION, floor_of_product
+
+# Queries observed where the config does not say.
+DEFAULT_WINDOW = 32
+DEFAULT_WINDOWS = {"l2-window": 8, "tova": 1}
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Rows(struct.PyTreeNode):
+    """Budgets resolved row by row, all `[B]` int32.
+
+    Attributes:
+      lengths: tokens of the prompt.
+      base: entries per head, on average over heads and layers, always-kept ones included.
+      window: last positions that are observed (and, by most methods, always kept).
+      sinks, recent: first and last positions always kept; sinks + recent <= base.
+    """
+
+    lengths: Int[Array, " B"]
+    base: Int[Array, " B"]
+    window: Int[Array, " B"]
+    sinks: Int[Array, " B"]
+    recent: Int[Array, " B"]
+
+
+def make_rows(config: CompressionConfig, lengths: Int[Array, " B"]) -> Rows:
+    """Resolve `config` for prompts of these lengths.
+
+    A fraction (in millionths) of a prompt is rounded down, and is at least 2 entries. Nothing
+    exceeds the prompt. A window of None becomes min(32, base // 2), or the scorer's own in place
+    of 32; an explicit one that a short prompt cannot afford is cut to base - 1.
+    """
+    lengths = lengths.astype(jnp.int32)
+    if isinstance(config.budget, int):
+        base = jnp.minimum(min(config.budget, jnp.iinfo(jnp.int32).max), lengths)
+    else:
+        part = floor_of_product(lengths, round(config.fraction * MILLION), MILLION)
+        base = jnp.minimum(lengths, jnp.maximum(part, 2))
+    if config.window is None:
+        window = jnp.minimum(DEFAULT_WINDOWS.get(config.scorer, DEFAULT_WINDOW), base // 2)
+    else:
+        window = jnp.minimum(config.window, base - 1)
+    if config.recent == "window":
+        recent = window
+    elif config.recent == "half":
+        recent = base // 2
+    else:
+        recent = jnp.minimum(config.recent, base)
+    sinks = jnp.minimum(config.sinks, base - recent)
+    return Rows(lengths=lengths, base=base, window=window, sinks=sinks, recent=recent)
+
+
+class Largest(NamedTuple):
+    """`Rows` of one prompt, as Python integers."""
+
+    base: int
+    window: int
+    sinks: int
+    recent: int
+
+
+def largest(config: CompressionConfig, tokens: int) -> Largest:
+    """`make_rows` for a prompt of `tokens` tokens.
+
+    Base and window grow with the length, so they bound every prompt of at most `tokens` tokens.
+    """
+    with jax.ensure_compile_time_eval():
+        rows = make_rows(config, jnp.array([tokens]))
+        return Largest(*(int(getattr(rows, name)[0]) for name in Largest._fields))
+
+
+def check_prompt(config: CompressionConfig, tokens: int):
+    """Raise ConfigError where an explicit window leaves a prompt nothing to select."""
+    if config.window is None or not config.uses_window or config.skips(tokens):
+        return
+    base = largest(config, tokens).base
+    if base < tokens and config.window >= base:
+        raise ConfigError(
+            f"window={config.window}, expected less than the budget of {base}"
+            f" (of {tokens} prompt tokens)"
+        )
+
+
+def eligible(rows: Rows, tokens: int, window: int | None) -> Bool[Array, "B T"]:
+    """Entries that a layer can still see when the prompt ends, padding excluded."""
+    positions_T = jnp.arange(tokens)
+    real_BT = positions_T < rows.lengths[:, None]
+    if window is None:
+        return real_BT
+    return real_BT & (positions_T > (rows.lengths - window)[:, None])
+
+
+def protected(rows: Rows, tokens: int, window: int | None) -> Bool[Array, "B T"]:
+    """Entries that are always kept: sinks and recent ones, where the layer can see them."""
+    positions_T = jnp.arange(tokens)
+    first_BT = positions_T < rows.sinks[:, None]
+    last_BT = positions_T >= (rows.lengths - rows.recent)[:, None]
+    return eligible(rows, tokens, window) & (first_BT | last_BT)

@@ -1,0 +1,330 @@
+"""Scorers: how important is each entry of a prompt's cache.
+
+A scorer maps what attention left in the `Probe`, keys and values to fp32 importances `[B, K, T]`,
+all >= 0. B batch, T prompt tokens, W observation window, N query heads, K KV heads, G = N // K,
+H head dim.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key
+
+from kvjax.compression.row_budgets import Rows, eligible
+from kvjax.config import CompressionConfig
+from kvjax.kernels.window_scores import window_scores
+from kvjax.model_interface import Probe
+from kvjax.sharding import across_group, by_device
+
+# Tokens that expected attention looks at together: between keys and scores lies an array that is
+# G times as large as the keys, in fp32.
+BLOCK = 1024
+
+
+class ScorerInput(NamedTuple):
+    """One layer of a prompt, as its scorer sees it.
+
+    Attributes:
+      probe: what attention left.
+      keys, values: the layer's; keys after RoPE.
+      rows: each row's budget.
+      config: the settings.
+      key: random key, for "random": one for all rows, or `[B]`.
+      window: width of a sliding-window layer, or None.
+    """
+
+    probe: Probe
+    keys: Float[Array, "B T K H"]
+    values: Float[Array, "B T K H"]
+    rows: Rows
+    config: CompressionConfig
+    key: Key[Array, "*row"]
+    window: int | None
+
+    @property
+    def real(self) -> Bool[Array, "B 1 T"]:
+        """Which tokens are not padding."""
+        return (jnp.arange(self.keys.shape[1]) < self.rows.lengths[:, None])[:, None]
+
+    def read(self, name: str) -> Array:
+        """What the probe holds under `name`; ValueError where it holds nothing."""
+        found = getattr(self.probe, name)
+        if found is None:
+            scorer = self.config.scorer
+            raise ValueError(f"probe.{name} is None, expected {name} for scorer={scorer!r}")
+        return found
+
+
+def score(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """Importance of each entry under `layer.config.scorer`; padding scores 0.
+
+    Raises:
+      ValueError: the probe lacks what the scorer reads.
+    """
+    scores_BKT = jnp.where(layer.real, _SCORERS[layer.config.scorer](layer), 0.0)
+    if layer.config.chunk == 1:
+        return scores_BKT
+    return jnp.where(layer.real, by_chunk(scores_BKT, layer), 0.0)
+
+
+# ---------------------------------------------------------------------------- attention seen
+def _window(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """SnapKV (Li et al. 2024, section 4): attention from the last W queries, pooled.
+
+    The softmax runs over all keys; the window's own columns are dropped after it, so rows do not
+    renormalise. The query heads of a group are reduced before pooling (Ada-KV).
+    """
+    config = layer.config
+    raw_BKT = _observed(layer, power=1, group=config.group)
+    if config.reduce == "mean":
+        raw_BKT = raw_BKT / jnp.maximum(layer.rows.window, 1)[:, None, None]
+    return _before(layer, smooth(_before(layer, raw_BKT), config.pooling, config.kernel))
+
+
+def _l2_window(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """KV-Compress (Rehg 2024, section 3.2): SQUARED probabilities of the last W queries.
+
+        score_k(i) = sum over the group's query heads n of smooth(sum over w of A_n(w, i)^2)
+
+    Squares favour an entry that one query needs over one that all of them glance at. Pooling comes
+    before the sum over the group, as in the authors' code.
+    """
+    config, kv_heads = layer.config, layer.keys.shape[2]
+    raw_BNT = _before(layer, _observed(layer, power=2, group=None))
+    pooled_BNT = _before(layer, smooth(raw_BNT, config.pooling, config.kernel))
+    group = pooled_BNT.shape[1] // kv_heads
+    return over_group(pooled_BNT, kv_heads, "mean") * group
+
+
+def _tova(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """TOVA (Oren et al. 2024, section 3.2): attention from the last query, the mean over all heads.
+
+    With `heads="shared"` the mean is taken where heads are, so nothing is lost here.
+    """
+    return _before(layer, _observed(layer, power=1, group="mean", queries=1))
+
+
+def _observed(layer: ScorerInput, *, power, group, queries: int = 0) -> Float[Array, "B X T"]:
+    """Column sums of the softmax over a row's observation window, or its last `queries` queries."""
+    rows, queries_BWNH = layer.rows, layer.read("queries")[:, -queries:]
+    back_W = jnp.arange(queries_BWNH.shape[1], 0, -1)  # the last query is 1 from the end
+    observed_BW = back_W <= rows.window[:, None]
+    positions_BW = jnp.where(observed_BW, rows.lengths[:, None] - back_W, -1)
+
+    def observe(*arrays):
+        sums = window_scores(*arrays, window=layer.window, power=power, group=group)
+        return across_group(sums, group)
+
+    heads = "K" if group else "N"
+    prompt = queries_BWNH, positions_BW, layer.keys, rows.lengths
+    return by_device(observe, f"BWNH,BW,BTKH,B->B{heads}T", *prompt)
+
+
+def _before(layer: ScorerInput, scores: Float[Array, "B X T"]) -> Float[Array, "B X T"]:
+    """Scores of what lies before the observation window; the window's own are 0."""
+    rows, tokens = layer.rows, layer.keys.shape[1]
+    before_B1T = (jnp.arange(tokens) < (rows.lengths - rows.window)[:, None])[:, None]
+    return jnp.where(before_B1T, scores, 0.0)
+
+
+def _accumulated(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """H2O (Zhang et al. 2023), PrefixKV: attention received from all queries of the prompt."""
+    return over_group(layer.read("column_sums"), layer.keys.shape[2], layer.config.group)
+
+
+# ---------------------------------------------------------------------------- attention expected
+def _expected(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """Expected Attention (Devoto et al. 2025, equations 6 to 9): no query of the question needed.
+
+    Future queries are taken as Gaussian with mean m and covariance C (the prompt's own before RoPE,
+    rotated by the mean rotation of the positions to come), so that in expectation
+
+        E exp(q . k / sqrt(H)) = exp(m . k / sqrt(H) + k' C k / 2H).
+
+    The importance is (p + epsilon) |v|: p is the softmax of the exponents over what can be seen but
+    the sinks, the mean over the group. Below epsilon values count for more than expectations, whose
+    scale differs from head to head; without it heads of large values take `ada`'s whole budget.
+    """
+    kv_heads = layer.keys.shape[2]
+    mean_BNH, cov_BNHI = layer.read("future_mean"), layer.read("future_cov")
+    batch, heads, head_dim = mean_BNH.shape
+    grouped = (batch, kv_heads, heads // kv_heads, head_dim)
+    mean_BKGH, cov_BKGHI = mean_BNH.reshape(grouped), cov_BNHI.reshape(*grouped, head_dim)
+
+    def exponents(k_BSKH):
+        k_BSKH = k_BSKH.astype(jnp.float32)
+        linear_BKGS = jnp.einsum("BKGH,BSKH->BKGS", mean_BKGH, k_BSKH) * head_dim**-0.5
+        turned_BKGSI = jnp.einsum("BSKH,BKGHI->BKGSI", k_BSKH, cov_BKGHI)
+        square_BKGS = jnp.einsum("BKGSI,BSKI->BKGS", turned_BKGSI, k_BSKH)
+        return linear_BKGS + square_BKGS / (2 * head_dim)
+
+    s_BKGT = _in_blocks(exponents, layer.keys)
+    tokens = layer.keys.shape[1]
+    counted_BT = eligible(layer.rows, tokens, layer.window)
+    counted_BT &= jnp.arange(tokens) >= layer.rows.sinks[:, None]
+    s_BKGT = jnp.where(counted_BT[:, None, None], s_BKGT, -jnp.inf)
+    peak = s_BKGT.max(-1, keepdims=True)
+    p_BKGT = jnp.exp(s_BKGT - jnp.where(peak == -jnp.inf, 0.0, peak))
+    total = p_BKGT.sum(-1, keepdims=True)
+    p_BKT = (p_BKGT / jnp.where(total > 0, total, 1.0)).mean(2)
+    importance_BKT = (p_BKT + layer.config.epsilon) * _norm(layer.values)
+    return jnp.where(counted_BT[:, None], importance_BKT, 0.0)
+
+
+def _in_blocks(function: Callable[[Array], Array], k_BTKH: Array) -> Array:
+    """`function` of BLOCK tokens at a time where that divides the bucket; tokens come last."""
+    tokens = k_BTKH.shape[1]
+    if tokens <= BLOCK or tokens % BLOCK:
+        return function(k_BTKH)
+    starts = jnp.arange(0, tokens, BLOCK)
+    found = lax.map(
+        lambda at: function(lax.dynamic_slice_in_dim(k_BTKH, at, BLOCK, axis=1)), starts
+    )
+    return jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], tokens)
+
+
+def _kvzip(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """KVzip (Kim et al. 2025, section 3): what a repetition of the prompt attends to.
+
+    The prompt is run once more, after itself, against its full cache, in chunks; an entry's
+    importance is the most attention that any query of its chunk's repetition, of any head of the
+    group, gives to it (`kvjax.compression.kvzip`). What is needed to say the prompt again is needed
+    for any question about it.
+    """
+    return layer.read("reconstruction")
+
+
+# ---------------------------------------------------------------------------- keys alone
+def _key_norm(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """Devoto et al. 2024, section 4: entries with SMALL keys are attended to; 1 / |k|."""
+    return 1.0 / jnp.maximum(_norm(layer.keys), 1e-30)
+
+
+def _key_diff(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """KeyDiff (Park et al. 2025, equation 5): entries whose keys are unlike the mean direction.
+
+        1 - cos(k_i, a),  a = mean over entries of k_j / |k_j|
+
+    in [0, 2]; the mean is over the entries that the layer can still see.
+    """
+    k_BTKH = layer.keys.astype(jnp.float32)
+    can_BT = eligible(layer.rows, k_BTKH.shape[1], layer.window)
+    unit_BTKH = jnp.where(can_BT[..., None, None], _unit(k_BTKH), 0.0)
+    anchor_BKH = _unit(unit_BTKH.sum(1))
+    return jnp.maximum(1.0 - jnp.einsum("BTKH,BKH->BKT", unit_BTKH, anchor_BKH), 0.0)
+
+
+def _unit(x: Float[Array, "*shape H"]) -> Float[Array, "*shape H"]:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+
+
+def _norm(x_BTKH: Float[Array, "B T K H"]) -> Float[Array, "B K T"]:
+    return jnp.linalg.norm(x_BTKH.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+
+
+# ---------------------------------------------------------------------------- baselines
+def _positional(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """StreamingLLM (Xiao et al. 2023): the later the better."""
+    batch, tokens, kv_heads, _ = layer.keys.shape
+    return jnp.broadcast_to(jnp.arange(1.0, tokens + 1), (batch, kv_heads, tokens))
+
+
+def _random(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """One draw a position, so that neither the bucket nor the batch changes it."""
+    batch, tokens, kv_heads, _ = layer.keys.shape
+
+    def draw(key, position):
+        return jax.random.uniform(jax.random.fold_in(key, position), (kv_heads,))
+
+    draw_rows = jax.vmap(jax.vmap(draw, (None, 0), 1), (0, None))
+    return draw_rows(jnp.broadcast_to(layer.key, (batch,)), jnp.arange(tokens))
+
+
+_SCORERS: Mapping[str, Callable[[ScorerInput], Float[Array, "B K T"]]] = MappingProxyType(
+    {
+        "window": _window,
+        "l2-window": _l2_window,
+        "tova": _tova,
+        "accumulated": _accumulated,
+        "expected-attention": _expected,
+        "kvzip": _kvzip,
+        "key-norm": _key_norm,
+        "key-diff": _key_diff,
+        "positional": _positional,
+        "random": _random,
+    }
+)
+# What a scorer reads of the probe.
+READS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "window": ("queries",),
+        "l2-window": ("queries",),
+        "tova": ("queries",),
+        "accumulated": ("column_sums",),
+        "expected-attention": ("future_mean", "future_cov"),
+        "kvzip": ("reconstruction",),
+    }
+)
+
+
+# ---------------------------------------------------------------------------- parts
+def output_aware(
+    scores: Float[Array, "B K T"], norms: Float[Array, "B K T"]
+) -> Float[Array, "B K T"]:
+    """CriticalKV (Feng et al. 2025, algorithm 1): importance times the value's part in the output.
+
+        (s_i + 1e-4) * mean over the group of |v_i W_n^O|_1
+
+    What it is for is the second half of a head's entries; the first half goes by `scores` alone.
+    """
+    return (scores + 1e-4) * norms
+
+
+def by_chunk(scores: Float[Array, "B K T"], layer: ScorerInput) -> Float[Array, "B K T"]:
+    """ChunkKV (Liu et al. 2025, algorithm 1): every entry gets the mean of its chunk.
+
+    Chunks start at position 0; the mean is over a chunk's selectable entries. Equal scores go to
+    the lower position, so chunks are taken whole, and only the last one is cut by the budget.
+    """
+    tokens, size = scores.shape[-1], layer.config.chunk
+    rows = layer.rows
+    positions_T = jnp.arange(tokens)
+    can_BT = eligible(rows, tokens, layer.window) & (positions_T >= rows.sinks[:, None])
+    can_BT &= positions_T < (rows.lengths - rows.recent)[:, None]
+    short = -tokens % size
+
+    def chunks(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, short))).reshape(*x.shape[:2], -1, size)
+
+    counted = chunks(jnp.broadcast_to(can_BT[:, None], scores.shape))
+    mean = jnp.where(counted, chunks(scores), 0.0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+    return jnp.repeat(mean, size, axis=-1)[..., :tokens]
+
+
+def over_group(
+    per_query_head: Float[Array, "B N T"], kv_heads: int, how: str
+) -> Float[Array, "B K T"]:
+    """The mean or the max over the G query heads that share a KV head."""
+    batch, _, tokens = per_query_head.shape
+    grouped_BKGT = per_query_head.reshape(batch, kv_heads, -1, tokens)
+    return grouped_BKGT.max(2) if how == "max" else grouped_BKGT.mean(2)
+
+
+def smooth(scores: Float[Array, "B X T"], how: str, kernel: int) -> Float[Array, "B X T"]:
+    """Smooth along the sequence so that neighbours of an important entry survive with it.
+
+    "average" pads with zeros and always divides by `kernel` (edges are biased low, as upstream);
+    "max" is over the scores inside the sequence. Example, kernel 3, of 1 0 0:
+    average 1/3 1/3 0, max 1 1 0.
+    """
+    if how == "none" or kernel == 1:
+        return scores
+    # What is wider than both neighbourhoods of a whole sequence is as wide as they are.
+    window = (1, 1, min(kernel, 2 * scores.shape[-1] - 1))
+    if how == "average":
+        return lax.reduce_window(scores, 0.0, lax.add, window, (1, 1, 1), "SAME") / kernel
+    return lax.reduce_window(scores, -jnp.inf, lax.max, window, (1, 1, 1), "SAME")

@@ -1,0 +1,210 @@
+"""Exact arithmetic in 32 bits: products, sums, ranks and shares without a rounding error.
+
+JAX counts in 32 bits, and a row of 80 layers, 64 heads and 1M tokens has 5.4e9 entries. What a
+cache holds must fit int32, for a slot is an int32 index; what is only counted or multiplied on the
+way to it need not, and is exact here without int64.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+# The largest int32: most slots of a row.
+MOST = 2**31 - 1
+_HALF = 16
+# Fractions are held in whole parts, so that the arithmetic is exact: Ada-KV's floor in thousandths,
+# budgets and profiles in millionths.
+THOUSAND = 1000
+MILLION = 1_000_000
+
+
+def floor_of_product(t: Array, x: Array | int, n: Array | int, bits: int = 23) -> Array:
+    """t * x // n for 0 <= t < 2**31 and 0 <= x <= n < 2**bits, as int32; see `divided_product`."""
+    return divided_product(t, x, n, bits)[0]
+
+
+def divided_product(
+    t: Array, x: Array | int, n: Array | int, bits: int = 23
+) -> tuple[Array, Array]:
+    """Quotient and remainder of t * x by n, for 0 <= t < 2**31 and 0 <= x <= n < 2**bits.
+
+    Long division by digits of t, as wide as 32 bits allow.
+
+    Args:
+      bits: bound of n, at most 30; a lower one takes fewer steps.
+    """
+    digit = 31 - bits
+    t, x, n = (jnp.asarray(number).astype(jnp.uint32) for number in (t, x, n))
+    whole = rest = jnp.zeros((), jnp.uint32)
+    for shift in reversed(range(0, 31, digit)):
+        part = (t >> shift) & jnp.uint32(2**digit - 1)
+        rest = (rest << digit) + part * x  # below 2**digit * (n + n)
+        whole, rest = (whole << digit) + rest // n, rest % n
+    return whole.astype(jnp.int32), rest.astype(jnp.int32)
+
+
+def total(counts: Int[Array, "..."], axes: int | tuple[int, ...] = -1) -> Array:
+    """Sum of up to 32,768 int32 numbers >= 0; MOST where it is more than that."""
+    return _joined(*(half.sum(axes, dtype=jnp.int32) for half in _halves(counts)))
+
+
+def total_before(counts: Int[Array, "*shape X"]) -> Int[Array, "*shape X"]:
+    """`total` of what comes before each number of the last axis."""
+    halves = _halves(counts)
+    return _joined(*(jnp.cumsum(half, axis=-1, dtype=jnp.int32) - half for half in halves))
+
+
+def _halves(counts: Array) -> tuple[Array, Array]:
+    return counts >> _HALF, counts & (2**_HALF - 1)
+
+
+def _joined(high: Array, low: Array) -> Array:
+    high, low = high + (low >> _HALF), low & (2**_HALF - 1)
+    return jnp.where(high < 2 ** (31 - _HALF), (high << _HALF) | low, MOST)
+
+
+# ---------------------------------------------------------------------------- selection
+def ranking_keys(
+    scores: Float[Array, "*shape"], eligible: Bool[Array, "*shape"]
+) -> UInt[Array, "*shape"]:
+    """Non-negative fp32 scores as integers in the same order; 0 marks what is not eligible.
+
+    The bit pattern of a non-negative float grows with its value. NaN counts as 0.
+    """
+    clean = jnp.where(scores > 0, scores, 0.0).astype(jnp.float32)
+    keys = lax.bitcast_convert_type(clean, jnp.uint32) + jnp.uint32(1)
+    return jnp.where(eligible, keys, jnp.uint32(0))
+
+
+def kth_largest(
+    keys: UInt[Array, "..."], k: Int[Array, "*shape"], axes: int = 1
+) -> UInt[Array, "*shape"]:
+    """The k-th largest key of the last `axes` axes, exactly, by 32 counts; all ones where k <= 0.
+
+    Each bit from the top is set if at least k keys are still not below the candidate. Nothing but
+    counts leaves the last axes: where they are split over a mesh, counts are all that chips
+    exchange.
+    """
+    counted, rows = tuple(range(-axes, 0)), tuple(range(1 - axes, 0))
+
+    def try_bit(index, found):
+        candidate = found | (jnp.uint32(1) << jnp.asarray(31 - index, jnp.uint32))
+        count = (keys >= jnp.expand_dims(candidate, counted)).sum(-1, dtype=jnp.int32)
+        count = total(count, rows) if rows else count
+        return jnp.where(count >= k, candidate, found)
+
+    return lax.fori_loop(0, 32, try_bit, jnp.zeros(k.shape, jnp.uint32))
+
+
+def select_top(
+    scores: Float[Array, "*shape S"],
+    k: Int[Array, "*shape"],
+    eligible: Bool[Array, "*shape S"],
+) -> Bool[Array, "*shape S"]:
+    """Mask of the k best eligible scores of the last axis; ties go to the lower index.
+
+    Fewer than k eligible: all of them. Scores are >= 0.
+    """
+    return select_largest(ranking_keys(scores, eligible), k)
+
+
+def select_largest(
+    keys: UInt[Array, "*shape S"], k: Int[Array, "*shape"]
+) -> Bool[Array, "*shape S"]:
+    """Mask of the k largest keys of the last axis above 0; ties go to the lower index."""
+    eligible = keys > 0
+    k = jnp.minimum(k, eligible.sum(-1, dtype=jnp.int32))
+    threshold = kth_largest(keys, k)[..., None]
+    above, tied = keys > threshold, (keys == threshold) & eligible
+    spare = (k - above.sum(-1, dtype=jnp.int32))[..., None]
+    rank_among_tied = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)
+    return above | (tied & (rank_among_tied <= spare))
+
+
+def count_top(
+    keys: UInt[Array, "..."], k: Int[Array, "*shape"], axes: int = 2
+) -> Int[Array, "..."]:
+    """How many of the k largest keys of the last `axes` axes lie in each row of the last one.
+
+    Ties go to the earlier row. Keys of 0 are not eligible; fewer than k others: all of them.
+
+    Args:
+      keys: `[*shape, *rows, S]`, with axes - 1 axes of rows, such as heads, or layers and heads.
+
+    Returns:
+      `[*shape, *rows]` counts that sum to min(k, eligible) over the rows.
+    """
+    rows = tuple(range(1 - axes, 0))
+    eligible = (keys > 0).sum(-1, dtype=jnp.int32)
+    k = jnp.minimum(k, total(eligible, rows))
+    threshold = jnp.expand_dims(kth_largest(keys, k, axes), tuple(range(-axes, 0)))
+    above = (keys > threshold).sum(-1, dtype=jnp.int32)
+    tied = ((keys == threshold) & (keys > 0)).sum(-1, dtype=jnp.int32)
+    queue = tied.reshape(*k.shape, -1)
+    spare = jnp.maximum(k - above.sum(rows, dtype=jnp.int32), 0)
+    return above + give_in_turn(queue, spare).reshape(above.shape)
+
+
+def give_in_turn(
+    queue: Int[Array, "*shape X"], amount: Int[Array, "*shape"]
+) -> Int[Array, "*shape X"]:
+    """Give `amount` away, each place of the queue in order taking all that it can."""
+    return jnp.clip(amount[..., None] - total_before(queue), 0, queue)
+
+
+# ---------------------------------------------------------------------------- sharing out
+def largest_remainder(
+    numerators: Int[Array, "*shape X"], denominator: Int[Array, "*#shape"] | int
+) -> Int[Array, "*shape X"]:
+    """Integers near numerators / denominator whose sum is the quotients' sum, rounded down.
+
+    Hamilton's method: round down, then one more to the largest remainders, ties to the lower
+    index. Each result is the quotient rounded down or up. Numerators may be negative; X times the
+    denominator is below 2**31.
+    """
+    denominator = jnp.asarray(denominator, jnp.int32)[..., None]
+    floors, remainders = numerators // denominator, numerators % denominator
+    spare = remainders.sum(-1, dtype=jnp.int32) // denominator[..., 0]
+    one_more = select_largest(remainders.astype(jnp.uint32), spare)
+    return floors + one_more
+
+
+def spread(
+    wanted: Int[Array, "*shape X"],
+    caps: Int[Array, "*shape X"],
+    budget: Int[Array, "*shape"],
+    least: Int[Array, "*shape X"] | int = 0,
+) -> Int[Array, "*shape X"]:
+    """`wanted` clipped to [least, caps]; the others take what the caps cut off, or make up `least`.
+
+    The result is wanted + level, clipped, with the highest integer level whose sum is at most the
+    budget; what is left goes one each to the lowest indices that the next level would raise. It
+    sums to the budget, as far as the bounds allow. No entry falls when the budget grows, nor when
+    an entry of `wanted` and the budget grow alike.
+
+    Args:
+      wanted: sizes >= 0.
+      caps, least: bounds, 0 <= least <= caps.
+      budget: what the sizes sum to.
+    """
+
+    room = jnp.maximum(caps - wanted, 0)
+
+    def sizes_at(level):
+        raised = wanted + jnp.minimum(level[..., None], room)  # never past int32
+        return jnp.maximum(jnp.minimum(raised, caps), least)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up
+        fits = total(sizes_at(middle)) <= budget
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle - 1)
+
+    zero = jnp.zeros(budget.shape, jnp.int32)
+    level, _ = lax.fori_loop(
+        0, 32, halve, (zero - wanted.max(), zero + jnp.minimum(caps.max(), MOST - 1))
+    )
+    sizes = sizes_at(level)
+    spare = (budget - total(sizes))[..., None]
+    can_grow = sizes_at(level + 1) > sizes
+    return sizes + (can_grow & (jnp.cumsum(can_grow, axis=-1, dtype=jnp.int32) <= spare))

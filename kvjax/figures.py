@@ -1,0 +1,228 @@
+"""Pictures; matplotlib is needed here and nowhere else (`pip install kvjax[plot]`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from kvjax.calibrate import Profile
+
+_INK, _KEPT, _NEEDLE, _ASKED = "#22313f", "#2a6f97", "#f4a259", "#c1121f"
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def _figure(width: float | int, height: float | int, **settings):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot.subplots(figsize=(width, height), layout="constrained", **settings)
+
+
+def _save(figure, path: str | Path) -> Path:
+    from matplotlib import pyplot
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=140, metadata={"Software": None})
+    pyplot.close(figure)
+    return target
+
+
+def heat_map(
+    path: str | Path,
+    kept: Mapping[str, Int[np.ndarray, "L K S"]],
+    tokens: int,
+    *,
+    needles: Sequence[tuple[int, int]] = (),
+    asked: tuple[int, int] | None = None,
+    title: str = "",
+) -> Path:
+    """Which entries of one prompt each head kept: a panel a method, a row a head.
+
+    Args:
+      path: of the PNG.
+      kept: true positions of the kept entries by method, -1 in empty slots.
+      tokens: of the prompt.
+      needles, asked: [first, end) of spans that are marked below the panels.
+      title: above everything.
+    """
+    figure, axes = _figure(11, 1.15 * len(kept) + 0.9, nrows=len(kept), sharex=True, squeeze=False)
+    for axis, (name, positions) in zip(axes[:, 0], kept.items(), strict=True):
+        layers, heads, _ = positions.shape
+        grid = np.zeros((layers * heads, tokens))
+        for row, slots in enumerate(positions.reshape(layers * heads, -1)):
+            grid[row, slots[slots >= 0]] = 1
+        from matplotlib.colors import ListedColormap
+
+        shades = ListedColormap(["#f3f5f7", _KEPT])
+        axis.imshow(grid, aspect="auto", interpolation="nearest", cmap=shades, vmin=0, vmax=1)
+        for first, end in needles:
+            axis.plot([first, end - 1], [-1.2] * 2, color=_NEEDLE, lw=3, clip_on=False)
+        if asked is not None:
+            axis.plot([asked[0], asked[1] - 1], [-1.2] * 2, color=_ASKED, lw=4, clip_on=False)
+        for layer in range(1, layers):
+            axis.axhline(layer * heads - 0.5, color="white", lw=1.2)
+        ticks = [layer * heads + (heads - 1) / 2 for layer in range(layers)]
+        axis.set_yticks(ticks, [f"layer {layer}" for layer in range(layers)])
+        axis.tick_params(length=0)
+        axis.set_title(name, loc="left", fontsize=9, fontweight="bold", pad=7)
+        axis.spines[:].set_visible(False)
+    axes[-1, 0].set_xlabel("position in the prompt (orange: facts, red: the one asked for)")
+    figure.suptitle(title, fontsize=10)
+    return _save(figure, path)
+
+
+def dispersion(path: str | Path, counts: Float[np.ndarray, "L N"], tokens: int) -> Path:
+    """Entries that each query head needs for 90 % of its attention."""
+    layers, heads = counts.shape
+    figure, axes = _figure(9, 2.6, ncols=layers, sharey=True, squeeze=False)
+    for layer, axis in enumerate(axes[0]):
+        order = np.sort(counts[layer])
+        axis.bar(np.arange(heads), order, color=_KEPT)
+        for place, count in enumerate(order):
+            axis.text(place, count * 1.08, f"{count:.0f}", ha="center", fontsize=7, color=_INK)
+        axis.set_yscale("log")
+        axis.set_title(f"layer {layer}")
+        axis.set_xticks([])
+    axes[0, 0].set_ylabel("entries for 90 % of attention")
+    figure.supxlabel(f"query heads of each layer, sorted (prompts of {tokens} tokens)", fontsize=9)
+    return _save(figure, path)
+
+
+def training(path: str | Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Loss and accuracy per task over a training run's log."""
+    figure, (left, right) = _figure(10, 3.4, ncols=2)
+    steps = [int(row["step"]) for row in rows]
+    left.plot(steps, [float(row["loss"]) for row in rows], color=_INK)
+    left.set(xlabel="step", ylabel="loss, nats a weighted token", ylim=(0, None))
+    known = ("step", "length", "alphabet", "loss")
+    for task in (name for name in rows[0] if name not in known):
+        points = [(int(row["step"]), float(row[task])) for row in rows if row[task]]
+        right.plot(*zip(*points, strict=True), label=task, marker=".", ms=3, lw=1)
+    right.set(xlabel="step", ylabel="answers right to the last token", ylim=(-0.02, 1.02))
+    right.legend(fontsize=7, frameon=False)
+    for axis in (left, right):
+        previous = None
+        for row in rows:
+            if row["length"] != previous:
+                axis.axvline(int(row["step"]), color="#d0d5da", lw=0.8, zorder=0)
+                top = axis.get_ylim()[1]
+                axis.text(int(row["step"]), top, f" {row['length']}", fontsize=7, va="top")
+                previous = row["length"]
+    return _save(figure, path)
+
+
+def accuracy(
+    path: str | Path,
+    shares: Mapping[str, Mapping[str, Float[np.ndarray, " points"]]],
+    budgets: Sequence[str],
+) -> Path:
+    """Share right: a panel a protocol, a row a method, a column a budget; the best on top."""
+    last = list(shares.values())[-1]
+    names = sorted(last, key=lambda name: -float(last[name].mean()))
+    size = 2.3 * len(shares) + 2, 0.23 * len(names) + 0.9
+    figure, axes = _figure(*size, ncols=len(shares), sharey=True, squeeze=False)
+    for axis, (protocol, methods) in zip(axes[0], shares.items(), strict=True):
+        grid = np.stack([methods[name] for name in names])
+        axis.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1.25)
+        for row, column in np.ndindex(*grid.shape):
+            share = grid[row, column]
+            ink = "white" if share > 0.8 else _INK
+            axis.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=ink)
+        axis.set_xticks(range(len(budgets)), budgets)
+        axis.set_yticks(range(len(names)), names)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_title(protocol, fontsize=9)
+    figure.supxlabel("entries kept; in the cells: answers right", fontsize=8)
+    return _save(figure, path)
+
+
+def bench(path: str | Path, report: Mapping[str, Any]) -> Path:
+    """A benchmark's milliseconds as bars, a panel a batch size; ticks where the bytes allow."""
+    rows = report["rows"]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    each = max(sum(row["batch"] == batch for row in rows) for batch in batches)
+    size = 4.2 * len(batches) + 1.2, 0.32 * each + 1.1
+    figure, axes = _figure(*size, ncols=len(batches), sharey=True, squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        mine = [row for row in rows if row["batch"] == batch]
+        names = [row.get("method") or row["what"] for row in mine]
+        seconds = np.array([row.get("step") or row["seconds"] for row in mine])
+        axis.barh(range(len(mine)), seconds * 1e3, color=_KEPT)
+        for place, row in enumerate(mine):
+            axis.text(seconds[place] * 1e3, place, f" {seconds[place] * 1e3:.3g}", va="center")
+            if "limit" in row:
+                at = [row["limit"] * 1e3] * 2
+                axis.plot(at, [place - 0.4, place + 0.4], color=_NEEDLE, lw=2)
+        axis.set_yticks(range(len(mine)), names)
+        axis.set_title(f"batch {batch}")
+        axis.set_xlim(0, seconds.max() * 1e3 * 1.15)
+    axes[0, 0].invert_yaxis()
+    limits = any("limit" in row for row in rows)
+    ending = "ms a decode step (orange: what the bytes allow)" if limits else "ms a layer"
+    figure.supxlabel(f"{ending}; {report['settings']['model']}, {report['machine']['device']}")
+    return _save(figure, path)
+
+
+# ---------------------------------------------------------------------------- layer profiles
+_NUMBERED = 12  # most layers whose bars carry their number
+
+
+def layer_profiles(path: str | Path, measured: Mapping[str, Profile]) -> Path:
+    """Retained % by layer, a panel a profile: bars for the mean, a faint line a prompt.
+
+    Args:
+      path: of the PNG.
+      measured: profiles by the titles of their panels, at least one.
+    """
+    layers = max(len(profile.retained) for profile in measured.values())
+    width = min(7.5, 2.6 + 0.15 * layers) * len(measured)
+    figure, axes = _figure(max(5, width), 3.2, ncols=len(measured), sharey=True, squeeze=False)
+    for axis, (title, profile) in zip(axes[0], measured.items(), strict=True):
+        _panel(axis, profile)
+        axis.set_title(title, fontsize=9, fontweight="bold", loc="left")
+        axis.set_xlabel("layer")
+    highest = 100 * max(profile.by_prompt.max() for profile in measured.values())
+    axes[0, 0].set(ylabel="retained, % of the prompt", ylim=(0, 1.12 * highest))
+    known = {label: handle for axis in axes[0] for handle, label in _legend(axis)}
+    figure.legend(
+        known.values(), known, loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
+    return _save(figure, path)
+
+
+def _panel(axis, profile: Profile) -> None:
+    mean_L, rows_PL = 100 * np.array(profile.retained), 100 * profile.by_prompt
+    places = np.arange(len(mean_L))
+    axis.bar(places, mean_L, width=0.75, color=_KEPT, alpha=0.45, label="mean of the prompts")
+    if len(rows_PL) > 1:
+        shade = max(0.1, 0.9 / len(rows_PL) ** 0.5)
+        for row in rows_PL:
+            axis.plot(places, row, color=_INK, lw=0.8, alpha=shade)
+        # The same line at full strength: a faint one could not be seen in the legend.
+        axis.plot([], [], color=_INK, lw=0.8, label="each prompt")
+    axis.axhline(mean_L.mean(), color=_NEEDLE, lw=1.4, ls="--", label="mean of the layers")
+    if len(places) <= _NUMBERED:
+        from matplotlib.patheffects import withStroke
+
+        halo = [withStroke(linewidth=2.5, foreground="white")]  # a line may end in a low bar
+        for place, share in zip(places, mean_L, strict=True):
+            label = f"{share:.1f}"
+            axis.text(place, 0.4, label, ha="center", va="bottom", fontsize=8, path_effects=halo)
+    axis.set_xticks(places[:: max(1, len(places) // 16)])
+
+
+def _legend(axis) -> list[tuple]:
+    return list(zip(*axis.get_legend_handles_labels(), strict=True))

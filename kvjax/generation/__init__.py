@@ -1,0 +1,1 @@
+"""From a call of `generate` to its answer: request, prefill, decode, text."""

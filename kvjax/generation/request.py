@@ -1,0 +1,171 @@
+"""A call of `generate`, checked and turned into arrays."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, no_type_check
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int, Key
+
+from kvjax.cache.origin import fingerprint, owned
+from kvjax.cache.room import check_held
+from kvjax.cache.state import Cache, for_rows
+from kvjax.compression.capacity import most_kept
+from kvjax.compression.kvzip import instructed
+from kvjax.compression.row_budgets import check_prompt
+from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
+from kvjax.generation.decode import Rules
+from kvjax.generation.programs import resize_program
+from kvjax.generation.sampling import Sampling, row_keys
+from kvjax.inputs.multimodal import read
+from kvjax.inputs.prompts import Row, bucket, check_context, eos_tokens, pad
+from kvjax.model_interface import Images
+from kvjax.precision import always_32_bits
+from kvjax.sharding import mesh_of, put_on_mesh
+
+FULL = CompressionConfig.named("full")
+# Slots of the tail that a question to a cache starts with; twice as many, four times, ... for more.
+TAIL = 256
+# A cache that is handed back has a tail of whole blocks of slots.
+BLOCK = 128
+# Tokens of the prompt beside which an answer is decoded.
+CONTEXT = 8
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Request(struct.PyTreeNode):
+    """A call's arguments, checked and turned into arrays."""
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    key: Key[Array, " B"]
+    rules: Rules
+    cache: Cache | None
+    images: Images | None
+    config: CompressionConfig = struct.field(pytree_node=False)
+    new_tokens: int = struct.field(pytree_node=False)
+    tail_slots: int = struct.field(pytree_node=False)
+    tokenizer: Any = struct.field(pytree_node=False)
+    stop: tuple[str, ...] = struct.field(pytree_node=False)
+    contexts: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
+    recompress: Recompress | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    @always_32_bits
+    def make(
+        cls, model, prompts, config, new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
+        attention_mask, cache, recompress=None, images=None,
+    ):  # fmt: skip
+        if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
+            raise ValueError(f"max_new_tokens={new_tokens!r}, expected an integer of at least 1")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if any(not text for text in stop):
+            raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
+        if stop and tokenizer is None:
+            raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
+        if chat and cache is not None:
+            raise ValueError("chat=True begins a conversation, expected no cache beside it")
+        if images is not None and cache is not None:
+            raise ValueError("images beside a cache are not read, expected them in its prompt")
+        check_config(config)
+        inputs = read(
+            model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask, chat=chat,
+            special=cache is None,
+        )  # fmt: skip
+        rows = inputs.rows
+        tokens, lengths = pad(rows)
+        config = instructed(config, tokenizer, model.config.vocab_size)
+        slots = new_tokens
+        if recompress is not None:
+            _check_recompress(recompress, config, cache)
+            slots = min(new_tokens, recompress.every) + 1  # one for the token that is fed last
+            config = dataclasses.replace(config, layout="packed" if config.compresses else None)
+        if cache is None:
+            check_rows(model, rows, config, new_tokens=new_tokens)
+        else:
+            cache = for_rows(owned(cache, model), len(rows))
+            check_rows(model, rows, FULL, cache.next_positions.tolist(), new_tokens)
+            # Wide steps: a later turn, whose tail has taken more, still finds its program.
+            slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])
+            cache = with_tail(cache, slots)
+        if recompress is not None:
+            _check_held(recompress, model.config, config, tokens.shape[1], lengths, cache)
+        sampling = sampling or Sampling()
+        eos = eos_tokens(eos_ids, model.config.eos_token_ids, model.config.vocab_size)
+        rules = Rules(
+            values=sampling.values,
+            eos=jnp.array([*eos, -1], jnp.int32),
+            switches=sampling.switches,
+        )
+        request = cls(
+            tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=row_keys(seed, len(rows)),
+            rules=rules, cache=cache, config=config, new_tokens=new_tokens,
+            tail_slots=bucket(slots) if cache is None else slots, tokenizer=tokenizer, stop=stop,
+            contexts=tuple(tuple(row[-CONTEXT:]) for row in rows), recompress=recompress,
+            images=inputs.images(tokens),
+        )  # fmt: skip
+        return put_on_mesh(request, mesh_of(model))
+
+
+def doubled(slots: int) -> int:
+    """TAIL slots, or as many times twice as many as hold these."""
+    return TAIL * 2 ** max(0, (-(-slots // TAIL) - 1).bit_length())
+
+
+def with_tail(cache: Cache, slots: int) -> Cache:
+    """The cache with a tail of this many slots, at least as many as it has taken."""
+    if cache.tail.positions.shape[1] == slots:
+        return cache
+    return cache.replace(tail=resize_program(cache.tail, slots=slots))
+
+
+def handed_back(cache: Cache | None, model: Any) -> Cache | None:
+    """An answer's cache for the caller: whose it is, its tail cut to the blocks that are in use."""
+    if cache is None:
+        return None
+    cache = cache.replace(origin=fingerprint(model))
+    slots = max(1, -(-int(cache.tail.cursor) // BLOCK)) * BLOCK
+    return cache if slots >= cache.tail.positions.shape[1] else with_tail(cache, slots)
+
+
+def _check_recompress(rule: Recompress, config: CompressionConfig, cache: Cache | None):
+    if rule.budget is not None:
+        return
+    if cache is not None or not config.keep_ratio or isinstance(config.budget, int):
+        raise ValueError(
+            "recompress.budget=None keeps the prompt's ratio, expected a method with keep_ratio,"
+            " such as prefixkv, its budget a fraction of the prompt, and no cache"
+        )
+
+
+def _check_held(rule, shape, config: CompressionConfig, tokens: int, lengths, cache):
+    """Raise ConfigError where a budget is less than what is kept of the fullest row."""
+    windows, heads = shape.sliding_windows, shape.num_kv_heads
+    if cache is not None:
+        held = int(cache.counts.sum((1, 2)).max())
+    else:
+        held = most_kept(config, tokens, int(lengths.max()), windows, heads)
+    check_held(rule, heads * len(windows), held)
+
+
+def check_rows(
+    model: Any,
+    rows: Sequence[Row],
+    config: CompressionConfig,
+    used: Sequence[int] = (),
+    new_tokens: int = 0,
+):
+    """Raise ValueError where rows do not fit the model, or a window not the budget.
+
+    `used` counts what the cache holds of each row already, nothing by default.
+    """
+    check_repeat(config, model.config.vocab_size)
+    used = used or [0] * len(rows)
+    check_context(rows, used, new_tokens, model.config.max_position_embeddings)
+    if config.profile is not None and len(config.profile) != model.config.num_layers:
+        raise ValueError(
+            f"profile has {len(config.profile)} layers, expected {model.config.num_layers}"
+        )
+    for row in rows:
+        check_prompt(config, len(row))

@@ -1,0 +1,111 @@
+"""timed_generate(): `generate` with its phases compiled and timed apart."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvjax.compression.compress import compress, probe_request
+from kvjax.config import CompressionConfig, Recompress
+from kvjax.generation import decode, prefill
+from kvjax.generation.generate import Generation, as_generation
+from kvjax.generation.programs import Program
+from kvjax.generation.request import FULL, Request
+from kvjax.generation.sampling import Sampling
+from kvjax.inputs.multimodal import Pictures
+from kvjax.inputs.prompts import Ends, Prompts
+from kvjax.model_interface import encode_images
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each phase, compilation apart, and programs compiled."""
+
+    prefill: float
+    compress: float
+    decode: float
+    compile: float
+    compilations: int
+
+
+def timed_generate(
+    model: Any,
+    prompts: Prompts,
+    config: CompressionConfig = FULL,
+    *,
+    max_new_tokens: int,
+    tokenizer: Any = None,
+    sampling: Sampling | None = None,
+    seed: int | Sequence[int] = 0,
+    eos_ids: Ends | None = None,
+    chat: bool = False,
+    attention_mask: np.ndarray | None = None,
+    images: Pictures | None = None,
+    recompress: Recompress | None = None,
+) -> tuple[Generation, Timings]:
+    """`generate` with its phases compiled and timed apart; arguments as there.
+
+    Every layer's keys and values are alive between prefill and compression, which the one
+    program avoids. Each call compiles anew, which is not in the phases' seconds.
+    """
+    request = Request.make(
+        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, (), chat,
+        attention_mask, None, recompress, images,
+    )  # fmt: skip
+    phases, config = Phases(), request.config
+    observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
+    prompt = request.tokens, request.lengths
+
+    def shrink(keys, values, probes, shift, lengths, key):
+        cache = compress(
+            keys, values, probes, config, lengths=lengths, windows=windows, key=key,
+            tail_slots=request.tail_slots,
+        )  # fmt: skip
+        return cache.replace(rotary_shift=shift)
+
+    def answer_all(model, logits, cache, tokens, lengths, key, rules):
+        answer = decode.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
+        rest = recompress, request.new_tokens, config.fraction, False
+        cache, ratio, held = decode.open_answer(model, cache, *rest)
+        if recompress is None:
+            return decode.decode(model, cache, answer, rules, request.new_tokens - 1)[1], held
+        answer = decode.decode_in_segments(model, cache, answer, rules, recompress, ratio)[1]
+        return answer, held
+
+    def read(model, tokens, lengths, images):
+        features = encode_images(model, images)
+        return *prefill.prefill(model, tokens, lengths, observe, features), features.shift
+
+    logits, *kept = phases.run("prefill", read, model, *prompt, request.images)
+    cache = phases.run("compress", shrink, *kept, request.lengths, request.key)
+    del kept
+    answer, held = phases.run(
+        "decode", answer_all, model, logits, cache, *prompt, request.key, request.rules
+    )
+    return as_generation(model, request, answer, held, None), phases.timings()
+
+
+class Phases:
+    """A stopwatch over functions that are compiled apart from being run."""
+
+    def __init__(self):
+        self.seconds = {"prefill": 0.0, "compress": 0.0, "decode": 0.0, "compile": 0.0}
+        self.compilations = 0
+
+    def run(self, phase: str, function: Callable, *arrays: Any) -> Any:
+        """Compile `function` for `arrays`, run it to its end, and note both times."""
+        began = time.perf_counter()
+        compiled = Program(function).lower(*arrays).compile()
+        ready = time.perf_counter()
+        out = jax.block_until_ready(compiled(*arrays))
+        self.seconds["compile"] += ready - began
+        self.seconds[phase] += time.perf_counter() - ready
+        self.compilations += 1
+        return out
+
+    def timings(self) -> Timings:
+        """What was noted."""
+        return Timings(**self.seconds, compilations=self.compilations)

@@ -1,0 +1,1 @@
+"""From texts, chats and pictures to rows of tokens and what a vision tower reads."""

@@ -1,0 +1,231 @@
+"""Images in prompts: from one token that stands for an image to as many as it has features.
+
+B batch, T tokens, I images of the batch, one after the other as their tokens stand.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from kvjax.inputs.image_processor import QwenImages
+from kvjax.inputs.images import clip_pixels, load_image, qwen_patches
+from kvjax.inputs.prompts import Prompts, as_rows, bucket, is_one
+from kvjax.model_interface import Images, Rotary
+
+# One of `kvjax.inputs.images.Picture` or a list for one prompt, a list of lists for several.
+Pictures = Any
+
+
+def by_prompt(images: Pictures | None, prompts: Prompts, model: Any) -> list[list[Any]] | None:
+    """Each prompt's images, as pixels `[height, width, 3]` uint8; None where none are given.
+
+    Args:
+      images: PIL images, paths or uint8 arrays `[height, width, 3]`: one or a list of them for one
+        prompt, a list of lists for several.
+      prompts: as in `generate`.
+      model: that is going to see them.
+
+    Raises:
+      ValueError: a model that reads text alone, as many lists as there are no prompts, a file that
+        is missing or no image, an array of another shape or dtype.
+    """
+    if images is None:
+        return None
+    if isinstance(images, str | Path | np.ndarray) or not isinstance(images, Sequence):
+        images = [images]
+    if not hasattr(model, "encode_images"):
+        raise ValueError(
+            f"images are given to a {model.config.architecture}, which reads text alone, expected"
+            " a vision-language model"
+        )
+    count = 1 if is_one(prompts) else len(prompts)
+    nested = all(isinstance(row, list | tuple) for row in images)
+    if count == 1 and not (nested and len(images)):
+        images = [images]
+    if not all(isinstance(row, list | tuple) for row in images) or len(images) != count:
+        raise ValueError(
+            f"images has {len(images)} entries, expected a list of images for each of the"
+            f" {count} prompts"
+        )
+    return [
+        [_loaded(image, row, index) for index, image in enumerate(given)]
+        for row, given in enumerate(images)
+    ]
+
+
+def _loaded(image: Any, row: int, index: int) -> np.ndarray:
+    try:
+        return load_image(image)
+    except ValueError as error:
+        raise ValueError(f"image {index} of prompt {row}: {error}") from None
+
+
+def read(
+    model: Any,
+    prompts: Prompts,
+    images: Pictures | None,
+    *,
+    tokenizer: Any = None,
+    chat: bool = False,
+    **settings: Any,
+) -> "ModelInputs":
+    """Prompts and their images as rows of tokens and what the tower reads.
+
+    Arguments and errors as of `as_rows` and `by_prompt`.
+    """
+    pictures = by_prompt(images, prompts, model)
+    rows = as_rows(
+        prompts,
+        tokenizer=tokenizer,
+        vocab_size=model.config.vocab_size,
+        images=None if pictures is None else [len(given) for given in pictures],
+        placeholder=placeholder(model, tokenizer) if pictures and chat and tokenizer else "",
+        chat=chat,
+        **settings,
+    )
+    return prepare_inputs(model, rows, pictures)
+
+
+def placeholder(model: Any, tokenizer: Any) -> str:
+    """What stands for an image in a text.
+
+    Raises:
+      ValueError: the tokenizer has no such token.
+    """
+    token = model.vision_config.image_token_id
+    text = tokenizer.convert_ids_to_tokens([token])[0]
+    if text is None:
+        raise ValueError(f"the tokenizer has no token {token}, which stands for an image")
+    return str(text)
+
+
+def with_placeholders(model: Any, tokenizer: Any, text: str, images: int) -> str:
+    """The text, with placeholders in front of it where it has none.
+
+    A line each (LLaVA), or each between the tokens that such a model has around an image (Qwen).
+    """
+    if placeholder(model, tokenizer) in text:
+        return text
+    line = "\n" if getattr(model.vision_config, "around", None) is None else ""
+    return (mark(model, tokenizer) + line) * images + text
+
+
+def mark(model: Any, tokenizer: Any) -> str:
+    """A placeholder with the tokens that the model has around an image."""
+    around = getattr(model.vision_config, "around", None)
+    before, after = ("", "") if around is None else tokenizer.convert_ids_to_tokens(list(around))
+    return f"{before}{placeholder(model, tokenizer)}{after}"
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Prompts with a token for each feature, and what the tower reads.
+
+    Attributes:
+      rows: token ids of each prompt.
+      pixels: of all images, as the model's `encode_images` reads them; None without images.
+      token: that stands for a feature.
+      shapes: rows and columns of patches of each image, as far as each has a token.
+      rotary: rotary positions of rows padded to a width, and the shift after them (M-RoPE).
+    """
+
+    rows: list[list[int]]
+    pixels: Any = None
+    token: int = -1
+    shapes: Sequence[tuple[int, int]] = ()
+    rotary: Callable[[list[list[int]], int], tuple[np.ndarray, np.ndarray]] | None = None
+
+    def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
+        """What stands where in the rows as they are padded; None without images."""
+        if self.pixels is None:
+            return None
+        lengths = np.array([len(row) for row in self.rows])
+        mine_BT = (tokens == self.token) & (np.arange(tokens.shape[1]) < lengths[:, None])
+        count_BT = np.cumsum(mine_BT.reshape(-1), dtype=np.int32).reshape(tokens.shape)
+        places_BT = np.where(mine_BT, count_BT - 1, -1).astype(np.int32)
+        rotary = None
+        if self.rotary is not None:
+            positions_BT3, shift_B = self.rotary(self.rows, tokens.shape[1])
+            rotary = Rotary(jnp.asarray(positions_BT3), jnp.asarray(shift_B))
+        return Images(jax.tree.map(jnp.asarray, self.pixels), jnp.asarray(places_BT), rotary)
+
+
+def prepare_inputs(
+    model: Any, rows: Sequence[Sequence[int]], pictures: Sequence[Sequence[Any]] | None
+) -> ModelInputs:
+    """Read the images of each prompt, and give each as many tokens as it has features.
+
+    Args:
+      model: one that sees has a `vision_config` and an `image_config`.
+      rows: token ids, one that stands for each image, or one for each of its features already.
+      pictures: from `by_prompt`.
+
+    Raises:
+      ValueError: another number of such tokens in a prompt, a model that nobody has told how its
+        pictures are prepared.
+    """
+    if not hasattr(model, "encode_images"):
+        return ModelInputs(list(map(list, rows)))
+    token = model.vision_config.image_token_id
+    pictures = [[] for _ in rows] if pictures is None else pictures
+    every = [picture for given in pictures for picture in given]
+    if every and model.image_config is None:
+        raise ValueError("model.image_config is None, expected how its pictures are prepared")
+    pixels: Any = None
+    sizes: list[int] = []
+    shapes: list[tuple[int, int]] = []
+    rotary = None
+    if every and isinstance(model.image_config, QwenImages):
+        pixels, sizes, shapes, rotary = _qwen(model, every)
+    elif every:
+        pixels, sizes, shapes = _clip(model, every)
+    left, expanded = iter(sizes), []
+    for index, (row, given) in enumerate(zip(rows, pictures, strict=True)):
+        mine = [next(left) for _ in given]
+        expanded.append(_expanded(list(row), mine, token, index))
+    return ModelInputs(expanded, pixels, token, shapes, rotary)
+
+
+def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int], list]:
+    """What a CLIP tower reads of pictures, how many features each has, and its patches."""
+    pixels, side = clip_pixels(pictures, model.image_config), model.vision_config.image_size
+    if pixels.shape[2:] != (side, side):
+        raise ValueError(
+            f"the checkpoint's image processor makes pictures of {pixels.shape[2]} by"
+            f" {pixels.shape[3]} pixels, expected its tower's {side} by {side}"
+        )
+    patches = side // model.vision_config.patch_size
+    count = len(pictures)
+    return pixels, [model.vision_config.features] * count, [(patches, patches)] * count
+
+
+def _qwen(model: Any, pictures: Sequence[Any]) -> tuple[Any, list[int], list, Callable]:
+    """What Qwen's tower reads of pictures, the features of each, as a grid, where they turn."""
+    patches, merged = qwen_patches(pictures, model.image_config), model.vision_config.merged
+    sizes = (np.prod(patches.grids, axis=-1) // merged).tolist()
+    # Pictures of nearly as many patches share a program.
+    laid_out = model.lay_out(*patches, total=bucket(sum(sizes)) * merged)
+    shapes = [
+        tuple(n // model.vision_config.merge_size for n in g[1:]) for g in patches.grids.tolist()
+    ]
+    return laid_out, sizes, shapes, partial(model.rotary_positions, grids=patches.grids)
+
+
+def _expanded(row: list[int], sizes: Sequence[int], token: int, index: int) -> list[int]:
+    found = row.count(token)
+    if found == sum(sizes) and found != len(sizes):
+        return row
+    if found != len(sizes):
+        raise ValueError(
+            f"prompt {index} has {found} tokens that stand for an image (id {token}) and"
+            f" {len(sizes)} images, expected as many"
+        )
+    left = iter(sizes)
+    return [one for given in row for one in ([given] * (next(left) if given == token else 1))]

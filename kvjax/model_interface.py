@@ -1,0 +1,154 @@
+"""What passes between a model and the engine: probes, image features, rotary positions.
+
+B batch, T prompt tokens, W observed queries, N query heads, K KV heads, H head dim, D model dim,
+X features of all images, one after the other.
+"""
+
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+# ---------------------------------------------------------------------------- probes
+@no_type_check  # jax maps trees to other leaves than arrays
+class Probe(struct.PyTreeNode):
+    """What attention hands to compression: small, and never an attention matrix.
+
+    Everything is None unless asked for (`ProbeRequest`).
+
+    Attributes:
+      queries: `[B, W, N, H]`, the last W queries of each row after RoPE, right-aligned:
+        `queries[:, -1]` is the prompt's last token (a row shorter than W repeats its first
+        query on the left).
+      column_sums: `[B, N, T]` fp32, attention that each key received from all queries of the
+        prompt.
+      future_mean, future_cov: `[B, N, H]` and `[B, N, H, H]` fp32, mean and covariance of the
+        queries to come, estimated from the prompt's.
+      output_norms: `[B, K, T]` fp32, L1 norm of each value's part in the layer's output, the mean
+        over the query heads of a KV head.
+      reconstruction: `[B, K, T]` fp32 in [0, 1], most attention that an entry gets while the
+        prompt is repeated (KVzip).
+    """
+
+    queries: Float[Array, "B W N H"] | None = None
+    column_sums: Float[Array, "B N T"] | None = None
+    future_mean: Float[Array, "B N H"] | None = None
+    future_cov: Float[Array, "B N H H"] | None = None
+    output_norms: Float[Array, "B K T"] | None = None
+    reconstruction: Float[Array, "B K T"] | None = None
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How KVzip repeats a prompt (static).
+
+    Attributes:
+      chunk: tokens repeated at once.
+      instructions: token ids before the first chunk, and before each of the others.
+      sinks: first positions that a chunk's attention is shared with.
+    """
+
+    chunk: int
+    instructions: tuple[tuple[int, ...], tuple[int, ...]]
+    sinks: int
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What a prefill is asked to leave in the `Probe` (static).
+
+    Attributes:
+      queries: how many of the last ones.
+      column_sums, output_norms: whether.
+      future: positions after the prompt to expect queries at; 0 for none.
+      skipped: first queries of the prompt that the expectation leaves out.
+      repeat: how to repeat the prompt, or None.
+    """
+
+    queries: int = 0
+    column_sums: bool = False
+    output_norms: bool = False
+    future: int = 0
+    skipped: int = 0
+    repeat: Repeat | None = None
+
+    def __or__(self, other: "ProbeRequest") -> "ProbeRequest":
+        """Both requests at once; where they repeat or skip differently, the first one's way."""
+        return ProbeRequest(
+            queries=max(self.queries, other.queries),
+            column_sums=self.column_sums or other.column_sums,
+            output_norms=self.output_norms or other.output_norms,
+            future=max(self.future, other.future),
+            skipped=self.skipped if self.future else other.skipped,
+            repeat=self.repeat or other.repeat,
+        )
+
+
+# ---------------------------------------------------------------------------- images
+@no_type_check  # jax maps trees to other leaves than arrays
+class Rotary(struct.PyTreeNode):
+    """Where the rotary embedding has a prompt's tokens, which is not where they are (M-RoPE).
+
+    Masks, eviction and packing go by true positions, always.
+
+    Attributes:
+      positions: `[B, T, 3]` time, row and column of each token.
+      shift: `[B]` rotary minus true position of whatever follows the prompt.
+    """
+
+    positions: Int[Array, "B T 3"]
+    shift: Int[Array, " B"]
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class Images(struct.PyTreeNode):
+    """The images of a batch, on their way into the model.
+
+    Attributes:
+      pixels: arrays of all images, as the model's `encode_images` reads them.
+      places: `[B, T]` which feature each token takes, -1 for a token of text.
+      rotary: rotary positions, or None where they are the true ones.
+    """
+
+    pixels: Any
+    places: Int[Array, "B T"]
+    rotary: Rotary | None = None
+
+
+@no_type_check  # jax maps trees to other leaves than arrays
+class ImageFeatures(struct.PyTreeNode):
+    """What a prompt's tokens are beside text: nothing by default.
+
+    Attributes:
+      features: `[X, D]` of all images, in the model's own space.
+      places, rotary: as of `Images`.
+    """
+
+    features: Float[Array, "X D"] | None = None
+    places: Int[Array, "B T"] | None = None
+    rotary: Rotary | None = None
+
+    def put(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Embedded tokens, with features where an image is."""
+        if self.features is None or self.places is None:
+            return x_BTD
+        taken_BTD = jnp.take(self.features, jnp.maximum(self.places, 0), axis=0)
+        return jnp.where(self.places[..., None] >= 0, taken_BTD.astype(x_BTD.dtype), x_BTD)
+
+    @property
+    def shift(self) -> Int[Array, " B"] | None:
+        """Rotary minus true position after the prompt, or None where they are the same."""
+        return None if self.rotary is None else self.rotary.shift
+
+
+NO_IMAGES = ImageFeatures()
+
+
+def encode_images(model: Any, images: Images | None) -> ImageFeatures:
+    """Run the model's tower over all images at once; plain decoders have none to see."""
+    if images is None:
+        return NO_IMAGES
+    return ImageFeatures(model.encode_images(images.pixels), images.places, images.rotary)

@@ -1,0 +1,1 @@
+"""Vision towers and the models around them: CLIP, LLaVA, Qwen2.5-VL."""
