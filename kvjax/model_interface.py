@@ -123,19 +123,19 @@ class ImageFeatures(struct.PyTreeNode):
     """What a prompt's tokens are beside text: nothing by default.
 
     Attributes:
-      features: `[X, D]` of all images, in the model's own space.
+      vectors: `[X, D]` of all images, in the model's own space.
       places, rotary: as of `Images`.
     """
 
-    features: Float[Array, "X D"] | None = None
+    vectors: Float[Array, "X D"] | None = None
     places: Int[Array, "B T"] | None = None
     rotary: Rotary | None = None
 
     def put(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Embedded tokens, with features where an image is."""
-        if self.features is None or self.places is None:
+        if self.vectors is None or self.places is None:
             return x_BTD
-        taken_BTD = jnp.take(self.features, jnp.maximum(self.places, 0), axis=0)
+        taken_BTD = jnp.take(self.vectors, jnp.maximum(self.places, 0), axis=0)
         return jnp.where(self.places[..., None] >= 0, taken_BTD.astype(x_BTD.dtype), x_BTD)
 
     @property

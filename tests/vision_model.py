@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from kvjax import CompressionConfig, tiny
 from kvjax.cache.state import with_room
-from kvjax.generation import decode, prefill
-from kvjax.model_interface import encode_images
+from kvjax.generation import prefill
+from kvjax.model_interface import ProbeRequest, encode_images
 from kvjax.models.vision.config import VisionConfig, load_vision_config
 from kvjax.models.vision.weights import NAMINGS, llava_specs
 
@@ -90,7 +90,7 @@ def forced(model, tokens, lengths, images, steps):
     seen = encode_images(model, images)
     x = seen.put(model.embed(tokens))
     for layer in model.layers:
-        x, *_ = layer.prefill(x, lengths, decode.ProbeRequest(), seen.rotary)
+        x, *_ = layer.prefill(x, lengths, ProbeRequest(), seen.rotary)
     key = jax.random.key(0)
     last, cache = prefill.prefill_compress(model, tokens, lengths, key, FULL, images)
 

@@ -79,11 +79,11 @@ def attend_tail(
 def _attend_pool(q, positions, pool: Pool, layer: int, window, evicted: Evicted | None):
     start_B, end_B = pool.bounds(layer)
     kept_BK = pool.counts[:, layer]
-    evicted = None
+    gone = None
     if evicted is not None:
         # A head's slots are a run: its evicted ones too.
         run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK
-        evicted = run_BK + evicted.first, run_BK[:, None] + evicted.last
+        gone = run_BK + evicted.first, run_BK[:, None] + evicted.last
     return pool_attention(
         q,
         positions,
@@ -94,7 +94,7 @@ def _attend_pool(q, positions, pool: Pool, layer: int, window, evicted: Evicted 
         end_B,
         kv_heads=kept_BK.shape[1],
         window=window,
-        evicted=evicted,
+        evicted=gone,
         scales=pool.scales,
         region=pool.regions[layer] if pool.regions is not None else None,
     )

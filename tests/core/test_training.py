@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kvjax.generation import prefill
 from kvjax.kernels.prefill_attention.training import blockwise, training_attention
 from kvjax.model_interface import ProbeRequest
 from kvjax.models.checkpoints.export import save_decoder

@@ -10,9 +10,10 @@ import pytest
 import kvjax
 from kvjax import CompressionConfig
 from kvjax.cache.state import with_room
-from kvjax.generation import decode, prefill
+from kvjax.generation import prefill
 from kvjax.generation.programs import prefill_compress_program
 from kvjax.inputs.prompts import pad
+from kvjax.model_interface import ProbeRequest
 from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
@@ -38,7 +39,7 @@ def whole_text_nll(model, text):
     tokens, lengths = pad([text], 80)  # one shape for all texts
     x = model.embed(jnp.asarray(tokens))
     for layer in model.layers:
-        x, _, _, _ = layer.prefill(x, jnp.asarray(lengths), decode.ProbeRequest())
+        x, _, _, _ = layer.prefill(x, jnp.asarray(lengths), ProbeRequest())
     logits = np.asarray(jax.nn.log_softmax(model.logits(x)))[0, : len(text)]
     return -logits[np.arange(len(text) - 1), text[1:]], logits.argmax(-1)
 

@@ -9,8 +9,9 @@ import pytest
 
 from kvjax.cache.state import with_room
 from kvjax.config import CompressionConfig
-from kvjax.generation import decode, prefill
+from kvjax.generation import prefill
 from kvjax.inputs.prompts import pad
+from kvjax.model_interface import ProbeRequest
 from kvjax.models.checkpoints.weights import load_decoder
 
 CASES = sorted(path.name for path in (Path(__file__).parents[1] / "fixtures" / "hf").iterdir())
@@ -29,7 +30,7 @@ def prompt_logits(model, tokens, lengths):
     """Logits of every position, through the layers' prefill."""
     x = model.embed(tokens)
     for layer in model.layers:
-        x, _, _, _ = layer.prefill(x, lengths, decode.ProbeRequest())
+        x, _, _, _ = layer.prefill(x, lengths, ProbeRequest())
     return model.logits(x)
 
 
