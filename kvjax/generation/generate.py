@@ -33,7 +33,7 @@ from kvjax.generation.programs import (
     prefill_compress_program,
     start_answer_program,
 )
-from kvjax.generation.request import FULL, Request, check_rows, handed_back
+from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, bucket, pad
@@ -130,10 +130,12 @@ def generate(
       ValueError: a wrong argument, named with its value and what was expected.
     """
     model = place(model, mesh)
-    request = Request.make(
-        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache, recompress, images,
+    options = Options(
+        max_new_tokens=max_new_tokens, tokenizer=tokenizer, sampling=sampling, seed=seed,
+        eos_ids=eos_ids, stop=stop, chat=chat, attention_mask=attention_mask, images=images,
+        cache=cache, recompress=recompress,
     )  # fmt: skip
+    request = Request.make(model, prompts, config, options)
     if stop:
         return _collect(model, request, return_cache)
     common = {
@@ -155,25 +157,17 @@ def stream(
     prompts: Prompts,
     config: CompressionConfig = FULL,
     *,
-    max_new_tokens: int,
-    tokenizer: Any = None,
-    sampling: Sampling | None = None,
-    seed: int | Sequence[int] = 0,
-    eos_ids: Ends | None = None,
-    stop: str | Sequence[str] = (),
-    chat: bool = False,
-    attention_mask: np.ndarray | None = None,
-    images: Pictures | None = None,
-    cache: Cache | None = None,
-    recompress: Recompress | None = None,
     mesh: Mesh | None = None,
+    **options: Any,
 ) -> Iterator[Step]:
-    """`generate`, a few tokens at a time: the same arguments, the same tokens."""
+    """`generate`, a few tokens at a time: the same keywords (but `return_cache`), the same tokens.
+
+    Raises:
+      ValueError: as `generate`, at once and not with the first step.
+      TypeError: a keyword that `generate` does not have.
+    """
     model = place(model, mesh)
-    request = Request.make(
-        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache, recompress, images,
-    )  # fmt: skip
+    request = Request.make(model, prompts, config, Options(**options))
     return (step for step, _ in _steps(model, request, CHUNK))
 
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Int, Key
 
@@ -18,8 +20,8 @@ from kvjax.config import CompressionConfig, Recompress, check_config, check_repe
 from kvjax.generation.decode import Rules
 from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
-from kvjax.inputs.multimodal import read
-from kvjax.inputs.prompts import Row, bucket, check_context, eos_tokens, pad
+from kvjax.inputs.multimodal import Pictures, read
+from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
 from kvjax.model_interface import Images
 from kvjax.precision import always_32_bits
 from kvjax.sharding import mesh_of, put_on_mesh
@@ -31,6 +33,45 @@ TAIL = 256
 BLOCK = 128
 # Tokens of the prompt beside which an answer is decoded.
 CONTEXT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The keywords of a call, as `kvjax.generate` documents them; the same for all that answer.
+
+    Raises:
+      ValueError: a keyword that cannot be, alone or beside another.
+    """
+
+    max_new_tokens: int
+    tokenizer: Any = None
+    sampling: Sampling | None = None
+    seed: int | Sequence[int] = 0
+    eos_ids: Ends | None = None
+    stop: str | Sequence[str] = ()
+    chat: bool = False
+    attention_mask: np.ndarray | None = None
+    images: Pictures | None = None
+    cache: Cache | None = None
+    recompress: Recompress | None = None
+
+    def __post_init__(self):
+        new, stop = self.max_new_tokens, self.stops
+        if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+            raise ValueError(f"max_new_tokens={new!r}, expected an integer of at least 1")
+        if any(not text for text in stop):
+            raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
+        if stop and self.tokenizer is None:
+            raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
+        if self.chat and self.cache is not None:
+            raise ValueError("chat=True begins a conversation, expected no cache beside it")
+        if self.images is not None and self.cache is not None:
+            raise ValueError("images beside a cache are not read, expected them in its prompt")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, however many."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -54,28 +95,23 @@ class Request(struct.PyTreeNode):
     @classmethod
     @always_32_bits
     def make(
-        cls, model, prompts, config, new_tokens, tokenizer, sampling, seed, eos_ids, stop, chat,
-        attention_mask, cache, recompress=None, images=None,
-    ):  # fmt: skip
-        if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
-            raise ValueError(f"max_new_tokens={new_tokens!r}, expected an integer of at least 1")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if any(not text for text in stop):
-            raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
-        if stop and tokenizer is None:
-            raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
-        if chat and cache is not None:
-            raise ValueError("chat=True begins a conversation, expected no cache beside it")
-        if images is not None and cache is not None:
-            raise ValueError("images beside a cache are not read, expected them in its prompt")
+        cls, model: Any, prompts: Prompts, config: CompressionConfig, options: Options
+    ) -> "Request":
+        """Check a call and turn it into arrays, on the mesh that the model lies on.
+
+        Raises:
+          ValueError: a wrong argument, named with its value and what was expected.
+        """
         check_config(config)
+        cache, recompress, new_tokens = options.cache, options.recompress, options.max_new_tokens
+        tokenizer, shape = options.tokenizer, model.config
         inputs = read(
-            model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask, chat=chat,
-            special=cache is None,
+            model, prompts, options.images, tokenizer=tokenizer, chat=options.chat,
+            attention_mask=options.attention_mask, special=cache is None,
         )  # fmt: skip
         rows = inputs.rows
         tokens, lengths = pad(rows)
-        config = instructed(config, tokenizer, model.config.vocab_size)
+        config = instructed(config, tokenizer, shape.vocab_size)
         slots = new_tokens
         if recompress is not None:
             _check_recompress(recompress, config, cache)
@@ -90,21 +126,29 @@ class Request(struct.PyTreeNode):
             slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])
             cache = with_tail(cache, slots)
         if recompress is not None:
-            _check_held(recompress, model.config, config, tokens.shape[1], lengths, cache)
-        sampling = sampling or Sampling()
-        eos = eos_tokens(eos_ids, model.config.eos_token_ids, model.config.vocab_size)
+            _check_held(recompress, shape, config, tokens.shape[1], lengths, cache)
+        sampling = options.sampling or Sampling()
+        eos = eos_tokens(options.eos_ids, shape.eos_token_ids, shape.vocab_size)
         rules = Rules(
             values=sampling.values,
             eos=jnp.array([*eos, -1], jnp.int32),
             switches=sampling.switches,
         )
         request = cls(
-            tokens=jnp.asarray(tokens), lengths=jnp.asarray(lengths), key=row_keys(seed, len(rows)),
-            rules=rules, cache=cache, config=config, new_tokens=new_tokens,
-            tail_slots=bucket(slots) if cache is None else slots, tokenizer=tokenizer, stop=stop,
-            contexts=tuple(tuple(row[-CONTEXT:]) for row in rows), recompress=recompress,
+            tokens=jnp.asarray(tokens),
+            lengths=jnp.asarray(lengths),
+            key=row_keys(options.seed, len(rows)),
+            rules=rules,
+            cache=cache,
             images=inputs.images(tokens),
-        )  # fmt: skip
+            config=config,
+            new_tokens=new_tokens,
+            tail_slots=bucket(slots) if cache is None else slots,
+            tokenizer=tokenizer,
+            stop=options.stops,
+            contexts=tuple(tuple(row[-CONTEXT:]) for row in rows),
+            recompress=recompress,
+        )
         return put_on_mesh(request, mesh_of(model))
 
 

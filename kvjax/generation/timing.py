@@ -1,22 +1,19 @@
 """timed_generate(): `generate` with its phases compiled and timed apart."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from kvjax.compression.compress import compress, probe_request
-from kvjax.config import CompressionConfig, Recompress
+from kvjax.config import CompressionConfig
 from kvjax.generation import decode, prefill
 from kvjax.generation.generate import Generation, as_generation
 from kvjax.generation.programs import Program
-from kvjax.generation.request import FULL, Request
-from kvjax.generation.sampling import Sampling
-from kvjax.inputs.multimodal import Pictures
-from kvjax.inputs.prompts import Ends, Prompts
+from kvjax.generation.request import FULL, Options, Request
+from kvjax.inputs.prompts import Prompts
 from kvjax.model_interface import encode_images
 
 
@@ -35,26 +32,22 @@ def timed_generate(
     model: Any,
     prompts: Prompts,
     config: CompressionConfig = FULL,
-    *,
-    max_new_tokens: int,
-    tokenizer: Any = None,
-    sampling: Sampling | None = None,
-    seed: int | Sequence[int] = 0,
-    eos_ids: Ends | None = None,
-    chat: bool = False,
-    attention_mask: np.ndarray | None = None,
-    images: Pictures | None = None,
-    recompress: Recompress | None = None,
+    **options: Any,
 ) -> tuple[Generation, Timings]:
-    """`generate` with its phases compiled and timed apart; arguments as there.
+    """`generate` with its phases compiled and timed apart; keywords as there.
 
     Every layer's keys and values are alive between prefill and compression, which the one
     program avoids. Each call compiles anew, which is not in the phases' seconds.
+
+    Raises:
+      ValueError: as `generate`.
+      TypeError: `stop`, `cache`, `return_cache`, `mesh`, or a keyword that `generate` lacks.
     """
-    request = Request.make(
-        model, prompts, config, max_new_tokens, tokenizer, sampling, seed, eos_ids, (), chat,
-        attention_mask, None, recompress, images,
-    )  # fmt: skip
+    for name in ("stop", "cache"):
+        if name in options:
+            raise TypeError(f"timed_generate() got {name}=, which it does not take")
+    request = Request.make(model, prompts, config, Options(**options))
+    recompress = request.recompress
     phases, config = Phases(), request.config
     observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
     prompt = request.tokens, request.lengths

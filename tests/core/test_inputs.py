@@ -1,6 +1,8 @@
 """Arguments and files as users hand them over: what works, and what is refused in one sentence."""
 
 import codecs
+import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from kvjax import CompressionConfig, ConfigError
 from kvjax.calibrate import calibrate, read_profile
 from kvjax.cli.files import read_documents, read_prompts, read_samples, read_text
 from kvjax.eval.settings import load_eval_settings
+from kvjax.generation.request import Options
 from kvjax.inputs.image_processor import ClipImages, load_image_config
 from kvjax.inputs.tokenizer import load_tokenizer
 from kvjax.models.checkpoints.orbax import CONFIG, load_orbax_config, save_orbax
@@ -44,6 +47,28 @@ def test_a_methods_name_is_no_config(model, config):
     for call in calls:
         with pytest.raises(ConfigError, match=message):
             call()
+
+
+def test_every_call_takes_the_keywords_of_generate(model):
+    """The same names and defaults; what is none of them is refused, not passed over."""
+    keywords = inspect.signature(kvjax.generate).parameters
+    for field in dataclasses.fields(Options):
+        default = keywords[field.name].default
+        assert field.default == default or {field.default, default} == {
+            dataclasses.MISSING,
+            inspect.Parameter.empty,
+        }
+    own = {"model", "prompts", "config", "return_cache", "mesh"}
+    assert {field.name for field in dataclasses.fields(Options)} == set(keywords) - own
+
+    call = {"model": model, "prompts": [5, 6], "max_new_tokens": 1}
+    for wrong in ({"max_tokens": 3}, {"return_cache": True}):
+        for function in (kvjax.stream, kvjax.timed_generate):
+            with pytest.raises(TypeError, match=next(iter(wrong))):
+                function(**call, **wrong)
+    for wrong in ({"stop": "x"}, {"cache": None}, {"mesh": None}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            kvjax.timed_generate(**call, **wrong)
 
 
 def test_pools_have_peers_spelling():

@@ -29,7 +29,7 @@ from oracle import Oracle, Row
 import kvjax
 from kvjax import CompressionConfig, Recompress
 from kvjax.generation.generate import _steps
-from kvjax.generation.request import FULL, Request
+from kvjax.generation.request import FULL, Options, Request
 from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
@@ -149,9 +149,8 @@ class Machine(RuleBasedStateMachine):
         What is evicted between two steps is read from the cache of the second. The rows have then
         seen all but the last token.
         """
-        request = Request.make(
-            self.model, questions, FULL, NEW, None, None, 0, eos, (), False, None, life.cache, by
-        )
+        options = Options(max_new_tokens=NEW, eos_ids=eos, cache=life.cache, recompress=by)
+        request = Request.make(self.model, questions, FULL, options)
         found = [[seen.feed(mine)[-1:]] for seen, mine in zip(rows, questions, strict=True)]
         start = [seen.seen for seen in rows]
         for step, (_, state) in enumerate(_steps(self.model, request, NEW)):

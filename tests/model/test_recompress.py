@@ -10,7 +10,7 @@ from flax import nnx
 import kvjax
 from kvjax import CompressionConfig, Recompress
 from kvjax.generation.programs import generate_program
-from kvjax.generation.request import Request
+from kvjax.generation.request import Options, Request
 from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
@@ -89,9 +89,8 @@ def test_a_budget_of_what_is_kept_is_enough(model, prompts, config, kept):
 
     def request(budget, prompts=rows, cache=None):
         rule = Recompress(every=EVERY, budget=budget)
-        return Request.make(
-            model, prompts, config, NEW, None, None, 0, (), (), False, None, cache, rule
-        )
+        options = Options(max_new_tokens=NEW, cache=cache, recompress=rule)
+        return Request.make(model, prompts, config, options)
 
     assert request(kept).tokens.shape == (2, 64)
     expected = f"recompress.budget={kept - 1}, expected at least the {kept} entries a head"
@@ -199,9 +198,8 @@ def test_two_thousand_tokens_at_a_budget_of_256(long_model):
     assert short.cache_bytes == short.cache.nbytes == 2 * 2 * 256 * 2 * 8 * 4
     assert len(short.tokens[0]) == 2000
     assert int(pool.positions.max()) > 2400
-    request = Request.make(
-        long_model, prompt, config, 2000, None, None, 0, (), (), False, None, None, rule
-    )  # fmt: skip
+    options = Options(max_new_tokens=2000, recompress=rule)
+    request = Request.make(long_model, prompt, config, options)
     arrays = request.tokens, request.lengths, request.key, request.rules
     program = generate_program.lower(
         long_model, *arrays, config=request.config, new_tokens=2000,

@@ -13,7 +13,7 @@ from kvjax.cache.state import with_room
 from kvjax.cache.tail import compact, empty_tail
 from kvjax.generation import decode
 from kvjax.generation.programs import ask_program, flat, whole
-from kvjax.generation.request import BLOCK, Request, doubled
+from kvjax.generation.request import BLOCK, Options, Request, doubled
 from kvjax.generation.sampling import row_keys
 from kvjax.models.checkpoints.weights import load_decoder
 
@@ -201,7 +201,7 @@ def test_a_tail_has_room_for_the_turns_before_it(model, prompts):
     """250 slots are taken: 12 tokens of an answer and 16 slots of a question need a wider tail."""
     cache = with_room(kvjax.compress_prompt(model, prompts, ADA), 384)
     cache = cache.replace(tail=cache.tail.replace(cursor=jnp.int32(250)))
-    request = Request.make(model, QUESTION, ADA, NEW, None, None, 0, (), (), False, None, cache)
+    request = Request.make(model, QUESTION, ADA, Options(max_new_tokens=NEW, cache=cache))
     assert request.tail_slots == request.cache.tail.positions.shape[1] == 512
 
 
