@@ -4,12 +4,10 @@ import dataclasses
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn
 
-from kvjax.methods import METHODS, SCORERS, HeadAllocator, LayerAllocator, Recent, Scorer
-
-# Scorers that look at the prompt's last queries.
-WINDOWED = frozenset(name for name, needs in SCORERS.items() if needs.question)
+from kvjax.compression import allocators, scorers
+from kvjax.methods import METHODS, Settings
 
 
 class ConfigError(ValueError):
@@ -17,7 +15,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressionConfig:
+class CompressionConfig(Settings):
     """A method with its numbers. Hashable, so that it can be a static argument of `jax.jit`.
 
     Attributes:
@@ -57,32 +55,6 @@ class CompressionConfig:
       ConfigError: a value outside its range.
     """
 
-    method: str = "custom"
-    budget: int | float | None = None
-    scorer: Scorer = "window"
-    layers: LayerAllocator = "uniform"
-    heads: HeadAllocator = "uniform"
-    sinks: int = 0
-    recent: Recent = "window"
-    keep_ratio: bool = False
-    output_aware: bool = False
-    chunk: int = 1
-    epsilon: float = 0.0
-    window: int | None = None
-    reduce: Literal["mean", "sum"] = "mean"
-    pooling: Literal["max", "average", "avg", "none"] = "max"
-    kernel: int = 7
-    group: Literal["mean", "max"] = "mean"
-    floor: float = 0.2
-    head_cap: int | None = None
-    beta: int = 20
-    profile: tuple[float, ...] | None = None
-    future: int = 512
-    repeat: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    repeat_chunk: int = 2048
-    layout: Literal["padded", "packed"] | None = None
-    quantize: Literal["int8"] | None = None
-
     @classmethod
     def named(cls, name: str, budget: int | float | None = None, **settings: Any):
         """The named method (`kvjax.methods.METHODS`) with a budget and any other settings."""
@@ -102,10 +74,11 @@ class CompressionConfig:
             object.__setattr__(self, "pooling", "average")
         if self.repeat is not None:
             object.__setattr__(self, "repeat", _instructions(self))
+        by_head = [name for name, row in allocators.LAYERS.items() if row.by_head]
         choices = {
-            "scorer": get_args(Scorer),
-            "layers": get_args(LayerAllocator),
-            "heads": get_args(HeadAllocator),
+            "scorer": scorers.SCORERS,
+            "layers": allocators.LAYERS,
+            "heads": (*allocators.HEADS, *by_head),
             "reduce": ("mean", "sum"),
             "pooling": ("max", "average", "none"),
             "group": ("mean", "max"),
@@ -121,7 +94,7 @@ class CompressionConfig:
         for name, smallest in least.items():
             if not _whole(getattr(self, name), smallest):
                 _fail(self, name, f"an integer of at least {smallest}")
-        for both in ("global", "joint"):
+        for both in by_head:
             if (self.layers == both) != (self.heads == both):
                 _fail(self, "heads", f"{both!r} exactly where layers={both!r}")
         if self.kernel % 2 == 0:
@@ -177,16 +150,14 @@ class CompressionConfig:
         return self.scorer != "none" and not whole
 
     @property
-    def fraction(self) -> float:
-        """The budget as a fraction of the prompt; a profile's own where no budget is given."""
-        if self.budget is None:
-            return sum(self.profile) / len(self.profile) if self.profile else 1.0
-        return float(self.budget)
+    def default_window(self) -> int:
+        """The scorer's observation window, where `window` is None and the budget allows it."""
+        return scorers.SCORERS[self.scorer].window
 
     @property
     def uses_window(self) -> bool:
         """Whether an observation window is scored from, or always kept."""
-        return self.scorer in WINDOWED or self.recent == "window"
+        return scorers.SCORERS[self.scorer].question or self.recent == "window"
 
     def keeps_all(self, bucket: int) -> bool:
         """Whether nothing could be evicted of a prompt of this bucket, so that none is scored."""

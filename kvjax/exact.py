@@ -208,3 +208,49 @@ def spread(
     spare = (budget - total(sizes))[..., None]
     can_grow = sizes_at(level + 1) > sizes
     return sizes + (can_grow & (jnp.cumsum(can_grow, axis=-1, dtype=jnp.int32) <= spare))
+
+
+def shortest_prefixes(
+    scores: Float[Array, " B *X S"],
+    eligible: Bool[Array, " B *X S"],
+    room: Int[Array, " B *X"],
+    least: Int[Array, " B *X"],
+    budget: Int[Array, " B"],
+) -> Int[Array, " B *X"]:
+    """Entries of each curve `[B, *X]` below the highest threshold of mass that the budget allows.
+
+    A curve keeps at most `room` and at least `least` (<= room) entries; the counts sum to
+    min(budget, room).
+    """
+    curves, axes = scores.shape[1:-1], scores.ndim - 1
+    flat = (scores.shape[0], -1)
+    ranked = -jnp.sort(-jnp.where(eligible & (scores > 0), scores, 0.0), axis=-1)  # NaN is 0
+    mass = jnp.cumsum(ranked, axis=-1)
+    whole = jnp.where(mass[..., -1:] > 0, mass[..., -1:], 1.0)
+    before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1) / whole
+    before = jnp.where(mass[..., -1:] > 0, before, 1.0)  # without any mass, last of all
+    rank = jnp.arange(scores.shape[-1])
+    before = jnp.where(rank < least[..., None], 0.0, before)
+    usable = rank < room[..., None]
+
+    # Smallest keys first: rank by the complement of the bit pattern.
+    keys = jnp.where(usable, ~lax.bitcast_convert_type(before, jnp.uint32), jnp.uint32(0))
+    budget = jnp.minimum(budget, total(room.reshape(flat)))
+    threshold = jnp.expand_dims(kth_largest(keys, budget, axes), tuple(range(-axes, 0)))
+    above = (keys > threshold).sum(-1, dtype=jnp.int32)
+    tied = ((keys == threshold) & usable).sum(-1, dtype=jnp.int32)
+    last = scores.shape[-1] - 1
+    next_rank = jnp.minimum(above, last)[..., None]
+    next_token = jnp.take_along_axis(ranked / whole, next_rank, axis=-1)[..., 0]
+    above, tied, next_token = (x.reshape(flat) for x in (above, tied, next_token))
+    spare = budget - above.sum(-1, dtype=jnp.int32)
+    return (above + _in_order(tied, next_token, spare)).reshape(-1, *curves)
+
+
+def _in_order(
+    available: Int[Array, "B L"], priority: Float[Array, "B L"], amount: Int[Array, " B"]
+) -> Int[Array, "B L"]:
+    """Give `amount` away, each layer in falling priority taking all that it can."""
+    order = jnp.argsort(-priority, axis=-1, stable=True)
+    given = give_in_turn(jnp.take_along_axis(available, order, axis=-1), amount)
+    return jnp.take_along_axis(given, jnp.argsort(order, axis=-1), axis=-1)

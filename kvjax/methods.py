@@ -5,57 +5,53 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Scorer = Literal[
-    "none",
-    "window",
-    "l2-window",
-    "tova",
-    "accumulated",
-    "expected-attention",
-    "kvzip",
-    "key-norm",
-    "key-diff",
-    "positional",
-    "random",
-]
-LayerAllocator = Literal["uniform", "pyramid", "prefix", "global", "joint"]
-HeadAllocator = Literal["uniform", "ada", "shared", "global", "joint"]
 Recent = Literal["window", "half"] | int
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a scorer reads, and what that costs.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The fields of `kvjax.config.CompressionConfig`, which documents and checks them.
 
-    Attributes:
-      reads: in words.
-      question: whether it scores by the prompt's last queries, so that a question which comes
-        after compression is not provided for.
-      all_queries: whether it reads every query of the prompt, not only the last ones.
-      passes: cost of prefill with scoring, in prefills.
+    They stand below it because scorers and allocators read them, and it knows those by name.
     """
 
-    reads: str
-    question: bool = False
-    all_queries: bool = False
-    passes: str = "1"
+    method: str = "custom"
+    budget: int | float | None = None
+    scorer: str = "window"
+    layers: str = "uniform"
+    heads: str = "uniform"
+    sinks: int = 0
+    recent: Recent = "window"
+    keep_ratio: bool = False
+    output_aware: bool = False
+    chunk: int = 1
+    epsilon: float = 0.0
+    window: int | None = None
+    reduce: Literal["mean", "sum"] = "mean"
+    pooling: Literal["max", "average", "avg", "none"] = "max"
+    kernel: int = 7
+    group: Literal["mean", "max"] = "mean"
+    floor: float = 0.2
+    head_cap: int | None = None
+    beta: int = 20
+    profile: tuple[float, ...] | None = None
+    future: int = 512
+    repeat: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    repeat_chunk: int = 2048
+    layout: Literal["padded", "packed"] | None = None
+    quantize: Literal["int8"] | None = None
 
+    @property
+    def fraction(self) -> float:
+        """The budget as a fraction of the prompt; a profile's own where no budget is given."""
+        if self.budget is None:
+            return sum(self.profile) / len(self.profile) if self.profile else 1.0
+        return float(self.budget)
 
-SCORERS: Mapping[str, Needs] = MappingProxyType(
-    {
-        "none": Needs("nothing"),
-        "window": Needs("last W queries", question=True),
-        "l2-window": Needs("last W queries", question=True),
-        "tova": Needs("last query", question=True),
-        "accumulated": Needs("all queries", all_queries=True, passes="1.3"),
-        "expected-attention": Needs("mean and covariance of all queries", all_queries=True),
-        "kvzip": Needs("a repetition of the prompt", all_queries=True, passes="2 to 3"),
-        "key-norm": Needs("keys"),
-        "key-diff": Needs("keys"),
-        "positional": Needs("nothing"),
-        "random": Needs("nothing"),
-    }
-)
+    @property
+    def default_window(self) -> int:
+        """The scorer's observation window; only a CompressionConfig knows scorers."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +73,9 @@ class Method:
       paper: the source.
     """
 
-    scorer: Scorer
-    layers: LayerAllocator = "uniform"
-    heads: HeadAllocator = "uniform"
+    scorer: str
+    layers: str = "uniform"
+    heads: str = "uniform"
     sinks: int = 0
     recent: Recent = "window"
     keep_ratio: bool = False
@@ -87,11 +83,6 @@ class Method:
     chunk: int = 1
     epsilon: float = 0.0
     paper: str
-
-    @property
-    def needs(self) -> Needs:
-        """What its scorer reads and costs."""
-        return SCORERS[self.scorer]
 
 
 _SNAPKV = "SnapKV, Li et al. 2024 (arXiv 2404.14469)"

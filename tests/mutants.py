@@ -75,14 +75,14 @@ MUTANTS = (
     # ------------------------------------------------------------------------ allocators
     Mutant(
         "allocators: one entry too few of those that tie",
-        "kvjax/compression/allocators.py",
+        "kvjax/exact.py",
         "return above | (tied & (rank_among_tied <= spare))",
         "return above | (tied & (rank_among_tied < spare))",
         ("test_budgets.py",),
     ),
     Mutant(
         "allocators: spread forgets the least that a head keeps",
-        "kvjax/compression/allocators.py",
+        "kvjax/exact.py",
         "return jnp.maximum(jnp.minimum(raised, caps), least)",
         "return jnp.minimum(raised, caps)",
         ("test_budgets.py",),

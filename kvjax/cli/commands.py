@@ -21,6 +21,7 @@ from kvjax.cli.files import (
 )
 from kvjax.cli.settings import announce, compression, recompression, resolved, sampling
 from kvjax.compression.capacity import slot_bytes
+from kvjax.compression.scorers import SCORERS
 from kvjax.config import CompressionConfig
 from kvjax.generation.request import check_rows
 from kvjax.inputs.images import load_image
@@ -36,7 +37,7 @@ def methods(arguments: argparse.Namespace) -> None:
     if arguments.json:
         table = {
             name: dataclasses.asdict(method)
-            | {"always_kept": _always_kept(method), "needs": dataclasses.asdict(method.needs)}
+            | {"always_kept": _always_kept(method), "needs": _needs(method)}
             for name, method in METHODS.items()
         }
         print(json.dumps(table))
@@ -55,12 +56,19 @@ _HEADS = (
 
 def _row(name: str, method: Method) -> tuple[str, ...]:
     """What the table says of a method."""
-    needs, always = method.needs, _always_kept(method)
-    question = "must be seen" if needs.question else "may come later"
+    scorer, always = SCORERS[method.scorer], _always_kept(method)
+    question = "must be seen" if scorer.question else "may come later"
     return (
-        name, method.scorer, method.layers, method.heads, always, needs.reads, question,
-        needs.passes, method.paper,
+        name, method.scorer, method.layers, method.heads, always, scorer.words, question,
+        scorer.passes, method.paper,
     )  # fmt: skip
+
+
+def _needs(method: Method) -> dict[str, Any]:
+    """What its scorer reads and costs."""
+    scorer = SCORERS[method.scorer]
+    facts = {name: getattr(scorer, name) for name in ("question", "all_queries", "passes")}
+    return {"reads": scorer.words} | facts
 
 
 def _always_kept(method: Method) -> str:

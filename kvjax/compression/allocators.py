@@ -1,33 +1,40 @@
-"""Who keeps how many: allocators as pure array operations, every sum exact.
+"""Who keeps how many: allocators as pure array operations, every sum exact, and their bounds.
 
 Layer allocators divide a row's budget among its layers, head allocators a layer's among its
 heads. All of them are jitted, batched over leading axes, and work by counting: a threshold is
 found by bisection on the bit pattern of the scores, so nothing is sorted but PrefixKV's curves.
+An allocator is a record in LAYERS or HEADS: its sizes, and how many slots they can come to need.
 
 B batch, L layers, K KV heads, S cached tokens. Sizes and budgets are int32 entries per KV head.
 Budgets of all layers and heads together are below 2**31, for a slot is an int32 index; entries that
 are only counted may be more (`kvjax.exact`).
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.compression import slot_bounds
+from kvjax.compression.row_budgets import Rows, eligible, protected
+from kvjax.compression.slot_bounds import Bound, Bucket
 from kvjax.exact import (
     MILLION,
     THOUSAND,
     count_top,
     divided_product,
     floor_of_product,
-    give_in_turn,
-    kth_largest,
     largest_remainder,
     ranking_keys,
     select_largest,
     select_top,
+    shortest_prefixes,
     spread,
-    total,
 )
+from kvjax.methods import Settings
 
 
 # ---------------------------------------------------------------------------- layers
@@ -130,47 +137,7 @@ def prefix_layers(
     """
     room = eligible.sum(-1, dtype=jnp.int32) - protected
     budget = scores.shape[1] * base - protected.sum(-1, dtype=jnp.int32)
-    return protected + _shortest_prefixes(scores, eligible, room, jnp.zeros_like(room), budget)
-
-
-def _shortest_prefixes(scores, eligible, room, least, budget):
-    """Entries of each curve `[B, *X]` below the highest threshold of mass that the budget allows.
-
-    A curve keeps at most `room` and at least `least` (<= room) entries; the counts sum to
-    min(budget, room).
-    """
-    curves, axes = scores.shape[1:-1], scores.ndim - 1
-    flat = (scores.shape[0], -1)
-    ranked = -jnp.sort(-jnp.where(eligible & (scores > 0), scores, 0.0), axis=-1)  # NaN is 0
-    mass = jnp.cumsum(ranked, axis=-1)
-    whole = jnp.where(mass[..., -1:] > 0, mass[..., -1:], 1.0)
-    before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1) / whole
-    before = jnp.where(mass[..., -1:] > 0, before, 1.0)  # without any mass, last of all
-    rank = jnp.arange(scores.shape[-1])
-    before = jnp.where(rank < least[..., None], 0.0, before)
-    usable = rank < room[..., None]
-
-    # Smallest keys first: rank by the complement of the bit pattern.
-    keys = jnp.where(usable, ~lax.bitcast_convert_type(before, jnp.uint32), jnp.uint32(0))
-    budget = jnp.minimum(budget, total(room.reshape(flat)))
-    threshold = jnp.expand_dims(kth_largest(keys, budget, axes), tuple(range(-axes, 0)))
-    above = (keys > threshold).sum(-1, dtype=jnp.int32)
-    tied = ((keys == threshold) & usable).sum(-1, dtype=jnp.int32)
-    last = scores.shape[-1] - 1
-    next_rank = jnp.minimum(above, last)[..., None]
-    next_token = jnp.take_along_axis(ranked / whole, next_rank, axis=-1)[..., 0]
-    above, tied, next_token = (x.reshape(flat) for x in (above, tied, next_token))
-    spare = budget - above.sum(-1, dtype=jnp.int32)
-    return (above + _in_order(tied, next_token, spare)).reshape(-1, *curves)
-
-
-def _in_order(
-    available: Int[Array, "B L"], priority: Float[Array, "B L"], amount: Int[Array, " B"]
-) -> Int[Array, "B L"]:
-    """Give `amount` away, each layer in falling priority taking all that it can."""
-    order = jnp.argsort(-priority, axis=-1, stable=True)
-    given = give_in_turn(jnp.take_along_axis(available, order, axis=-1), amount)
-    return jnp.take_along_axis(given, jnp.argsort(order, axis=-1), axis=-1)
+    return protected + shortest_prefixes(scores, eligible, room, jnp.zeros_like(room), budget)
 
 
 # ---------------------------------------------------------------------------- heads
@@ -281,4 +248,176 @@ def joint_heads(
     room = eligible.sum(-1, dtype=jnp.int32)
     least = floor_of_product(base, round(floor * THOUSAND), THOUSAND)
     least = jnp.minimum(least[:, None, None], room)
-    return _shortest_prefixes(scores, eligible, room, least, budget)
+    return shortest_prefixes(scores, eligible, room, least, budget)
+
+
+# ---------------------------------------------------------------------------- layer allocators
+class LayerInput(NamedTuple):
+    """A prompt's layers, as a layer allocator sees them.
+
+    Attributes:
+      config: the settings.
+      rows: each row's budget.
+      tokens: the bucket.
+      windows: each layer's sliding window, or None.
+      scores: `[B, K, T]` importances of each layer, where the allocator reads them.
+    """
+
+    config: Settings
+    rows: Rows
+    tokens: int
+    windows: tuple[int | None, ...]
+    scores: Sequence[Float[Array, "B K T"]] = ()
+
+    def masks(self, select: Callable) -> Bool[Array, "B L T"]:
+        """`eligible` or `protected` of every layer."""
+        masks = [select(self.rows, self.tokens, window) for window in self.windows]
+        return jnp.stack(masks, axis=1)
+
+    def counts(self, select: Callable) -> Int[Array, "B L"]:
+        """How many entries these are."""
+        return self.masks(select).sum(-1, dtype=jnp.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAllocator:
+    """How a row's budget is divided among its layers: a row of LAYERS.
+
+    Attributes:
+      sizes: entries per head of each layer `[B, L]`, or where it is `by_head` of each layer and
+        head `[B, L, K]`, always-kept ones included.
+      bound: the slots that these sizes can come to need.
+      scored: whether sizes depend on scores, so that no layer can be packed before the last.
+      by_head: whether it gives every head its size, and so stands for the head allocator too.
+      even: whether all layers get the same, as far as they can hold it.
+    """
+
+    sizes: Callable[[LayerInput], Int[Array, " B L *K"]]
+    bound: Callable[[Bucket], Bound]
+    scored: bool = False
+    by_head: bool = False
+    even: bool = False
+
+
+def _uniform(layers: LayerInput) -> Int[Array, "B L"]:
+    return uniform_layers(layers.rows.base, layers.counts(eligible))
+
+
+def _pyramid(layers: LayerInput) -> Int[Array, "B L"]:
+    rows, caps_BL = layers.rows, layers.counts(eligible)
+    held_B, open_BL = rows.sinks + rows.recent, caps_BL - layers.counts(protected)
+    ramp_BL = pyramid_layers(rows.base - held_B, open_BL, layers.config.beta)
+    return spread(held_B[:, None] + ramp_BL, caps_BL, len(layers.windows) * rows.base)
+
+
+def _profile(layers: LayerInput) -> Int[Array, "B L"]:
+    config, rows = layers.config, layers.rows
+    base = None if config.budget is None else rows.base
+    retained, held_BL = jnp.array(config.profile, jnp.float32), layers.counts(protected)
+    return profile_layers(retained, base, layers.counts(eligible), held_BL, rows.lengths)
+
+
+def _prefix(layers: LayerInput) -> Int[Array, "B L"]:
+    means_BLT = jnp.stack([scores.mean(1) for scores in layers.scores], axis=1)
+    held_BL = layers.counts(protected)
+    return prefix_layers(means_BLT, layers.masks(eligible), held_BL, layers.rows.base)
+
+
+def _over_heads(layers: LayerInput, divide: Callable) -> Int[Array, "B L K"]:
+    """Sizes from `divide`, of all scores, what is open, and the budget beside what is held."""
+    scores_BLKT, held_BL = jnp.stack(layers.scores, axis=1), layers.counts(protected)
+    open_BLT = layers.masks(eligible) & ~layers.masks(protected)
+    open_BLKT = jnp.broadcast_to(open_BLT[:, :, None], scores_BLKT.shape)
+    held_B, all_B = held_BL.sum(1), len(layers.windows) * layers.rows.base
+    budget_B = scores_BLKT.shape[2] * jnp.maximum(all_B - held_B, 0)
+    return held_BL[..., None] + divide(scores_BLKT, open_BLKT, budget_B)
+
+
+def _joint(layers: LayerInput) -> Int[Array, "B L K"]:
+    def divide(scores, can, budget_B):
+        base_B = budget_B // (scores.shape[1] * scores.shape[2])
+        return joint_heads(scores, can, base_B, budget_B, floor=layers.config.floor)
+
+    return _over_heads(layers, divide)
+
+
+def _scored(sizes: Callable, by_head: bool = False) -> LayerAllocator:
+    bound = slot_bounds.any_layer
+    return LayerAllocator(sizes=sizes, bound=bound, scored=True, by_head=by_head)
+
+
+LAYERS: Mapping[str, LayerAllocator] = MappingProxyType(
+    {
+        "uniform": LayerAllocator(sizes=_uniform, bound=slot_bounds.even_layers, even=True),
+        "pyramid": LayerAllocator(sizes=_pyramid, bound=slot_bounds.pyramid),
+        "prefix": _scored(_prefix),
+        "global": _scored(lambda layers: _over_heads(layers, global_heads), by_head=True),
+        "joint": _scored(_joint, by_head=True),
+    }
+)
+PROFILE = LayerAllocator(sizes=_profile, bound=slot_bounds.profile)
+
+
+def layer_allocator(config: Settings) -> LayerAllocator:
+    """The row of LAYERS, or what takes sizes from a stored profile."""
+    return LAYERS[config.layers] if config.profile is None else PROFILE
+
+
+# ---------------------------------------------------------------------------- head allocators
+class HeadInput(NamedTuple):
+    """One layer, as a head allocator sees it.
+
+    Attributes:
+      config: the settings.
+      scores: importances; of one head for all where they are `shared`.
+      can: which entries are selectable.
+      size: selectable entries per head, on average over the heads.
+      held: always-kept entries of each head, on top of these.
+    """
+
+    config: Settings
+    scores: Float[Array, " B #K T"]
+    can: Bool[Array, " B #K T"]
+    size: Int[Array, " B"]
+    held: Int[Array, " B"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadAllocator:
+    """How a layer's entries are divided among its heads: a row of HEADS.
+
+    Attributes:
+      sizes: selectable entries of each head `[B, K]`.
+      bound: most entries of one head, from the layer's most a head and the number of KV heads.
+      even: whether all heads get the same.
+      shared: whether all heads keep the same tokens, chosen by the mean of their scores.
+    """
+
+    sizes: Callable[[HeadInput], Int[Array, " B #K"]]
+    bound: Callable[[Settings, int, int], int]
+    even: bool = False
+    shared: bool = False
+
+
+def _alike(heads: HeadInput) -> Int[Array, " B #K"]:
+    return jnp.broadcast_to(heads.size[:, None], heads.scores.shape[:2])
+
+
+def _ada(heads: HeadInput) -> Int[Array, "B K"]:
+    config = heads.config
+    cap_B = None if config.head_cap is None else config.head_cap - heads.held
+    return ada_heads(heads.scores, heads.can, heads.size, floor=config.floor, cap=cap_B)
+
+
+HEADS: Mapping[str, HeadAllocator] = MappingProxyType(
+    {
+        "uniform": HeadAllocator(sizes=_alike, bound=slot_bounds.even_heads, even=True),
+        "ada": HeadAllocator(sizes=_ada, bound=slot_bounds.ada),
+        "shared": HeadAllocator(sizes=_alike, bound=slot_bounds.even_heads, even=True, shared=True),
+    }
+)
+
+
+def head_allocator(config: Settings) -> HeadAllocator:
+    """The row of HEADS; an even one, which nobody asks, where layers give every head its size."""
+    return HEADS["uniform" if LAYERS[config.layers].by_head else config.heads]

@@ -3,10 +3,9 @@
 L layers, K KV heads. Everything here is static: what it returns becomes the shapes of a program.
 """
 
-import math
-
-from kvjax import exact
-from kvjax.compression.row_budgets import largest
+from kvjax.compression.allocators import LAYERS, head_allocator, layer_allocator
+from kvjax.compression.row_budgets import largest, visible
+from kvjax.compression.slot_bounds import Bound, Bucket
 from kvjax.config import CompressionConfig, ConfigError
 from kvjax.exact import MOST
 from kvjax.kernels.platform import platform
@@ -22,8 +21,20 @@ def packs(config: CompressionConfig) -> bool:
         return config.layout == "packed"
     if config.quantize is not None:
         return True
-    uneven = config.heads == "ada" or config.layers != "uniform"
-    return uneven or platform() != "cpu"
+    even = LAYERS[config.layers].even and head_allocator(config).even
+    return not even or platform() != "cpu"
+
+
+def check_prompt(config: CompressionConfig, tokens: int):
+    """Raise ConfigError where an explicit window leaves a prompt nothing to select."""
+    if config.window is None or not config.uses_window or config.skips(tokens):
+        return
+    base = largest(config, tokens).base
+    if base < tokens and config.window >= base:
+        raise ConfigError(
+            f"window={config.window}, expected less than the budget of {base}"
+            f" (of {tokens} prompt tokens)"
+        )
 
 
 def pool_shape(
@@ -37,12 +48,12 @@ def pool_shape(
       ConfigError: more slots than an index can count.
     """
     base = largest(config, tokens).base
-    shares = [_visible(base, tokens, window) for window in windows]
+    shares = [visible(base, tokens, window) for window in windows]
     # A layer that cannot hold its share leaves it to the others, which depends on the prompt.
-    fixed = config.layers == "uniform" and len(set(shares)) == 1
+    fixed = layer_allocator(config).even and len(set(shares)) == 1
     if not fixed:
-        room = sum(_visible(tokens, tokens, window) for window in windows)
-        shares = [min(_total(config, tokens, windows), room)]
+        room = sum(visible(tokens, tokens, window) for window in windows)
+        shares = [min(_bound(config, tokens, windows).total, room)]
     slots = _checked(config, kv_heads * sum(shares), tokens)
     if not fixed:
         return slots, None
@@ -50,20 +61,17 @@ def pool_shape(
     return slots, tuple((index * size, (index + 1) * size) for index in range(len(windows)))
 
 
-def _total(config: CompressionConfig, tokens: int, windows: tuple[int | None, ...]) -> int:
-    """Most entries a head, of all layers, of a prompt of at most `tokens` tokens."""
+def _bound(config: CompressionConfig, tokens: int, windows: tuple[int | None, ...]) -> Bound:
+    """The layer allocator's bound, never below what is always kept."""
     rows = largest(config, tokens)
-    if config.profile is None or config.budget is not None:
-        return len(windows) * rows.base
-    shares = sum(_millionths(config))
-    asked = (tokens * shares + exact.MILLION // 2) // exact.MILLION
-    # Whatever the profile says, a layer keeps what is protected.
+    bound = layer_allocator(config).bound(Bucket(config, rows, tokens, windows))
     held = rows.sinks + rows.recent
-    return max(asked, sum(_visible(held, tokens, window) for window in windows))
-
-
-def _millionths(config: CompressionConfig) -> list[int]:
-    return [round(share * exact.MILLION) for share in config.profile or ()]
+    total = max(bound.total, sum(visible(held, tokens, window) for window in windows))
+    sizes = [max(size, held) for size in bound.layers]
+    cut = any(window is not None and window <= bound.widest for window in windows)
+    if cut and (len(set(windows)) > 1 or not layer_allocator(config).even):
+        sizes = [total] * len(windows)  # what other layers cannot hold may all come here
+    return Bound([min(size, tokens) for size in sizes], bound.widest, total)
 
 
 def _checked(config: CompressionConfig, slots: int, tokens: int) -> int:
@@ -87,71 +95,21 @@ def capacity(
     The padded layout pays for what its longest head might get: exactly the budget for uniform
     sizes, more for the others.
     """
-    size = _reach(config, tokens, index, windows)
-    if config.heads in ("global", "joint"):
-        _checked(config, kv_heads * _total(config, tokens, windows), tokens)
-        size = kv_heads * size
-    elif config.heads == "ada":
-        alpha = round(config.floor * exact.THOUSAND) / exact.THOUSAND
-        top = math.ceil((1 - alpha) * kv_heads * size + alpha * size) + 1
-        size = min(top, config.head_cap or top)
-    return _visible(size, tokens, windows[index])
+    bound = _bound(config, tokens, windows)
+    if layer_allocator(config).by_head:
+        _checked(config, kv_heads * bound.total, tokens)
+        size = kv_heads * bound.layers[index]
+    else:
+        size = head_allocator(config).bound(config, bound.layers[index], kv_heads)
+    rows = largest(config, tokens)
+    return visible(max(size, rows.sinks + rows.recent), tokens, windows[index])
 
 
 def layer_capacity(
     config: CompressionConfig, tokens: int, index: int, windows: tuple[int | None, ...]
 ) -> int:
     """Entries a head, on average over its heads, that layer `index` may get of such a prompt."""
-    return _visible(_reach(config, tokens, index, windows), tokens, windows[index])
-
-
-def _visible(size: int, tokens: int, window: int | None) -> int:
-    return min(size, tokens if window is None else max(window - 1, 1))
-
-
-def _reach(
-    config: CompressionConfig, tokens: int, index: int, windows: tuple[int | None, ...]
-) -> int:
-    rows, layers = largest(config, tokens), len(windows)
-    base, held = rows.base, rows.sinks + rows.recent
-    total, most, size = _total(config, tokens, windows), base, base
-    if config.profile is not None:
-        most, size = _profile_reach(config, base, tokens, index)
-        size = max(size, held)
-    elif config.layers in ("prefix", "global", "joint"):
-        size = total
-    elif config.layers == "pyramid" and layers > 1:
-        ramp, low = base - held, (base - held) // config.beta
-        most = 2 * base
-        fallen = 2 * (ramp - low) * index // (layers - 1)
-        size = held + 1 + max(2 * ramp - low - fallen, ramp)
-    cut = any(window is not None and window <= most for window in windows)
-    if cut and len(set(windows)) + (config.layers != "uniform") > 1:
-        size = total  # what other layers cannot hold may all come here
-    return min(size, tokens)
-
-
-def _profile_reach(
-    config: CompressionConfig, base: int, tokens: int, index: int
-) -> tuple[int, int]:
-    """Most entries that a profile gives to any layer, and to layer `index`."""
-    shares = _millionths(config)
-    layers, whole = len(shares), max(sum(shares), 1)
-    if config.budget is None:
-        scaled, among = tokens, exact.MILLION
-    else:
-        scaled, among = layers * base, whole
-    size = -(-shares[index] * scaled // among)
-    if config.budget is not None:
-        # A layer that wants more than a short prompt has leaves the rest to the others. None of
-        # them is raised by more than `base`, nor above one that the profile prefers to it.
-        part = exact.MILLION
-        if not isinstance(config.budget, int):
-            part = round(config.fraction * exact.MILLION)
-        if part * layers * max(shares) > whole * exact.MILLION:
-            peers = sum(share >= shares[index] for share in shares)
-            size = min(size + base, -(-layers * base // peers))
-    return -(-max(shares) * scaled // among) + base, size + 2
+    return visible(_bound(config, tokens, windows).layers[index], tokens, windows[index])
 
 
 def held_slots(

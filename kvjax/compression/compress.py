@@ -4,6 +4,7 @@ B batch, T prompt tokens (the bucket), N query heads, K KV heads, H head dim, L 
 S slots of a layer.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import no_type_check
 
@@ -18,12 +19,13 @@ from kvjax.cache.slots import Pool, empty_pool
 from kvjax.cache.split import put_layer
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import empty_tail
-from kvjax.compression import allocators
+from kvjax.compression import scorers
+from kvjax.compression.allocators import HeadInput, LayerInput, head_allocator, layer_allocator
 from kvjax.compression.capacity import capacity, layer_capacity, packs, pool_shape
 from kvjax.compression.row_budgets import Rows, eligible, largest, make_rows, protected
-from kvjax.compression.scorers import READS, ScorerInput, output_aware, score
-from kvjax.config import WINDOWED, CompressionConfig, check_config
-from kvjax.model_interface import Probe, ProbeRequest, Repeat
+from kvjax.compression.scorers import ScorerInput, output_aware, score
+from kvjax.config import CompressionConfig, check_config
+from kvjax.model_interface import Probe, ProbeRequest
 from kvjax.precision import always_32_bits
 
 
@@ -104,7 +106,10 @@ def compress(
             raise ValueError(
                 f"probe {index} has {given} queries, expected the last {wanted.queries}"
             )
-        for name in (*READS.get(config.scorer, ()), *["output_norms"] * config.output_aware):
+        for name in (
+            *scorers.SCORERS[config.scorer].reads,
+            *["output_norms"] * config.output_aware,
+        ):
             if getattr(probe, name) is None and not config.keeps_all(tokens):
                 raise ValueError(
                     f"probe {index} has {name}=None, expected it for {config.method!r}"
@@ -135,7 +140,7 @@ def make_plan(
     rows = make_rows(config, lengths) if rows is None else rows
     sizes = None
     if not config.keeps_all(tokens) and not needs_all_layers(config):
-        sizes = _sizes_from_lengths(config, rows, tokens, windows)
+        sizes = layer_allocator(config).sizes(LayerInput(config, rows, tokens, windows))
     # A key of its own: the sampler folds other numbers into the caller's.
     key = _each(lambda one: jax.random.split(one)[0], jax.random.key(0) if key is None else key)
     return Plan(rows=rows, sizes=sizes, key=key, config=config, windows=windows, tokens=tokens)
@@ -150,40 +155,15 @@ def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
     check_config(config)
     if config.keeps_all(tokens):
         return ProbeRequest()
-    repeat = None
-    if config.scorer == "kvzip":
-        repeat = Repeat(config.repeat_chunk, config.repeat or ((), ()), config.sinks)
-    return ProbeRequest(
-        queries=max(1, largest(config, tokens).window) if config.scorer in WINDOWED else 0,
-        column_sums=config.scorer == "accumulated",
-        output_norms=config.output_aware,
-        future=config.future if config.scorer == "expected-attention" else 0,
-        skipped=config.sinks,
-        repeat=repeat,
-    )
+    scorer = scorers.SCORERS[config.scorer]
+    asked = scorer.request(config, largest(config, tokens).window)
+    norms = asked.output_norms or config.output_aware
+    return dataclasses.replace(asked, output_norms=norms, skipped=config.sinks)
 
 
 def needs_all_layers(config: CompressionConfig) -> bool:
     """Whether layer sizes depend on scores, so that no layer can be packed before the last."""
-    return config.layers in ("prefix", "global", "joint") and config.profile is None
-
-
-def _sizes_from_lengths(config, rows, tokens, windows) -> Int[Array, "B L"]:
-    def count(select):
-        masks = [select(rows, tokens, window) for window in windows]
-        return jnp.stack([mask.sum(-1, dtype=jnp.int32) for mask in masks], axis=1)
-
-    caps_BL, held_BL = count(eligible), count(protected)
-    if config.profile is not None:
-        base = None if config.budget is None else rows.base
-        retained = jnp.array(config.profile, jnp.float32)
-        return allocators.profile_layers(retained, base, caps_BL, held_BL, rows.lengths)
-    if config.layers == "pyramid":
-        selectable = rows.base - rows.sinks - rows.recent
-        ramp_BL = allocators.pyramid_layers(selectable, caps_BL - held_BL, config.beta)
-        wanted_BL = (rows.sinks + rows.recent)[:, None] + ramp_BL
-        return exact.spread(wanted_BL, caps_BL, len(windows) * rows.base)
-    return allocators.uniform_layers(rows.base, caps_BL)
+    return layer_allocator(config).scored
 
 
 def add_layer(
@@ -214,7 +194,9 @@ def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
     """The cache, once every layer was added: those that waited for all scores are packed."""
     waiting = [layer for layer in kept.layers if isinstance(layer, ScoredLayer)]
     if waiting:
-        sizes = _sizes_from_scores(waiting, plan)
+        scores = [layer.scores for layer in waiting]
+        layers = LayerInput(plan.config, plan.rows, plan.tokens, plan.windows, scores)
+        sizes = layer_allocator(plan.config).sizes(layers)
         kept = Packing()
         for index, layer in enumerate(waiting):
             kept = _pack(kept, index, layer, sizes[:, index], plan)
@@ -227,29 +209,6 @@ def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
         next_positions=plan.rows.lengths,
         keep_ratio=plan.config.keep_ratio and not plan.config.keeps_all(plan.tokens),
     )
-
-
-def _sizes_from_scores(
-    layers: Sequence[ScoredLayer], plan: Plan
-) -> Int[Array, "B L"] | Int[Array, "B L K"]:
-    """Entries per head of each layer, or of each layer and head, always-kept ones included."""
-    config, rows = plan.config, plan.rows
-    can = jnp.stack([eligible(rows, plan.tokens, window) for window in plan.windows], axis=1)
-    held = jnp.stack([protected(rows, plan.tokens, window) for window in plan.windows], axis=1)
-    held_BL = held.sum(-1, dtype=jnp.int32)
-    if config.layers == "prefix":
-        means = jnp.stack([layer.scores.mean(1) for layer in layers], axis=1)
-        return allocators.prefix_layers(means, can, held_BL, rows.base)
-    scores = jnp.stack([layer.scores for layer in layers], axis=1)
-    kv_heads = scores.shape[2]
-    open_BLKT = jnp.broadcast_to((can & ~held)[:, :, None], scores.shape)
-    budget_B = kv_heads * jnp.maximum(len(layers) * rows.base - held_BL.sum(1), 0)
-    if config.layers == "global":
-        sizes = allocators.global_heads(scores, open_BLKT, budget_B)
-    else:
-        base_B = budget_B // (kv_heads * len(layers))
-        sizes = allocators.joint_heads(scores, open_BLKT, base_B, budget_B, floor=config.floor)
-    return held_BL[..., None] + sizes
 
 
 def _pack(
@@ -306,21 +265,17 @@ def choose(
     tokens = scores.shape[-1]
     held_BT = protected(rows, tokens, window)
     open_BT = eligible(rows, tokens, window) & ~held_BT
-    if config.heads == "shared":
+    allocator = head_allocator(config)
+    if allocator.shared:
         scores = scores.mean(1, keepdims=True)
         if output_norms is not None:
             output_norms = output_norms.mean(1, keepdims=True)
     open_BKT = jnp.broadcast_to(open_BT[:, None], scores.shape)
     held_B = held_BT.sum(-1, dtype=jnp.int32)
-    if size.ndim == 2:
+    if size.ndim == 2:  # a layer allocator that gives every head its size
         sizes_BK = size - held_B[:, None]
-    elif config.heads == "ada":
-        cap = None if config.head_cap is None else config.head_cap - held_B
-        sizes_BK = allocators.ada_heads(
-            scores, open_BKT, size - held_B, floor=config.floor, cap=cap
-        )
     else:
-        sizes_BK = jnp.broadcast_to((size - held_B)[:, None], scores.shape[:2])
+        sizes_BK = allocator.sizes(HeadInput(config, scores, open_BKT, size - held_B, held_B))
     if output_norms is None:
         return held_BT[:, None] | exact.select_top(scores, sizes_BK, open_BKT)
     first_BKT = exact.select_top(scores, sizes_BK // 2, open_BKT)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.padded import full_layer
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import empty_tail, remember
+from kvjax.compression import scorers
 from kvjax.config import CompressionConfig
 from kvjax.model_interface import NO_IMAGES, ImageFeatures, Repeat
 
@@ -43,7 +44,8 @@ def instructed(config: CompressionConfig, tokenizer: Any, vocab_size: int) -> Co
 
     Unknown tokens are left out: a vocabulary without these words repeats without being told.
     """
-    if config.scorer != "kvzip" or config.repeat is not None or tokenizer is None:
+    repeats = "reconstruction" in scorers.SCORERS[config.scorer].reads
+    if not repeats or config.repeat is not None or tokenizer is None:
         return config
     unknown = getattr(tokenizer, "unk_token_id", None)
     spoken = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in INSTRUCTIONS]

@@ -11,12 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from kvjax.config import CompressionConfig, ConfigError
 from kvjax.exact import MILLION, floor_of_product
-
-# Queries observed where the config does not say.
-DEFAULT_WINDOW = 32
-DEFAULT_WINDOWS = {"l2-window": 8, "tova": 1}
+from kvjax.methods import Settings
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -37,7 +33,7 @@ class Rows(struct.PyTreeNode):
     recent: Int[Array, " B"]
 
 
-def make_rows(config: CompressionConfig, lengths: Int[Array, " B"]) -> Rows:
+def make_rows(config: Settings, lengths: Int[Array, " B"]) -> Rows:
     """Resolve `config` for prompts of these lengths.
 
     A fraction (in millionths) of a prompt is rounded down, and is at least 2 entries. Nothing
@@ -51,7 +47,7 @@ def make_rows(config: CompressionConfig, lengths: Int[Array, " B"]) -> Rows:
         part = floor_of_product(lengths, round(config.fraction * MILLION), MILLION)
         base = jnp.minimum(lengths, jnp.maximum(part, 2))
     if config.window is None:
-        window = jnp.minimum(DEFAULT_WINDOWS.get(config.scorer, DEFAULT_WINDOW), base // 2)
+        window = jnp.minimum(config.default_window, base // 2)
     else:
         window = jnp.minimum(config.window, base - 1)
     if config.recent == "window":
@@ -73,7 +69,7 @@ class Largest(NamedTuple):
     recent: int
 
 
-def largest(config: CompressionConfig, tokens: int) -> Largest:
+def largest(config: Settings, tokens: int) -> Largest:
     """`make_rows` for a prompt of `tokens` tokens.
 
     Base and window grow with the length, so they bound every prompt of at most `tokens` tokens.
@@ -81,18 +77,6 @@ def largest(config: CompressionConfig, tokens: int) -> Largest:
     with jax.ensure_compile_time_eval():
         rows = make_rows(config, jnp.array([tokens]))
         return Largest(*(int(getattr(rows, name)[0]) for name in Largest._fields))
-
-
-def check_prompt(config: CompressionConfig, tokens: int):
-    """Raise ConfigError where an explicit window leaves a prompt nothing to select."""
-    if config.window is None or not config.uses_window or config.skips(tokens):
-        return
-    base = largest(config, tokens).base
-    if base < tokens and config.window >= base:
-        raise ConfigError(
-            f"window={config.window}, expected less than the budget of {base}"
-            f" (of {tokens} prompt tokens)"
-        )
 
 
 def eligible(rows: Rows, tokens: int, window: int | None) -> Bool[Array, "B T"]:
@@ -110,3 +94,8 @@ def protected(rows: Rows, tokens: int, window: int | None) -> Bool[Array, "B T"]
     first_BT = positions_T < rows.sinks[:, None]
     last_BT = positions_T >= (rows.lengths - rows.recent)[:, None]
     return eligible(rows, tokens, window) & (first_BT | last_BT)
+
+
+def visible(size: int, tokens: int, window: int | None) -> int:
+    """Of `size` entries, as many as a layer can see when a prompt of `tokens` tokens ends."""
+    return min(size, tokens if window is None else max(window - 1, 1))

@@ -6,6 +6,8 @@ H head dim.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -15,9 +17,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from kvjax.compression.row_budgets import Rows, eligible
-from kvjax.config import CompressionConfig
 from kvjax.kernels.window_scores import window_scores
-from kvjax.model_interface import Probe
+from kvjax.methods import Settings
+from kvjax.model_interface import Probe, ProbeRequest, Repeat
 from kvjax.sharding import across_group, by_device
 
 # Tokens that expected attention looks at together: between keys and scores lies an array that is
@@ -41,7 +43,7 @@ class ScorerInput(NamedTuple):
     keys: Float[Array, "B T K H"]
     values: Float[Array, "B T K H"]
     rows: Rows
-    config: CompressionConfig
+    config: Settings
     key: Key[Array, "*row"]
     window: int | None
 
@@ -59,13 +61,40 @@ class ScorerInput(NamedTuple):
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A scorer with all that is known of it: a row of SCORERS.
+
+    Attributes:
+      function: importances >= 0 `[B, K, T]` of a layer's entries; what padding gets is ignored.
+      words: what it reads, for people.
+      reads: fields of the `Probe` that it reads.
+      request: what the prefill is asked for, from the settings and the observation window of the
+        longest prompt of a bucket, in tokens.
+      question: whether it scores by the prompt's last queries, so that a question which comes
+        after compression is not provided for.
+      all_queries: whether it reads every query of the prompt, not only the last ones.
+      window: observation window where the settings have none, in tokens.
+      passes: cost of prefill with scoring, in prefills.
+    """
+
+    function: Callable[[ScorerInput], Float[Array, "B K T"]]
+    words: str
+    reads: tuple[str, ...] = ()
+    request: Callable[[Settings, int], ProbeRequest] = lambda settings, window: ProbeRequest()
+    question: bool = False
+    all_queries: bool = False
+    window: int = 32
+    passes: str = "1"
+
+
 def score(layer: ScorerInput) -> Float[Array, "B K T"]:
     """Importance of each entry under `layer.config.scorer`; padding scores 0.
 
     Raises:
       ValueError: the probe lacks what the scorer reads.
     """
-    scores_BKT = jnp.where(layer.real, _SCORERS[layer.config.scorer](layer), 0.0)
+    scores_BKT = jnp.where(layer.real, SCORERS[layer.config.scorer].function(layer), 0.0)
     if layer.config.chunk == 1:
         return scores_BKT
     return jnp.where(layer.real, by_chunk(scores_BKT, layer), 0.0)
@@ -244,29 +273,59 @@ def _random(layer: ScorerInput) -> Float[Array, "B K T"]:
     return draw_rows(jnp.broadcast_to(layer.key, (batch,)), jnp.arange(tokens))
 
 
-_SCORERS: Mapping[str, Callable[[ScorerInput], Float[Array, "B K T"]]] = MappingProxyType(
-    {
-        "window": _window,
-        "l2-window": _l2_window,
-        "tova": _tova,
-        "accumulated": _accumulated,
-        "expected-attention": _expected,
-        "kvzip": _kvzip,
-        "key-norm": _key_norm,
-        "key-diff": _key_diff,
-        "positional": _positional,
-        "random": _random,
-    }
+def _alike(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """`full`, which keeps everything and scores nothing."""
+    batch, tokens, kv_heads, _ = layer.keys.shape
+    return jnp.ones((batch, kv_heads, tokens))
+
+
+# ---------------------------------------------------------------------------- the table
+_observer = partial(
+    Scorer,
+    reads=("queries",),
+    request=lambda settings, window: ProbeRequest(queries=max(1, window)),
+    question=True,
 )
-# What a scorer reads of the probe.
-READS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+
+
+def _repetition(settings: Settings, window: int) -> ProbeRequest:
+    instructions = settings.repeat or ((), ())
+    return ProbeRequest(repeat=Repeat(settings.repeat_chunk, instructions, settings.sinks))
+
+
+SCORERS: Mapping[str, Scorer] = MappingProxyType(
     {
-        "window": ("queries",),
-        "l2-window": ("queries",),
-        "tova": ("queries",),
-        "accumulated": ("column_sums",),
-        "expected-attention": ("future_mean", "future_cov"),
-        "kvzip": ("reconstruction",),
+        "none": Scorer(function=_alike, words="nothing"),
+        "window": _observer(function=_window, words="last W queries"),
+        "l2-window": _observer(function=_l2_window, words="last W queries", window=8),
+        "tova": _observer(function=_tova, words="last query", window=1),
+        "accumulated": Scorer(
+            function=_accumulated,
+            words="all queries",
+            reads=("column_sums",),
+            request=lambda settings, window: ProbeRequest(column_sums=True),
+            all_queries=True,
+            passes="1.3",
+        ),
+        "expected-attention": Scorer(
+            function=_expected,
+            words="mean and covariance of all queries",
+            reads=("future_mean", "future_cov"),
+            request=lambda settings, window: ProbeRequest(future=settings.future),
+            all_queries=True,
+        ),
+        "kvzip": Scorer(
+            function=_kvzip,
+            words="a repetition of the prompt",
+            reads=("reconstruction",),
+            request=_repetition,
+            all_queries=True,
+            passes="2 to 3",
+        ),
+        "key-norm": Scorer(function=_key_norm, words="keys"),
+        "key-diff": Scorer(function=_key_diff, words="keys"),
+        "positional": Scorer(function=_positional, words="nothing"),
+        "random": Scorer(function=_random, words="nothing"),
     }
 )
 

@@ -15,9 +15,15 @@ from synthetic import probe_of
 from kvjax import METHODS, CompressionConfig, ConfigError
 from kvjax.cache.padded import PaddedLayer
 from kvjax.compression import allocators
-from kvjax.compression.capacity import capacity, held_slots, layer_capacity, pool_shape
+from kvjax.compression.capacity import (
+    capacity,
+    check_prompt,
+    held_slots,
+    layer_capacity,
+    pool_shape,
+)
 from kvjax.compression.compress import compress, make_plan
-from kvjax.compression.row_budgets import check_prompt, largest, make_rows, protected
+from kvjax.compression.row_budgets import largest, make_rows, protected
 
 named = partial(CompressionConfig.named, layout="padded")
 subject = import_module("kvjax.compression.compress")

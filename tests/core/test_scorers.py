@@ -12,9 +12,8 @@ from synthetic import probe_of
 from kvjax.compression import scorers as scorers
 from kvjax.compression.compress import choose
 from kvjax.compression.row_budgets import Rows, largest, make_rows
-from kvjax.compression.scorers import ScorerInput
+from kvjax.compression.scorers import SCORERS, ScorerInput
 from kvjax.config import CompressionConfig
-from kvjax.methods import SCORERS
 from kvjax.model_interface import Probe
 
 B, T, W, N, K, H = 4, 24, 4, 6, 2, 8
@@ -382,7 +381,7 @@ def test_a_row_alone_is_the_row_in_a_ragged_batch(scorer):
 
 def test_what_the_scorers_read_by_default():
     windowed = [name for name in SCORING if SCORERS[name].question]
-    assert [name for name in SCORING if scorers.READS.get(name) == ("queries",)] == windowed
+    assert [name for name in SCORING if SCORERS[name].reads == ("queries",)] == windowed
     assert {name: largest(configured(name, budget=99), 200).window for name in windowed} == {
         "window": 32,
         "l2-window": 8,

@@ -227,7 +227,8 @@ def test_a_probe_that_was_not_asked_for_is_not_read(scorer):
 
 
 @pytest.mark.parametrize(
-    ("scorer", "missing"), [(name, fields[0]) for name, fields in scorers.READS.items()]
+    ("scorer", "missing"),
+    [(name, row.reads[0]) for name, row in scorers.SCORERS.items() if row.reads],
 )
 def test_a_scorer_without_its_probe(scorer, missing):
     keys, rows = jnp.array(normal(1, 1, 12, 2, 8)), rows_of([12], [2])

@@ -7,7 +7,7 @@ import pytest
 from kvjax import METHODS, CompressionConfig, compress
 from kvjax.compile_for import missing
 from kvjax.compression.compress import probe_request
-from kvjax.compression.scorers import READS
+from kvjax.compression.scorers import SCORERS
 from kvjax.model_interface import Probe
 from kvjax.plan.compile_matrix import LAYER_BYTES, layer_growth, packing
 
@@ -30,7 +30,7 @@ def prompt_arrays(config, *, batch, tokens, layers, heads, kv_heads, head_dim, d
         "output_norms": (batch, kv_heads, tokens),
         "reconstruction": (batch, kv_heads, tokens),
     }
-    read = {"queries", *READS.get(config.scorer, ()), *["output_norms"] * config.output_aware}
+    read = {"queries", *SCORERS[config.scorer].reads, *["output_norms"] * config.output_aware}
     kinds = {name: dtype if name == "queries" else jnp.float32 for name in read}
     return keys, keys, [Probe(**{name: array(shapes[name], kinds[name]) for name in read})] * layers
 
