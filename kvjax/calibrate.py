@@ -24,6 +24,7 @@ from kvjax.generation.request import check_rows
 from kvjax.inputs.multimodal import read
 from kvjax.inputs.prompts import Prompts, as_rows, bucket
 from kvjax.methods import METHODS
+from kvjax.model_interface import Model
 from kvjax.settings import replacing
 
 
@@ -67,7 +68,7 @@ def check_calibrates(config: CompressionConfig) -> None:
 
 
 def calibrate(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     config: CompressionConfig,
     *,

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from kvjax.generation.request import FULL, check_rows
 from kvjax.generation.sampling import row_keys
 from kvjax.inputs.multimodal import ModelInputs, Pictures, by_prompt, prepare_inputs
 from kvjax.inputs.prompts import as_rows, pad
-from kvjax.model_interface import Images
+from kvjax.model_interface import Images, Model
 from kvjax.precision import always_32_bits
 
 Document = tuple[list[int], int]  # tokens, prefix
@@ -50,7 +49,7 @@ class Scored:
 
 @always_32_bits
 def score(
-    model: Any,
+    model: Model,
     tokens: Sequence[int] | Sequence[Sequence[int]],
     prefix_length: int | Sequence[int],
     config: CompressionConfig = FULL,
@@ -111,7 +110,7 @@ def score(
 
 
 def _divided(
-    model: Any,
+    model: Model,
     tokens: Sequence[int] | Sequence[Sequence[int]],
     prefix_length: int | Sequence[int],
     config: CompressionConfig,
@@ -165,7 +164,7 @@ def batches(
 
 @partial(Program, static_argnames=("config", "positions"))
 def _score_program(
-    model: Any,
+    model: Model,
     prompt: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     after: Int[Array, "B T"],

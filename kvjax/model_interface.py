@@ -1,11 +1,12 @@
-"""What passes between a model and the engine: probes, image features, rotary positions.
+"""What passes between a model and the engine, and what a model has that the engine calls.
 
 B batch, T prompt tokens, W observed queries, N query heads, K KV heads, H head dim, D model dim,
 X features of all images, one after the other.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, Protocol, no_type_check, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
@@ -147,8 +148,101 @@ class ImageFeatures(struct.PyTreeNode):
 NO_IMAGES = ImageFeatures()
 
 
-def encode_images(model: Any, images: Images | None) -> ImageFeatures:
-    """Run the model's tower over all images at once; plain decoders have none to see."""
+# ---------------------------------------------------------------------------- models
+@runtime_checkable
+class ModelShape(Protocol):
+    """Sizes of a model and the tokens that end its answers (`kvjax.models.config.ModelConfig`).
+
+    `sliding_windows` has one entry a layer, None where it sees everything.
+    """
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
+@runtime_checkable
+class ModelEmbedding(Protocol):
+    """Tokens to hidden states; the table's dtype is the cache's."""
+
+    @property
+    def table_VD(self) -> Any: ...
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]: ...
+
+
+@runtime_checkable
+class ModelLayer(Protocol):
+    """One layer: hidden states after a prompt, keys after RoPE, values and the probe asked for."""
+
+    def prefill(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        lengths: Int[Array, " B"],
+        request: ProbeRequest,
+        rotary: Rotary | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K H"], Float[Array, "B T K H"], Probe]: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A decoder as the engine calls it, a pytree that `jax.jit` takes as an argument.
+
+    `kvjax.models.decoder.Decoder` documents `logits` and `extend`, whose `cache` is a
+    `kvjax.cache.state.Cache`.
+    """
+
+    @property
+    def config(self) -> ModelShape: ...
+    @property
+    def embed(self) -> ModelEmbedding: ...
+    @property
+    def layers(self) -> Iterable[ModelLayer]: ...
+    def logits(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]: ...
+    def extend(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        counts: Int[Array, " B"],
+        cache: Any,
+        features: ImageFeatures = NO_IMAGES,
+    ) -> tuple[Float[Array, "B T D"], Any]: ...
+
+
+@runtime_checkable
+class VisionModel(Model, Protocol):
+    """A vision-language model: `isinstance(model, VisionModel)` says whether a model is one.
+
+    `image_config` says how pictures become pixels, `vision_config` which token stands for an image.
+    """
+
+    image_config: Any
+    vision_config: Any
+
+    def encode_images(self, pixels: Any) -> Float[Array, "X D"]: ...
+
+
+def encode_images(model: Model, images: Images | None) -> ImageFeatures:
+    """Run the model's tower over all images at once; a model that reads text alone is given none.
+
+    Raises:
+      TypeError: images for a model that reads text alone.
+    """
     if images is None:
         return NO_IMAGES
+    if not isinstance(model, VisionModel):
+        raise TypeError(f"images for a {type(model).__name__}, expected a vision-language model")
     return ImageFeatures(model.encode_images(images.pixels), images.places, images.rotary)

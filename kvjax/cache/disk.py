@@ -22,13 +22,14 @@ from kvjax.cache.slots import Pool, reshard_slots
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.config import CompressionConfig
+from kvjax.model_interface import Model
 
 _FORMAT = "kvjax-cache-1"
 _POOL = ("entries", "owners", "positions", "counts", "starts", "scales")
 
 
 def save_cache(
-    path: str | Path, cache: Cache, model: Any, config: CompressionConfig | None = None
+    path: str | Path, cache: Cache, model: Model, config: CompressionConfig | None = None
 ) -> Path:
     """Write a cache; a file of this name is replaced once the new one is whole.
 
@@ -69,7 +70,7 @@ def save_cache(
     return target
 
 
-def load_cache(path: str | Path, model: Any) -> Cache:
+def load_cache(path: str | Path, model: Model) -> Cache:
     """Read a cache that `save_cache` wrote.
 
     Raises:

@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax.cache.state import Cache
+from kvjax.model_interface import Model
 
 _SAMPLE = 256  # values of each weight that are read
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Model) -> str:
     """A digest of the model's configs, and of shape, dtype and some values of each weight.
 
     The same for the same weights on any devices. It reads weights once; as long as they are the
@@ -23,7 +24,7 @@ def fingerprint(model: Any) -> str:
     return _digest(_Weights(model))
 
 
-def owned(cache: Cache, model: Any) -> Cache:
+def owned(cache: Cache, model: Model) -> Cache:
     """The cache, if this model can continue it, without its origin, which no program depends on.
 
     Raises:
@@ -33,7 +34,7 @@ def owned(cache: Cache, model: Any) -> Cache:
     return cache.replace(origin=None)
 
 
-def check_cache(cache: Cache, model: Any) -> None:
+def check_cache(cache: Cache, model: Model) -> None:
     """Raise ValueError where a cache has not the model's sizes and dtype, or another origin.
 
     One without an origin (`kvjax.compress`) is compared in sizes and dtype alone.
@@ -59,7 +60,7 @@ def _told(layers: int, kv_heads: int, head_dim: int, dtype: Any) -> str:
 class _Weights:
     """A model's arrays, equal to another's where they are the very same; it keeps none alive."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Model):
         self.configs = repr(model.config)
         if (vision := getattr(model, "vision_config", None)) is not None:
             self.configs += repr(vision)

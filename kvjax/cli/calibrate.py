@@ -21,6 +21,7 @@ from kvjax.cli.settings import announce
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.inputs.multimodal import read, with_placeholders
 from kvjax.inputs.prompts import as_rows
+from kvjax.model_interface import Model, VisionModel
 from kvjax.settings import check_writable, replacing
 
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _rows(
-    places: dict[str, Sample], model: Any, tokenizer: Any, images: list[list[str]] | None
+    places: dict[str, Sample], model: Model, tokenizer: Any, images: list[list[str]] | None
 ) -> list[list[int]]:
     """Token ids of each sample, with those of its images; complaints name its line."""
     # A text that is longer than the tokenizer's own limit is ours to complain of.
@@ -74,7 +75,7 @@ def _rows(
                 raise ValueError(
                     f'{place} is text but the model has no tokenizer, expected "tokens"'
                 )
-            if files and hasattr(model, "encode_images"):
+            if files and isinstance(model, VisionModel):
                 sample = with_placeholders(model, tokenizer, sample, len(files))
             sample = as_rows(sample, tokenizer=tokenizer, vocab_size=vocab_size)[0]
         check_vocabulary(sample, place, vocab_size)

@@ -29,6 +29,7 @@ from kvjax.inputs.multimodal import prepare_inputs, read, with_placeholders
 from kvjax.inputs.prompts import bucket
 from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
+from kvjax.model_interface import Model, VisionModel
 
 
 # ---------------------------------------------------------------------------- methods
@@ -132,7 +133,7 @@ def generate(arguments: argparse.Namespace) -> None:
     for place, row in ids.items():
         check_vocabulary(row, place, vocab_size)
     check_vocabulary(arguments.eos or [], "--eos", vocab_size)
-    if images and texts and hasattr(model, "encode_images") and not arguments.chat:
+    if images and texts and isinstance(model, VisionModel) and not arguments.chat:
         texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
     rows = read(model, texts or prompts, images, tokenizer=tokenizer, chat=arguments.chat).rows
     call = {
@@ -217,7 +218,7 @@ def _show_answers(steps: Iterable[kvjax.Step], rows: int) -> None:
 
 
 def _measured(
-    model: Any,
+    model: Model,
     rows: Sequence[Sequence[int]],
     config: CompressionConfig,
     stop: Sequence[str],
@@ -265,7 +266,7 @@ def score(arguments: argparse.Namespace) -> None:
     places = read_documents(arguments.tokens)
     images = read_images(arguments.tokens)
     model = load_model(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
-    if hasattr(model, "encode_images") and images is not None:
+    if isinstance(model, VisionModel) and images is not None:
         places = _with_features(places, images, model)
     _check_documents(places, model, config)
     documents = list(places.values())
@@ -297,7 +298,7 @@ def score(arguments: argparse.Namespace) -> None:
 
 
 def _with_features(
-    places: dict[str, Document], images: Sequence[Sequence[str]], model: Any
+    places: dict[str, Document], images: Sequence[Sequence[str]], model: Model
 ) -> dict[str, Document]:
     """Documents with a token for each feature of their images, all in the prefix."""
     found = {}
@@ -311,7 +312,7 @@ def _with_features(
     return found
 
 
-def _check_documents(places: dict[str, Document], model: Any, config: CompressionConfig) -> None:
+def _check_documents(places: dict[str, Document], model: Model, config: CompressionConfig) -> None:
     """Raise ValueError where a document, or the config for it, does not fit the model."""
     context = model.config.max_position_embeddings
     for place, (tokens, _) in places.items():

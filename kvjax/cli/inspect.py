@@ -12,6 +12,7 @@ import numpy as np
 import kvjax
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.methods import METHODS
+from kvjax.model_interface import Model, VisionModel
 
 _METHODS = "snapkv,ada-snapkv,prefixkv,ada-prefixkv,kvzip,streaming-llm"
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = kvjax.load(directory, dtype=arguments.dtype, progress=sys.stderr.isatty())
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, expected one")
-    if pictures and hasattr(model, "encode_images") and not arguments.chat:
+    if pictures and isinstance(model, VisionModel) and not arguments.chat:
         text = with_placeholders(model, tokenizer, text, len(pictures))
     images = [pictures] if pictures else None
     inputs = read(model, [text], images, tokenizer=tokenizer, chat=arguments.chat)
@@ -102,7 +103,7 @@ def _configs(methods: str, budget: str) -> dict[str, CompressionConfig]:
 
 
 def _masks(
-    model: Any,
+    model: Model,
     tokenizer: Any,
     row: Sequence[int],
     images: Any,

@@ -26,7 +26,7 @@ from kvjax.cache.state import Cache
 from kvjax.cache.tail import empty_tail, remember
 from kvjax.compression import scorers
 from kvjax.config import CompressionConfig
-from kvjax.model_interface import NO_IMAGES, ImageFeatures, Repeat
+from kvjax.model_interface import NO_IMAGES, ImageFeatures, Model, Repeat
 
 # What a tokenizer makes the instructions of: before the first chunk, before the others.
 INSTRUCTIONS = (
@@ -56,7 +56,7 @@ def instructed(config: CompressionConfig, tokenizer: Any, vocab_size: int) -> Co
 
 
 def reconstruction_scores(
-    model: Any,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     keys: Sequence[Float[Array, "B T K H"]],

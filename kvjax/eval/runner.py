@@ -31,6 +31,7 @@ from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
 from kvjax.eval.tasks.example import IMAGE
 from kvjax.inputs.multimodal import by_prompt, mark, placeholder, prepare_inputs
 from kvjax.inputs.prompts import bucket, chat_text, encoded
+from kvjax.model_interface import Model
 
 FULL = CompressionConfig.named("full")
 # Characters without a meaning, which are no white space: one marks where a context ends.
@@ -67,7 +68,7 @@ def evaluate(
     out: str | Path,
     text: str,
     *,
-    model: Any,
+    model: Model,
     tokenizer: Any,
     workers: Workers = ALONE,
     progress: bool = True,
@@ -122,7 +123,7 @@ def evaluate(
 
 # ---------------------------------------------------------------------------- questions
 def _questions(
-    settings: EvalSettings, model: Any, tokenizer: Any, workers: Workers
+    settings: EvalSettings, model: Model, tokenizer: Any, workers: Workers
 ) -> Iterator[Question]:
     for name in settings.tasks:
         for length in settings.lengths:
@@ -152,7 +153,7 @@ def _questions(
 
 
 def as_tokens(
-    document: Document, ask: Ask, tokenizer: Any, chat: bool, model: Any = None
+    document: Document, ask: Ask, tokenizer: Any, chat: bool, model: Model | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens of the context, and of question and lead; both protocols see the same ones.
 
@@ -161,13 +162,14 @@ def as_tokens(
     """
     before, after, special = document.context, ask.question + ask.lead, True
     scored, pictures = ask.metric == "perplexity", len(document.images)
+    assert model is not None or not pictures  # a task with pictures is read for a model
     if chat and (pictures or not scored):
-        token = placeholder(model, tokenizer) if pictures else ""
+        token = placeholder(model, tokenizer) if model is not None and pictures else ""
         before, after = _in_turn(before, ask.question, tokenizer, pictures, token)
         if scored:
             before, after = before + after, ""
         after, special = after + ask.lead, False
-    elif pictures:
+    elif model is not None and pictures:
         before = before.replace(IMAGE, mark(model, tokenizer))
     if scored:
         after += ask.answers[0]
@@ -238,7 +240,7 @@ def _label(question: Question, run: "_Run", budget: str) -> dict[str, Any]:
 class _Run:
     """One config over one batch of documents; the batch is compressed when it is first asked."""
 
-    model: Any
+    model: Model
     tokenizer: Any
     config: CompressionConfig
     method: str

@@ -4,7 +4,7 @@ B batch, T prompt tokens (the bucket), V vocabulary, E end-of-sequence ids, O to
 model is an argument.
 """
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from kvjax.cache.tail import Tail, compact, forget
 from kvjax.compression.recompress import evict, make_room
 from kvjax.config import Recompress
 from kvjax.generation.sampling import Sampling, Switches, Values, sample
+from kvjax.model_interface import Model
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -123,7 +124,7 @@ def _draw(logits: Float[Array, "B V"], answer: Answer, rules: Rules) -> Answer:
 
 
 def decode(
-    model: Any, cache: Cache, answer: Answer, rules: Rules, steps: int
+    model: Model, cache: Cache, answer: Answer, rules: Rules, steps: int
 ) -> tuple[Cache, Answer]:
     """At most `steps` more tokens: feed each row's last, draw the next; stop when all are done.
 
@@ -152,7 +153,7 @@ def decode(
 
 
 def open_answer(
-    model: Any,
+    model: Model,
     cache: Cache,
     recompress: Recompress | None,
     new_tokens: int,
@@ -181,7 +182,7 @@ def open_answer(
 
 
 def decode_in_segments(
-    model: Any,
+    model: Model,
     cache: Cache,
     answer: Answer,
     rules: Rules,
@@ -224,7 +225,7 @@ def decode_in_segments(
 
 
 def close_answer(
-    model: Any,
+    model: Model,
     cache: Cache,
     answer: Answer,
     ratio: Ratio | None,

@@ -37,6 +37,7 @@ from kvjax.generation.request import FULL, Options, Request, check_rows, handed_
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, bucket, pad
+from kvjax.model_interface import Model
 from kvjax.precision import always_32_bits
 from kvjax.sharding import place
 
@@ -79,7 +80,7 @@ class Step:
 
 
 def generate(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     config: CompressionConfig = FULL,
     *,
@@ -153,7 +154,7 @@ def generate(
 
 
 def stream(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     config: CompressionConfig = FULL,
     *,
@@ -173,7 +174,7 @@ def stream(
 
 @always_32_bits
 def compress_prompt(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     config: CompressionConfig,
     *,
@@ -208,7 +209,7 @@ class _State(NamedTuple):
     answer: Answer
 
 
-def _begin(model: Any, request: Request) -> _State:
+def _begin(model: Model, request: Request) -> _State:
     """The stages up to the first token of each row."""
     prompt, rule, asked = (request.tokens, request.lengths), request.recompress, request.cache
     if asked is None:
@@ -231,7 +232,7 @@ def _begin(model: Any, request: Request) -> _State:
     return _State(cache, ratio, held, answer)
 
 
-def _steps(model: Any, request: Request, chunk: int) -> Iterator[tuple[Step, _State]]:
+def _steps(model: Model, request: Request, chunk: int) -> Iterator[tuple[Step, _State]]:
     """The stages one by one; each step comes with the state after it."""
     state, rule = _begin(model, request), request.recompress
     entries, parts = state.cache.without_tail(), flat(model)
@@ -287,7 +288,7 @@ def _drawn(array: Array, tokens: Array, start: int, end: int) -> list[list]:
     return [row[mask].tolist() for row, mask in zip(block, drawn, strict=True)]
 
 
-def _collect(model: Any, request: Request, return_cache: bool) -> Generation:
+def _collect(model: Model, request: Request, return_cache: bool) -> Generation:
     """A stream's end as a Generation: how rows with stop strings are run."""
     # A cache that is handed back must not hold tokens drawn after a stop string.
     for _, state in _steps(model, request, 1 if return_cache else CHUNK):  # noqa: B007
@@ -300,7 +301,7 @@ def _collect(model: Any, request: Request, return_cache: bool) -> Generation:
 
 
 def as_generation(
-    model: Any, request: Request, answer: Answer, held: Held, cache: Cache | None
+    model: Model, request: Request, answer: Answer, held: Held, cache: Cache | None
 ) -> Generation:
     """What came of a request."""
     tokens = _drawn(answer.tokens, answer.tokens, 0, answer.tokens.shape[1])
@@ -325,7 +326,7 @@ def as_generation(
     )
 
 
-def _full_bytes(model: Any, request: Request) -> int:
+def _full_bytes(model: Model, request: Request) -> int:
     """Bytes of the prompts' keys and values with nothing evicted."""
     config, (batch, tokens) = model.config, request.tokens.shape
     if (cache := request.cache) is not None:

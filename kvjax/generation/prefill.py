@@ -4,7 +4,6 @@ B batch, T prompt tokens (the bucket), D model dim, V vocabulary. The model is a
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from kvjax.model_interface import (
     NO_IMAGES,
     ImageFeatures,
     Images,
+    Model,
     Probe,
     ProbeRequest,
     encode_images,
@@ -34,7 +34,7 @@ PREFILL_TOKENS = 16_384
 
 
 def prefill(
-    model: Any,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     request: ProbeRequest,
@@ -56,7 +56,7 @@ def prefill(
 
 
 def prefill_compress(
-    model: Any,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
@@ -134,7 +134,7 @@ def _prefill_compress(model, tokens, lengths, key, config, features):
 
 
 def last_logits(
-    model: Any, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"]
+    model: Model, x_BTD: Float[Array, "B T D"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Logits after the last real token of each row, and of no other."""
     last_B11 = jnp.maximum(lengths - 1, 0)[:, None, None]
@@ -142,7 +142,7 @@ def last_logits(
 
 
 def extend_prompt(
-    model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+    model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """A question after a compressed prompt, block by block; logits after each row's last token.
 

@@ -22,7 +22,7 @@ from kvjax.compression.recompress import evict
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.generation import decode, prefill
 from kvjax.generation.decode import Answer, Held, Rules
-from kvjax.model_interface import Images
+from kvjax.model_interface import Images, Model
 from kvjax.precision import in_32_bits
 
 
@@ -73,13 +73,13 @@ class Flat(struct.PyTreeNode):
     structure: Structure = struct.field(pytree_node=False)
 
 
-def flat(model: Any) -> Flat:
+def flat(model: Model) -> Flat:
     """The model, taken apart."""
     leaves, treedef = jax.tree.flatten(model)
     return Flat(tuple(leaves), Structure(treedef))
 
 
-def whole(model: Any) -> Any:
+def whole(model: Model | Flat) -> Model:
     """The model, put together again."""
     if not isinstance(model, Flat):
         return model
@@ -88,7 +88,7 @@ def whole(model: Any) -> Any:
 
 @partial(Program, static_argnames=("config", "new_tokens", "tail_slots", "whole", "recompress"))
 def generate_program(
-    model: Any,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
@@ -110,7 +110,7 @@ def generate_program(
 
 @partial(Program, static_argnames=("new_tokens", "tail_slots", "whole", "recompress"))
 def answer_program(
-    model: Any,
+    model: Model,
     cache: Cache,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -166,7 +166,7 @@ def _readable(cache: Cache) -> Cache:
 
 @partial(Program, static_argnames="config")
 def prefill_compress_program(
-    model: Any,
+    model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
@@ -181,7 +181,7 @@ def prefill_compress_program(
 
 @partial(Program, static_argnames=("tail_slots", "recompress"))
 def ask_program(
-    model: Any,
+    model: Model,
     cache: Cache,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -210,7 +210,7 @@ def start_answer_program(
 
 @partial(Program, static_argnames=("recompress", "new_tokens", "fraction", "asked"))
 def open_answer_program(
-    model: Any,
+    model: Model,
     cache: Cache,
     *,
     recompress: Recompress,
@@ -226,12 +226,9 @@ def open_answer_program(
 
 @partial(Program, static_argnames="steps", donate_argnames=("tail", "answer"))
 def decode_program(
-    model: Any, cache: Cache, tail: Tail, answer: Answer, rules: Rules, *, steps: int
+    model: Model | Flat, cache: Cache, tail: Tail, answer: Answer, rules: Rules, *, steps: int
 ) -> tuple[Tail, Int[Array, " B"], Answer]:
-    """The repeated stage of a stream: `steps` more tokens; `cache` comes without a tail.
-
-    The model may be `Flat`.
-    """
+    """The repeated stage of a stream: `steps` more tokens; `cache` comes without a tail."""
     cache, answer = decode.decode(whole(model), cache.replace(tail=tail), answer, rules, steps)
     return cache.tail, cache.next_positions, sharding.replicated(answer)
 
@@ -250,7 +247,7 @@ def evict_program(
 
 @partial(Program, static_argnames="recompress")
 def close_answer_program(
-    model: Any,
+    model: Model,
     cache: Cache,
     answer: Answer,
     ratio: Ratio | None,

@@ -21,7 +21,7 @@ from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
-from kvjax.model_interface import Images
+from kvjax.model_interface import Images, Model
 from kvjax.precision import always_32_bits
 from kvjax.sharding import mesh_of, put_on_mesh
 
@@ -94,7 +94,7 @@ class Request(struct.PyTreeNode):
     @classmethod
     @always_32_bits
     def make(
-        cls, model: Any, prompts: Prompts, config: CompressionConfig, options: Options
+        cls, model: Model, prompts: Prompts, config: CompressionConfig, options: Options
     ) -> "Request":
         """Check a call and turn it into arrays, on the mesh that the model lies on.
 
@@ -163,7 +163,7 @@ def with_tail(cache: Cache, slots: int) -> Cache:
     return cache.replace(tail=resize_program(cache.tail, slots=slots))
 
 
-def handed_back(cache: Cache | None, model: Any) -> Cache | None:
+def handed_back(cache: Cache | None, model: Model) -> Cache | None:
     """An answer's cache for the caller: whose it is, its tail cut to the blocks that are in use."""
     if cache is None:
         return None
@@ -193,7 +193,7 @@ def _check_held(rule, shape, config: CompressionConfig, tokens: int, lengths, ca
 
 
 def check_rows(
-    model: Any,
+    model: Model,
     rows: Sequence[Row],
     config: CompressionConfig,
     used: Sequence[int] = (),

@@ -14,7 +14,7 @@ from kvjax.generation.generate import Generation, as_generation
 from kvjax.generation.programs import Program
 from kvjax.generation.request import FULL, Options, Request
 from kvjax.inputs.prompts import Prompts
-from kvjax.model_interface import encode_images
+from kvjax.model_interface import Model, encode_images
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Timings:
 
 
 def timed_generate(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     config: CompressionConfig = FULL,
     **options: Any,

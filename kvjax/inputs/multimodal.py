@@ -17,13 +17,13 @@ from jaxtyping import Int
 from kvjax.inputs.image_processor import QwenImages
 from kvjax.inputs.images import clip_pixels, load_image, qwen_patches
 from kvjax.inputs.prompts import Prompts, as_rows, bucket, is_one
-from kvjax.model_interface import Images, Rotary
+from kvjax.model_interface import Images, Model, Rotary, VisionModel
 
 # One of `kvjax.inputs.images.Picture` or a list for one prompt, a list of lists for several.
 Pictures = Any
 
 
-def by_prompt(images: Pictures | None, prompts: Prompts, model: Any) -> list[list[Any]] | None:
+def by_prompt(images: Pictures | None, prompts: Prompts, model: Model) -> list[list[Any]] | None:
     """Each prompt's images, as pixels `[height, width, 3]` uint8; None where none are given.
 
     Args:
@@ -40,11 +40,7 @@ def by_prompt(images: Pictures | None, prompts: Prompts, model: Any) -> list[lis
         return None
     if isinstance(images, str | Path | np.ndarray) or not isinstance(images, Sequence):
         images = [images]
-    if not hasattr(model, "encode_images"):
-        raise ValueError(
-            f"images are given to a {model.config.architecture}, which reads text alone, expected"
-            " a vision-language model"
-        )
+    _vision(model)
     count = 1 if is_one(prompts) else len(prompts)
     nested = all(isinstance(row, list | tuple) for row in images)
     if count == 1 and not (nested and len(images)):
@@ -60,6 +56,15 @@ def by_prompt(images: Pictures | None, prompts: Prompts, model: Any) -> list[lis
     ]
 
 
+def _vision(model: Model) -> VisionModel:
+    if not isinstance(model, VisionModel):
+        raise ValueError(
+            f"images are given to a {model.config.architecture}, which reads text alone, expected"
+            " a vision-language model"
+        )
+    return model
+
+
 def _loaded(image: Any, row: int, index: int) -> np.ndarray:
     try:
         return load_image(image)
@@ -68,7 +73,7 @@ def _loaded(image: Any, row: int, index: int) -> np.ndarray:
 
 
 def read(
-    model: Any,
+    model: Model,
     prompts: Prompts,
     images: Pictures | None,
     *,
@@ -93,33 +98,33 @@ def read(
     return prepare_inputs(model, rows, pictures)
 
 
-def placeholder(model: Any, tokenizer: Any) -> str:
+def placeholder(model: Model, tokenizer: Any) -> str:
     """What stands for an image in a text.
 
     Raises:
-      ValueError: the tokenizer has no such token.
+      ValueError: a model that reads text alone, a tokenizer that has no such token.
     """
-    token = model.vision_config.image_token_id
+    token = _vision(model).vision_config.image_token_id
     text = tokenizer.convert_ids_to_tokens([token])[0]
     if text is None:
         raise ValueError(f"the tokenizer has no token {token}, which stands for an image")
     return str(text)
 
 
-def with_placeholders(model: Any, tokenizer: Any, text: str, images: int) -> str:
+def with_placeholders(model: Model, tokenizer: Any, text: str, images: int) -> str:
     """The text, with placeholders in front of it where it has none.
 
     A line each (LLaVA), or each between the tokens that such a model has around an image (Qwen).
     """
     if placeholder(model, tokenizer) in text:
         return text
-    line = "\n" if getattr(model.vision_config, "around", None) is None else ""
+    line = "\n" if getattr(_vision(model).vision_config, "around", None) is None else ""
     return (mark(model, tokenizer) + line) * images + text
 
 
-def mark(model: Any, tokenizer: Any) -> str:
+def mark(model: Model, tokenizer: Any) -> str:
     """A placeholder with the tokens that the model has around an image."""
-    around = getattr(model.vision_config, "around", None)
+    around = getattr(_vision(model).vision_config, "around", None)
     before, after = ("", "") if around is None else tokenizer.convert_ids_to_tokens(list(around))
     return f"{before}{placeholder(model, tokenizer)}{after}"
 
@@ -158,7 +163,7 @@ class ModelInputs:
 
 
 def prepare_inputs(
-    model: Any, rows: Sequence[Sequence[int]], pictures: Sequence[Sequence[Any]] | None
+    model: Model, rows: Sequence[Sequence[int]], pictures: Sequence[Sequence[Any]] | None
 ) -> ModelInputs:
     """Read the images of each prompt, and give each as many tokens as it has features.
 
@@ -171,7 +176,7 @@ def prepare_inputs(
       ValueError: another number of such tokens in a prompt, a model that nobody has told how its
         pictures are prepared.
     """
-    if not hasattr(model, "encode_images"):
+    if not isinstance(model, VisionModel):
         return ModelInputs(list(map(list, rows)))
     token = model.vision_config.image_token_id
     pictures = [[] for _ in rows] if pictures is None else pictures
@@ -193,7 +198,7 @@ def prepare_inputs(
     return ModelInputs(expanded, pixels, token, shapes, rotary)
 
 
-def _clip(model: Any, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int], list]:
+def _clip(model: VisionModel, pictures: Sequence[Any]) -> tuple[np.ndarray, list[int], list]:
     """What a CLIP tower reads of pictures, how many features each has, and its patches."""
     pixels, side = clip_pixels(pictures, model.image_config), model.vision_config.image_size
     if pixels.shape[2:] != (side, side):

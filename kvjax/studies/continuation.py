@@ -1,12 +1,12 @@
 """How well a compressed prefix still predicts what follows, against the full cache."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from kvjax.config import CompressionConfig
 from kvjax.likelihood import Scored, score
+from kvjax.model_interface import Model
 
 BATCH = 50
 
@@ -30,7 +30,7 @@ class Result:
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     documents: list[dict],
     config: CompressionConfig,
     full: list[Scored] | None,

@@ -4,7 +4,6 @@ B prompts, T tokens, W queries, N query heads, K KV heads, G = N // K, L layers,
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.generation import prefill
 from kvjax.inputs.prompts import pad
-from kvjax.model_interface import ProbeRequest
+from kvjax.model_interface import Model, ProbeRequest
 
 
 def entries_needed(
-    model: Any, prompts: Sequence[Sequence[int]], *, share: float = 0.9, queries: int = 32
+    model: Model, prompts: Sequence[Sequence[int]], *, share: float = 0.9, queries: int = 32
 ) -> Float[np.ndarray, "L N"]:
     """Keys, most attended first, that hold `share` of a query's attention.
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import or_
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from kvjax.compression.row_budgets import make_rows
 from kvjax.config import CompressionConfig
 from kvjax.generation import decode, prefill
 from kvjax.inputs.prompts import bucket, pad
-from kvjax.model_interface import ProbeRequest
+from kvjax.model_interface import Model, ProbeRequest
 from kvjax.tiny.questions import Item
 
 PROTOCOLS = {"inside": "question inside the prompt", "after": "question after compression"}
@@ -54,7 +53,7 @@ class Outcome:
 
 
 def ask(
-    model: Any,
+    model: Model,
     items: Sequence[Item],
     configs: Sequence[CompressionConfig],
     protocol: str,

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from kvjax import sharding
+from kvjax.model_interface import VisionModel
 from kvjax.models.config import ModelConfig, load_config
 from kvjax.models.decoder import Decoder
 
@@ -290,7 +291,7 @@ def parameter_at(decoder: Decoder, attribute: str) -> nnx.Param:
 
 def check_reads_text(model: Decoder) -> None:
     """Raise ValueError where a decoder has a tower, whose weights would not be written."""
-    if hasattr(model, "encode_images"):
+    if isinstance(model, VisionModel):
         raise ValueError(
             f"model is a {type(model).__name__}, whose tower is not written, expected a decoder of"
             " text alone"

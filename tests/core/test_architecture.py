@@ -53,7 +53,7 @@ ALLOWED = {
     "allocators": {"exact", "methods", "row_budgets", "slot_bounds"},
     "config": {"allocators", "methods", "scorers"},
     "compile_for": {"kernels"},
-    "cache": {"config", "exact", "kernels", "precision", "sharding"},
+    "cache": {"config", "exact", "kernels", "model_interface", "precision", "sharding"},
     "inputs": {"model_interface"},
     "models": {"cache", "inputs", "kernels", "model_interface", "sharding"},
 }

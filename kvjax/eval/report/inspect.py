@@ -14,6 +14,7 @@ from kvjax.generation.detokenize import decode_after
 from kvjax.inputs.image_processor import ClipImages, Levels
 from kvjax.inputs.images import png
 from kvjax.inputs.multimodal import ModelInputs
+from kvjax.model_interface import Model, VisionModel
 
 # Tokens before one that its text is decoded after: what a piece looks like depends on them.
 _CONTEXT = 6
@@ -103,12 +104,13 @@ def _picture(image: Shown) -> dict[str, Any]:
     return {"src": source, "first": image.first, "rows": image.rows, "columns": image.columns}
 
 
-def shown(model: Any, inputs: ModelInputs, pictures: Sequence[np.ndarray]) -> list[Shown]:
+def shown(model: Model, inputs: ModelInputs, pictures: Sequence[np.ndarray]) -> list[Shown]:
     """The images of one prompt: what `kvjax.inputs.multimodal.look` made of these pictures."""
     if not pictures:
         return []
     places = np.flatnonzero(np.array(inputs.rows[0]) == inputs.token)
     skipped, images = 0, list(pictures)
+    assert isinstance(model, VisionModel)  # it was given pictures
     if isinstance(model.image_config, ClipImages):  # it crops, and may have the class token
         skipped, levels = int(model.vision_config.keeps_class), model.image_config.levels
         images = [_unnormalised(pixels, levels) for pixels in inputs.pixels]
