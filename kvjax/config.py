@@ -41,8 +41,8 @@ class CompressionConfig(Settings):
         layers="prefix".
       future: positions after the prompt over which expected attention averages.
       repeat: KVzip's instructions as token ids, before the first part of the prompt and before the
-        others; None for those that a tokenizer makes of `kvjax.compression.kvzip.INSTRUCTIONS`, and
-        without a tokenizer for none.
+        others; None for those that a tokenizer makes of `kvjax.generation.request.INSTRUCTIONS`,
+        and without a tokenizer for none.
       repeat_chunk: tokens of the prompt that KVzip repeats at once.
       layout: "padded" ([B, K, S, H] per layer, S for the longest head), "packed" (one pool of
         exactly the budget) or None for packed, except for uniform budgets on a CPU.

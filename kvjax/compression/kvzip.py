@@ -13,9 +13,7 @@ B batch, T prompt tokens, U tokens of a repetition, C tokens of a chunk, W token
 N query heads, K KV heads, G = N // K, H head dim.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,35 +22,12 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.padded import full_layer
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import empty_tail, remember
-from kvjax.compression import scorers
-from kvjax.config import CompressionConfig
 from kvjax.model_interface import NO_IMAGES, ImageFeatures, Model, Repeat
 
-# What a tokenizer makes the instructions of: before the first chunk, before the others.
-INSTRUCTIONS = (
-    "\n\nRepeat the previous context exactly.\n",
-    "\n\nRepeat the part of the previous context exactly, starting with\n",
-)
 # Tokens before a chunk that say where it begins.
 LEAD = 8
 # Tokens of a repetition that are run at once.
 BLOCK = 128
-
-
-def instructed(config: CompressionConfig, tokenizer: Any, vocab_size: int) -> CompressionConfig:
-    """The config with KVzip's instructions as tokens, where it has none and there is a tokenizer.
-
-    Unknown tokens are left out: a vocabulary without these words repeats without being told.
-    """
-    repeats = "reconstruction" in scorers.SCORERS[config.scorer].reads
-    if not repeats or config.repeat is not None or tokenizer is None:
-        return config
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    spoken = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in INSTRUCTIONS]
-    first, others = (
-        tuple(token for token in ids if token != unknown and token < vocab_size) for ids in spoken
-    )
-    return dataclasses.replace(config, repeat=(first, others))
 
 
 def reconstruction_scores(

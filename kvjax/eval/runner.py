@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 import kvjax
 from kvjax.compression.capacity import slot_bytes
-from kvjax.compression.kvzip import instructed
 from kvjax.config import CompressionConfig
 from kvjax.eval.journal import Journal, key_of
 from kvjax.eval.pod import ALONE, Workers
 from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
 from kvjax.eval.tasks.example import IMAGE
+from kvjax.generation.request import instructed
 from kvjax.inputs.multimodal import by_prompt, mark, placeholder, prepare_inputs
 from kvjax.inputs.prompts import bucket, chat_text, encoded
 from kvjax.model_interface import Model

@@ -16,7 +16,6 @@ from jaxtyping import Array
 from kvjax.cache.origin import fingerprint
 from kvjax.cache.room import Ratio
 from kvjax.cache.state import Cache, with_room
-from kvjax.compression.kvzip import instructed
 from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.generation import decode
 from kvjax.generation.decode import Answer, Held
@@ -33,7 +32,7 @@ from kvjax.generation.programs import (
     prefill_compress_program,
     start_answer_program,
 )
-from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back
+from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back, instructed
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, bucket, pad

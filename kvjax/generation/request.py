@@ -13,8 +13,8 @@ from jaxtyping import Array, Int, Key
 from kvjax.cache.origin import fingerprint, owned
 from kvjax.cache.room import check_held
 from kvjax.cache.state import Cache, for_rows
+from kvjax.compression import scorers
 from kvjax.compression.capacity import check_prompt, most_kept
-from kvjax.compression.kvzip import instructed
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
 from kvjax.generation.decode import Rules
 from kvjax.generation.programs import resize_program
@@ -32,6 +32,11 @@ TAIL = 256
 BLOCK = 128
 # Tokens of the prompt beside which an answer is decoded.
 CONTEXT = 8
+# What a tokenizer makes KVzip's instructions of: before the first chunk, before the others.
+INSTRUCTIONS = (
+    "\n\nRepeat the previous context exactly.\n",
+    "\n\nRepeat the part of the previous context exactly, starting with\n",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +195,22 @@ def _check_held(rule, shape, config: CompressionConfig, tokens: int, lengths, ca
     else:
         held = most_kept(config, tokens, int(lengths.max()), windows, heads)
     check_held(rule, heads * len(windows), held)
+
+
+def instructed(config: CompressionConfig, tokenizer: Any, vocab_size: int) -> CompressionConfig:
+    """The config with KVzip's instructions as tokens, where it has none and there is a tokenizer.
+
+    Unknown tokens are left out: a vocabulary without these words repeats without being told.
+    """
+    repeats = "reconstruction" in scorers.SCORERS[config.scorer].reads
+    if not repeats or config.repeat is not None or tokenizer is None:
+        return config
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    spoken = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in INSTRUCTIONS]
+    first, others = (
+        tuple(token for token in ids if token != unknown and token < vocab_size) for ids in spoken
+    )
+    return dataclasses.replace(config, repeat=(first, others))
 
 
 def check_rows(

@@ -12,8 +12,9 @@ from flax import nnx
 import kvjax
 from kvjax import CompressionConfig, ConfigError
 from kvjax.compression.compress import probe_request
-from kvjax.compression.kvzip import INSTRUCTIONS, instructed, reconstruction_scores
+from kvjax.compression.kvzip import reconstruction_scores
 from kvjax.generation import prefill
+from kvjax.generation.request import INSTRUCTIONS, instructed
 from kvjax.model_interface import ProbeRequest, Repeat
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
