@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for protocol, title in PROTOCOLS.items():
         runs = answer_all(model, items, protocol)
         show_table(runs, title, entry_bytes)
-        if protocol == "inside":
+        if protocol == "seen":
             pictured = {name: runs[name, 0.1].positions for name in SHOWN}
     if figures.available():
         path = _picture(options.out / "kept.png", items[0], pictured)

@@ -1,8 +1,8 @@
 """Questions about long documents, answered from a compressed cache; right or wrong.
 
-Two protocols. "inside": the question ends the prompt, so that an observation window sees it (the
-first token of the answer comes from the uncompressed prompt). "after": the document is compressed
-alone and then asked, as a cache that serves many questions must be.
+Two protocols. Question "seen": it ends the prompt, so that an observation window sees it (the first
+token of the answer comes from the uncompressed prompt). "unseen": the document is compressed alone
+and then asked, as a cache that serves many questions must be.
 
 A prompt is prefilled once for all methods and budgets. A method's budgets are run-time numbers and
 caches are widened to the prompt's bucket, so that one program compresses for all budgets, and one
@@ -32,7 +32,7 @@ from kvjax.inputs.prompts import bucket, pad
 from kvjax.model_interface import Model, ProbeRequest
 from kvjax.tiny.questions import Item
 
-PROTOCOLS = {"inside": "question inside the prompt", "after": "question after compression"}
+PROTOCOLS = {"seen": "question seen", "unseen": "question unseen"}
 ROWS = 50  # prompts at once
 _MOST = 0.999  # of a prompt: every smaller budget shares its program
 
@@ -73,9 +73,9 @@ def ask(
       ValueError: an unknown protocol.
     """
     if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol={protocol!r}, expected 'inside' or 'after'")
-    inside = protocol == "inside"
-    prompts = [[*item.document, *(item.question if inside else ())] for item in items]
+        raise ValueError(f"protocol={protocol!r}, expected 'seen' or 'unseen'")
+    seen = protocol == "seen"
+    prompts = [[*item.document, *(item.question if seen else ())] for item in items]
     longest = max(len(prompt) for prompt in prompts)
     room = max(len(item.answer) for item in items)
     questions, _ = pad([item.question for item in items])
@@ -96,7 +96,7 @@ def ask(
         for index, config in enumerate(configs):
             budgets = make_rows(config, jnp.asarray(lengths))
             cache = _compress(*layers, budgets, key, config=_widest(config))
-            if inside:
+            if seen:
                 drawn = _decode(model, cache, logits, room=room)
             else:
                 drawn = _ask(model, cache, questions[rows], counts, room=room)

@@ -120,9 +120,9 @@ def compare_methods(
     figures.accuracy(images / "methods.png", titles, [f"{budget:.0%}" for budget in BUDGETS])
     cells = [markdown(t, p, tables[p][t]) for t in STUDIED for p in PROTOCOLS]
     column = BUDGETS.index(0.25)
-    for name, gaps in differences(tables["after"], column).items():
+    for name, gaps in differences(tables["unseen"], column).items():
         report["paired"][name] = [float(gaps.mean()), *mean_interval(gaps)]
-    return cells, paired_markdown(tables["after"], column, BUDGETS[column])
+    return cells, paired_markdown(tables["unseen"], column, BUDGETS[column])
 
 
 def _shares(outcomes: list[Outcome]) -> np.ndarray:

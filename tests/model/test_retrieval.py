@@ -37,7 +37,7 @@ def items():
 def answers(model, items, config, protocol):
     """The public calls."""
     call = {"max_new_tokens": NEW, "eos_ids": ()}
-    if protocol == "inside":
+    if protocol == "seen":
         prompts = [[*item.document, *item.question] for item in items]
         out = kvjax.generate(model, prompts, config, **call)
     else:
@@ -49,7 +49,7 @@ def answers(model, items, config, protocol):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "protocol"), [("ada-snapkv", "inside"), ("full", "after"), ("prefixkv", "after")]
+    ("name", "protocol"), [("ada-snapkv", "seen"), ("full", "unseen"), ("prefixkv", "unseen")]
 )
 def test_answers_are_those_of_generate(model, items, name, protocol, monkeypatch):
     monkeypatch.setattr(retrieval, "ROWS", 2)  # three items: two batches, the last filled up
@@ -70,14 +70,14 @@ def test_answers_are_those_of_generate(model, items, name, protocol, monkeypatch
 def test_random_draws_per_row_and_by_seed(model, items):
     config = CompressionConfig.named("random", 0.4)
     (one,), (same,), (other,) = (
-        ask(model, items, [config], "after", seed=seed) for seed in (0, 0, 1)
+        ask(model, items, [config], "unseen", seed=seed) for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(one.positions, same.positions)
     assert (one.positions != other.positions).any()
 
 
 def test_unknown_protocol_is_refused(model, items):
-    with pytest.raises(ValueError, match="protocol='before', expected 'inside' or 'after'"):
+    with pytest.raises(ValueError, match="protocol='before', expected 'seen' or 'unseen'"):
         ask(model, items, [], "before")
 
 
@@ -160,7 +160,7 @@ def test_heat_map_shows_what_was_kept(tmp_path):
 def test_other_pictures_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     counts = np.array([[1.0, 30.0], [5.0, 200.0]])
-    shares = {"inside": {"full": np.array([1.0, 1.0]), "snapkv": np.array([0.9, 0.4])}}
+    shares = {"seen": {"full": np.array([1.0, 1.0]), "snapkv": np.array([0.9, 0.4])}}
     rows = [
         {"step": "10", "length": "64", "alphabet": "32", "loss": "3.5", "repeat": ""},
         {"step": "20", "length": "128", "alphabet": "32", "loss": "1.5", "repeat": "0.4"},

@@ -58,7 +58,7 @@ def test_words_go_in_and_out():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["inside", "after"])
+@pytest.mark.parametrize("protocol", ["seen", "unseen"])
 def test_what_is_evicted_costs_answers(model, items, protocol):
     """Of 12 prompts of 512 tokens; an observation window finds what it has been asked for."""
     configs = [
@@ -70,7 +70,7 @@ def test_what_is_evicted_costs_answers(model, items, protocol):
     assert full.right.mean() >= 0.9
     assert random.right.mean() <= 0.25
     assert random.kept.mean() == pytest.approx(0.1 * 512, abs=1)
-    if protocol == "inside":
+    if protocol == "seen":
         assert snapkv.right.sum() >= full.right.sum() - 1
     else:
         assert snapkv.right.mean() <= 0.75
@@ -110,8 +110,8 @@ def test_answers_tables_and_a_picture(tmp_path, capsys, monkeypatch):
     assert demo.main(["--length", "256", "--prompts", "3", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     # 4 layers of 4 KV heads, keys and values of 32 fp32 numbers: 4 KiB a token.
-    assert "question inside the prompt: answers right (full cache 100%, 1024 KiB a prompt)" in out
-    assert "question after compression: answers right" in out
+    assert "question seen: answers right (full cache 100%, 1024 KiB a prompt)" in out
+    assert "question unseen: answers right" in out
     assert re.search(r"entries/head +128\.0 +25\.0", out)
     assert out.count("(right)") + out.count("(wrong: ") == 9
     pytest.importorskip("matplotlib")

@@ -118,7 +118,7 @@ def test_an_example_that_fails_is_recorded_and_no_other(whole, loaded, tmp_path,
     assert set(lengths) == {128}
     monkeypatch.setattr(runner.kvjax, "generate", failing)
     counts = run(SETTINGS, tmp_path / "out", loaded)
-    assert counts == {"run": 24, "found": 0, "failed": 12}  # those that are asked inside
+    assert counts == {"run": 24, "found": 0, "failed": 12}  # those whose question is seen
     for key, row in by_key(tmp_path / "out").items():
         if row["protocol"] == "seen":
             assert row["error"] == "RESOURCE_EXHAUSTED: out of memory"
