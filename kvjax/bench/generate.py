@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.bench.decode import decode_step, held_bytes
-from kvjax.bench.scores import label
 from kvjax.bench.timing import peak_bytes, timed
 from kvjax.cache.state import with_room
 from kvjax.config import CompressionConfig
 from kvjax.generation.prefill import prefill, prefill_compress
 from kvjax.model_interface import ProbeRequest
 from kvjax.models.decoder import Decoder
+from kvjax.spelling import spelled
 
 
 def measure(
@@ -49,7 +49,7 @@ def measure(
         step = decode_step(model, cache, new, repeats)
         rows.append(
             {
-                "method": label(config),
+                "method": spelled(config),
                 "batch": batch,
                 "prefill": alone.median,
                 "prefill_least": alone.least,

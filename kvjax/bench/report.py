@@ -17,6 +17,7 @@ from kvjax.bench import budgets, decode, generate, scores
 from kvjax.bench.timing import bandwidth
 from kvjax.config import CompressionConfig
 from kvjax.models.presets import default_dtype, model_config, model_of
+from kvjax.spelling import parse_method, spelled
 
 KINDS = ("decode", "scores", "generate", "budgets")
 # What flags come to that are not given: a small model whole, or a large one's scores alone.
@@ -34,7 +35,7 @@ class Settings:
       batches: rows, one run for each.
       prompt, new: tokens.
       budget: entries a KV head.
-      methods: such as "snapkv", "ada-snapkv/packed" or "ada-snapkv/packed/int8".
+      methods: such as "snapkv" or "ada-snapkv/packed/int8" (`kvjax.spelling`).
       owners: of synthetic pools, one of `decode.OWNERS`.
       repeats: timed runs of each program.
     """
@@ -50,17 +51,8 @@ class Settings:
 
     def configs(self) -> list[CompressionConfig]:
         """`full`, then the methods."""
-        found = []
-        for name in ("full", *self.methods):
-            method, layout, quantize, *more = [*name.split("/"), None, None]
-            if any(more):
-                raise ValueError(
-                    f"--methods {name}, expected METHOD, METHOD/LAYOUT or /LAYOUT/int8"
-                )
-            found.append(
-                CompressionConfig.named(method, self.budget, layout=layout, quantize=quantize)
-            )
-        return found
+        names = ("full", *self.methods)
+        return [parse_method(name, None if name == "full" else self.budget) for name in names]
 
 
 def measure(kind: str, settings: Settings) -> dict[str, Any]:
@@ -118,7 +110,7 @@ def decode_row(
     step = decode.decode_step(model, cache, settings.new, settings.repeats)
     held = decode.held_bytes(cache)
     return {
-        "method": scores.label(config),
+        "method": spelled(config),
         "batch": batch,
         "step": step.median,
         "step_least": step.least,

@@ -17,6 +17,7 @@ from kvjax.kernels.prefill_attention import prefill_attention
 from kvjax.kernels.window_scores import accumulated_scores, window_scores
 from kvjax.model_interface import Probe
 from kvjax.models.config import ModelConfig
+from kvjax.spelling import spelled
 
 WINDOW = 32
 
@@ -60,7 +61,7 @@ def measure(
         probe = Probe(queries=q_BTNH[:, prompt - queries :], column_sums=sums_BNT)
         # Of the accumulated scores only what follows them: they have a row of their own.
         run = partial(_one_layer, config=config)
-        add(label(config), 2 * one, run, k_BTKH, v_BTKH, probe, lengths)
+        add(spelled(config), 2 * one, run, k_BTKH, v_BTKH, probe, lengths)
     for row in rows:
         row["of_attention"] = row["seconds"] / rows[0]["seconds"]
     return rows
@@ -68,9 +69,3 @@ def measure(
 
 def _one_layer(k_BTKH, v_BTKH, probe, lengths, *, config):
     return compress([k_BTKH], [v_BTKH], [probe], config, lengths=lengths)
-
-
-def label(config: CompressionConfig) -> str:
-    """The method, and where they are set its layout and its entries' dtype."""
-    parts = [config.method, config.layout, config.quantize]
-    return "/".join(part for part in parts if part)

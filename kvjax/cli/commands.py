@@ -30,6 +30,7 @@ from kvjax.inputs.prompts import bucket
 from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
 from kvjax.model_interface import Model, VisionModel
+from kvjax.spelling import parse_methods
 
 
 # ---------------------------------------------------------------------------- methods
@@ -96,7 +97,7 @@ def bench(arguments: argparse.Namespace) -> None:
         prompt=chosen["prompt"],
         new=arguments.new,
         budget=chosen["budget"],
-        methods=tuple(filter(None, arguments.methods.split(","))),
+        methods=parse_methods(arguments.methods),
         owners=arguments.owners,
         repeats=arguments.repeats,
     )

@@ -10,6 +10,7 @@ from kvjax.bench.report import DEFAULTS, KINDS
 from kvjax.cli import calibrate, commands, convert, evaluate, inspect, plan, report
 from kvjax.methods import METHODS
 from kvjax.models.presets import PRESETS
+from kvjax.spelling import FORM
 
 _LARGEST = 2**31 - 1  # what an int32 holds
 
@@ -178,7 +179,7 @@ def _bench_flags(parser: Parser) -> None:
         "--methods",
         default="snapkv/padded,snapkv/packed,ada-snapkv/padded,ada-snapkv/packed,h2o,prefixkv",
         metavar="M,M",
-        help="method, method/layout or method/packed/int8, beside full (%(default)s)",
+        help=f"{FORM}, beside full (%(default)s)",
     )
     add("--owners", choices=OWNERS, default="even", help="of synthetic pools (even)")
     add("--repeats", type=whole(1), default=5, metavar="N", help="timed runs (5)")

@@ -17,6 +17,7 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
     """The flags of `kvjax plan`; `whole` makes a type of a least integer."""
     from kvjax.models.presets import PRESETS
     from kvjax.plan.topology import TOPOLOGIES
+    from kvjax.spelling import FORM
 
     add = parser.add_argument
     add(
@@ -36,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         "--methods",
         default="full,ada-snapkv",
         metavar="M,M",
-        help="METHOD, METHOD/LAYOUT or METHOD/LAYOUT/int8, side by side (%(default)s)",
+        help=f"{FORM}, side by side (%(default)s)",
     )
     add("--budget", default="1024", metavar="N|P%", help="of all but full (1024)")
     add("--profile", metavar="FILE", help="PrefixKV offline, as `kvjax generate` takes it")
@@ -97,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _groups(arguments: argparse.Namespace) -> Sequence[Any]:
     from kvjax.calibrate import read_profile
     from kvjax.plan.table import PlanSettings, read_plan
+    from kvjax.spelling import parse_methods
 
     if arguments.config:
         if arguments.model or arguments.topology:
@@ -109,7 +111,7 @@ def _groups(arguments: argparse.Namespace) -> Sequence[Any]:
         PlanSettings(
             models=(arguments.model,),
             topologies=(arguments.topology,),
-            methods=tuple(filter(None, arguments.methods.split(","))),
+            methods=parse_methods(arguments.methods),
             prompt=arguments.prompt,
             new_tokens=arguments.new,
             budget=arguments.budget,

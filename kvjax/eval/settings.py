@@ -1,14 +1,12 @@
 """What `kvjax eval` runs: a flat TOML file, checked."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from kvjax.calibrate import read_profile
 from kvjax.config import CompressionConfig, ConfigError, parse_budget
 from kvjax.eval.tasks import TASKS
 from kvjax.settings import read_settings
+from kvjax.spelling import parse_method
 
 PROTOCOLS = ("seen", "unseen")
 
@@ -21,9 +19,8 @@ class EvalSettings:
       model: a Hugging Face directory, or "tiny" for the bundled model.
       tasks: names of `kvjax.eval.tasks.TASKS`.
       methods: names of `kvjax.METHODS`, each with settings of its own if need be, as in
-        "prefixkv:layers=uniform" or "snapkv:window=64,kernel=5"; results carry the entry as typed.
-        "prefixkv:profile=FILE" takes a layer profile; {evicted} in FILE's name is replaced by the
-        fraction that a budget evicts, as in its authors' prefixkv_llava-v1.5-7b_{evicted}.json.
+        "prefixkv:layers=uniform" or "snapkv/padded:window=64,kernel=5" (`kvjax.spelling`); results
+        carry the entry as typed.
         "full" is run once, whatever the budgets.
       budgets: as typed on the command line: "25%" of the prompt, or "1024" entries a KV head.
       lengths: tokens of a prompt and its answer, for tasks that are generated or truncated.
@@ -90,7 +87,8 @@ class EvalSettings:
         for method in self.methods:
             for budget in ("100%",) if method == "full" else self.budgets:
                 try:
-                    config = _config(method, budget, chosen)
+                    entries = None if method == "full" else parse_budget(budget)
+                    config = parse_method(method, entries, **chosen)
                 except ConfigError as error:
                     raise ValueError(f"methods, budgets: {error}") from None
                 found[method, budget] = config
@@ -100,38 +98,6 @@ class EvalSettings:
                 " expected at least one of each"
             )
         return found
-
-
-def _config(entry: str, budget: str, chosen: dict[str, Any]) -> CompressionConfig:
-    """The config of one entry of `methods` at one budget."""
-    method, _, rest = entry.partition(":")
-    parsed = None if method == "full" else parse_budget(budget)
-    fields = {field.name for field in dataclasses.fields(CompressionConfig)} - {"method", "budget"}
-    own: dict[str, Any] = {}
-    for setting in filter(None, rest.split(",")):
-        name, equals, value = setting.partition("=")
-        if name not in fields or not equals:
-            raise ConfigError(f"{entry!r} has {setting!r}, expected NAME=VALUE of a setting")
-        own[name] = _profile(value, parsed) if name == "profile" else _plain(value)
-    return CompressionConfig.named(method, parsed, **(chosen | own))
-
-
-def _plain(text: str) -> int | float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def _profile(path: str, budget: int | float | None) -> tuple[float, ...]:
-    if "{evicted}" in path:
-        if not isinstance(budget, float):
-            raise ConfigError(f"profile={path!r} needs budgets in per cent, got {budget!r}")
-        path = path.replace("{evicted}", f"{1 - budget:.1f}")
-    try:
-        return read_profile(path)
-    except OSError as error:
-        raise ConfigError(f"profile {path} cannot be read ({error.strerror})") from None
 
 
 def load_eval_settings(path: str | Path) -> EvalSettings:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.models.config import ModelConfig, load_config
@@ -15,6 +15,7 @@ from kvjax.plan.program import Ask
 from kvjax.plan.rows import MOST_TOKENS, Limits, Row
 from kvjax.plan.topology import GIB, TOPOLOGIES
 from kvjax.settings import read_settings
+from kvjax.spelling import parse_method, spelled
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PlanSettings:
     Attributes:
       models: presets, or directories with a config.json.
       topologies: of `kvjax.plan.TOPOLOGIES`.
-      methods: METHOD, METHOD/LAYOUT or METHOD/LAYOUT/int8, side by side.
+      methods: as `kvjax.spelling` reads them, side by side.
       prompt, new_tokens: tokens.
       budget: "N" or "P%", of all methods but `full`.
       splits: "DATAxMODEL" of each row; by default the model over at most eight devices.
@@ -90,11 +91,7 @@ class PlanSettings:
         )
 
     def _compression(self, method: str) -> CompressionConfig:
-        name, *rest = method.split("/")
-        if len(rest) > 2:
-            raise ValueError(f"method={method!r}, expected METHOD, METHOD/LAYOUT or .../int8")
-        settings: dict[str, Any] = dict(zip(("layout", "quantize"), rest, strict=False))
-        config = CompressionConfig.named(name, parse_budget(self.budget), **settings)
+        config = parse_method(method, parse_budget(self.budget))
         if self.profile and config.layers == "prefix":
             return dataclasses.replace(config, profile=self.profile)
         return config
@@ -155,7 +152,6 @@ def _cells(row: Row) -> list[str]:
     count, size = row.collectives
     config = ask.compression
     kept = "" if not config.compresses else f" {_budget(config.budget)}"
-    how = "".join(f"/{part}" for part in (config.layout, config.quantize) if part)
     stored = ", stored profile" if config.profile is not None else ""
     return [
         ask.name,
@@ -163,7 +159,7 @@ def _cells(row: Row) -> list[str]:
         f"{ask.data}x{ask.parts}",
         str(ask.batch),
         f"{ask.prompt:,} + {ask.new_tokens}",
-        f"{config.method}{how}{kept}{stored}",
+        f"{spelled(config)}{kept}{stored}",
         *(f"{part / GIB:.2f}" for part in (row.held.weights, row.held.pool, row.held.tail)),
         "" if refused else f"{about}{row.working / GIB:.2f}",
         f"{about}{row.total / GIB:.2f}",

@@ -29,6 +29,7 @@ ORDER = (
     "generation",
     "likelihood",
     "calibrate",
+    "spelling",
     "figures",
     "__init__",
     "tiny",

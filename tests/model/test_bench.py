@@ -166,7 +166,7 @@ def test_a_checkpoints_directory_is_measured(run, tmp_path):
         (["decode", "--batch", "0"], "--batch 0, expected integers of at least 1"),
         (["decode", "--methods", "nope"], "method='nope'"),
         (["decode", "--methods", "snapkv/padded/int8"], "quantize='int8'"),
-        (["decode", "--methods", "snapkv/packed/int8/more"], "--methods snapkv/packed/int8/more"),
+        (["decode", "--methods", "snapkv/packed/int8/more"], "method='snapkv/packed/int8/more'"),
     ],
 )
 def test_wrong_calls_are_one_sentence(run, flags, named):
