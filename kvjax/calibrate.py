@@ -91,7 +91,7 @@ def calibrate(
       seed: of the `random` scorer; no named method that can be calibrated draws.
       batch: most prompts at once, all of one bucket. It changes no result.
       progress: whether to show a bar on stderr, where that is a terminal.
-      images: of a model that sees: each prompt's, in a list of its own.
+      images: of a vision-language model: each prompt's, in a list of its own.
 
     Raises:
       ConfigError: layer sizes that do not follow from scores.

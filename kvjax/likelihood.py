@@ -72,8 +72,8 @@ def score(
       positions: whether to return which entries were kept.
       pad_to: least tokens that prefixes, and what follows them, are padded to, so that batches of
         other texts share one compiled program. It changes no result.
-      images: of a model that sees, as in `generate`, all of them in the prefix; its length counts
-        tokens as they are given, be it one for an image or one for each of its features.
+      images: of a vision-language model, as in `generate`, all of them in the prefix; its length
+        counts tokens as they are given, be it one for an image or one for each of its features.
 
     Raises:
       ValueError: a prefix outside that range, an id outside the vocabulary, a text longer than

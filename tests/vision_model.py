@@ -1,4 +1,4 @@
-"""What tests of models that see share: a small random LLaVA, and logits step by step."""
+"""What tests of vision-language models share: a small random LLaVA, and logits step by step."""
 
 import json
 from pathlib import Path

@@ -31,7 +31,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="F", help="the whole file as it is, in UTF-8")
     add(
-        "--image", action="append", metavar="F", help="a picture, for a model that sees; repeatable"
+        "--image",
+        action="append",
+        metavar="F",
+        help="a picture, for a vision-language model; repeatable",
     )
     add("--chat", action="store_true", help="apply the model's chat template")
     add("--methods", default=_METHODS, metavar="A,B", help=f"of {', '.join(METHODS)} (%(default)s)")

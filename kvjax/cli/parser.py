@@ -136,7 +136,7 @@ def _calibration_flags(parser: Parser) -> None:
         required=True,
         metavar="FILE",
         help='JSON lines {"prompt": "text"} or {"tokens": [ids]}, of the kind to be answered later;'
-        ' with "images": [files], beside the file, for a model that sees',
+        ' with "images": [files], beside the file, for a vision-language model',
     )
     add("--method", default="prefixkv", metavar="M", help="prefixkv, ada-prefixkv (prefixkv)")
     add(
@@ -218,8 +218,8 @@ def _prompt_flags(parser: Parser) -> None:
         "--image",
         action="append",
         metavar="F",
-        help="a picture, for a model that sees; repeatable: one for each placeholder of the one"
-        " prompt (in front of a text without any)",
+        help="a picture, for a vision-language model; repeatable: one for each placeholder of the"
+        " one prompt (in front of a text without any)",
     )
 
 

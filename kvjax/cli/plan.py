@@ -139,7 +139,7 @@ def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
     for target, reason in absent.items():
         if reason and not arguments.estimate:
             print(f"kvjax: {target} {reason}; its rows are estimates", file=sys.stderr)
-    look = Store(compiled, arguments.cache)
+    store = Store(compiled, arguments.cache)
     began = time.monotonic()
     rows = []
     with tqdm(asks, desc="plan", unit="row", disable=None) as bar:
@@ -148,9 +148,9 @@ def _planned(groups: Sequence[Any], arguments: argparse.Namespace) -> list[Any]:
             late = time.monotonic() - began > 60 * arguments.minutes
             few = group.layers == "few"
             parts = [ask.with_layers(depth) for depth in DEPTHS] if few else [ask]
-            seen = all(map(look.known, parts))
-            known = absent[ask.topology.target] is None and (not late or seen)
-            here = (partial(by_depth, look) if few else look) if known else None
+            stored = all(map(store.holds, parts))
+            possible = absent[ask.topology.target] is None and (not late or stored)
+            here = (partial(by_depth, store) if few else store) if possible else None
             here = None if arguments.estimate else here
             cost = step_cost if group.cost and here is not None else None
             rows.append(plan(ask, here, limits=group.limits, cost=cost))
@@ -177,25 +177,26 @@ nothing of what a kernel of the library's own reads: each layer's call counts th
 
 _HEADER = """# The plan
 
-Written by `{command}`; the JSON beside it has all digits. GiB of one
-device, for the whole `generate` in bf16 (prefill, compression and decode loop are one program),
-compiled ahead of time for chips that are not here. Nothing on this page has run.
+Written by `{command}`; the JSON beside it has all digits.
+GiB of one device, for the whole `generate` in bf16: prefill, compression and decode loop are one
+program, compiled ahead of time for chips that are not here. Nothing on this page has run.
 
-- *Weights*, *pool* (what is kept of the prompts: of `full` all of it) and *tail* (room for the
-  answer) follow from shapes. *Total* is `memory_analysis()`'s arguments, temporaries, results and
-  code; *prefill* is what the temporaries hold beside pool and tail.
-- *Of* is what a program may take: a TPU's compiler says it; of a GPU it is the data sheet's HBM
-  less 1 GiB. A TPU's compiler refuses what does not fit, with its total; what it takes fits, also
-  where the parts sum to more than that, for they are not all needed at once.
-- `≈`: two and six layers were compiled, and what they need beside weights, pool and tail was
-  continued to the model's depth. On a GPU that comes near (Llama-3-8B on an H200 stands here both
-  ways). A TPU's compiler spends what is left over differently in a deep program: `full` on v5e-8
-  came to 15.0 GiB that way, and takes 9.5. So rows of TPUs that are close are compiled whole.
-- `~` is an estimate. Among the bytes: no compiler was asked. As a limit: from the row's own
-  compilation and from shapes, not compiled itself. Limits hold all else equal, and ignore the
-  context that a model was trained for.
-- *Collectives*: of one pass through the decode loop, and the bytes that a device has of them
-  afterwards. A step reads weights, pool and tail once; its time is what HBM and matrix units need
-  at least.
+- *Weights*, *pool* (what is kept of the prompts; of `full` all of it) and *tail* (room for the
+  answer) follow from shapes. *Prefill* is what the program's temporaries hold beside pool and
+  tail. *Total* is what `memory_analysis()` says of arguments, temporaries, results and code.
+- *Of* is what a program may take. A TPU's compiler says it; for a GPU it is the data sheet's HBM
+  less 1 GiB. A TPU's compiler refuses what does not fit, and names its total. What it takes fits,
+  even where the parts sum to more than that, for they are not all needed at once.
+- `≈`: programs of two and six layers were compiled, and what they need beside weights, pool and
+  tail was continued to the model's depth. On a GPU that comes near (Llama-3-8B on an H200 stands
+  here both ways). On a TPU it does not always: `full` on v5e-8 came to 15.0 GiB that way, and takes
+  9.5, for its compiler spends spare memory differently in a deep program. So rows of TPUs that are
+  close are compiled whole.
+- `~` is an estimate. Of bytes: no compiler was asked. Of a limit: it follows from the row's own
+  compilation and from shapes, and was not compiled itself. Limits hold all else equal, and ignore
+  the context that a model was trained for.
+- *Collectives* are those of one pass through the decode loop, and the bytes that a device has of
+  them afterwards. A step reads weights, pool and tail once; its time is what HBM and matrix units
+  need at least.
 
 """

@@ -107,13 +107,13 @@ class RunningText:
     def _leave_behind(self, text: str) -> None:
         """Make older recent tokens the context, at a place where the text falls apart in two."""
         half, longest = len(self._recent) // 2, max(map(len, self.stop), default=0)
-        settled = min(self._given - self._left, len(text) - longest)
+        certain = min(self._given - self._left, len(text) - longest)
         for place in range(half, half // 2, -1):
             older, newer = self._recent[:place], self._recent[place:]
             if any(map(self._is_part, (older[-1], newer[0]))):
                 continue
             head = self._text(place)
-            if not head or head.endswith(INCOMPLETE) or len(head) > settled:
+            if not head or head.endswith(INCOMPLETE) or len(head) > certain:
                 continue
             if head + decode_after(older, newer, self.tokenizer) == text:
                 self._context, self._recent = older, newer

@@ -114,7 +114,7 @@ def generate(
       chat: put each text into the tokenizer's chat template (the first turn; render later ones
         yourself, the template would begin anew).
       attention_mask: 1 for the real tokens of a padded array, on either side.
-      images: of a model that sees: each prompt's PIL images, paths or uint8 arrays
+      images: of a vision-language model: each prompt's PIL images, paths or uint8 arrays
         `[height, width, 3]`, in the order of the image tokens that stand for them (`<image>` of
         LLaVA); a list for one prompt, a list of lists for several.
       cache: a cache from `compress_prompt` or from an earlier answer, which the prompts

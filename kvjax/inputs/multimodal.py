@@ -168,7 +168,7 @@ def prepare_inputs(
     """Read the images of each prompt, and give each as many tokens as it has features.
 
     Args:
-      model: one that sees has a `vision_config` and an `image_config`.
+      model: a vision-language model has a `vision_config` and an `image_config`.
       rows: token ids, one that stands for each image, or one for each of its features already.
       pictures: from `by_prompt`.
 

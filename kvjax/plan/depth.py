@@ -29,12 +29,12 @@ def by_depth(
     few, more = map(compiler, asks)
     share = Fraction(layers - low, high - low)
 
-    def continued(said: Callable[[Compiled], int], known: Callable[[held.Held], int]) -> int:
+    def continued(said: Callable[[Compiled], int], of_shapes: Callable[[held.Held], int]) -> int:
         start, end = (
-            said(program) - known(held.held(one))
+            said(program) - of_shapes(held.held(one))
             for program, one in zip((few, more), asks, strict=True)
         )
-        return known(held.held(ask)) + max(end, round(start + share * (end - start)))
+        return of_shapes(held.held(ask)) + max(end, round(start + share * (end - start)))
 
     start, end = Counter(few.step), Counter(more.step)
     step = [

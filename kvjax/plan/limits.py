@@ -41,38 +41,38 @@ def largest(
       start: one of the values, whose cost is known or wanted anyway.
       guess: one of the values, near the answer.
     """
-    known: dict[int, int | float] = {}
+    costs: dict[int, int | float] = {}
     first, second = values.index(start), values.index(guess)
     if first == second:
         second += 1 if second + 1 < len(values) else -1
     for index in (first, second):
         if 0 <= index < len(values):
-            known[index] = cost(values[index])
-    while len(known) < LOOKS:
-        low, high = _bounds(known, room, len(values))
+            costs[index] = cost(values[index])
+    while len(costs) < LOOKS:
+        low, high = _bounds(costs, room, len(values))
         if high - low == 1:
             break
         # Between what fits and what does not; the one above where the line ends at what fits.
-        index = min(max(_line(known, values, room), low), high - 1)
+        index = min(max(_line(costs, values, room), low), high - 1)
         index = low + 1 if index == low else index
-        known[index] = cost(values[index])
-    low, high = _bounds(known, room, len(values))
-    return Limit(values[low] if low >= 0 else 0, high - low == 1, len(known))
+        costs[index] = cost(values[index])
+    low, high = _bounds(costs, room, len(values))
+    return Limit(values[low] if low >= 0 else 0, high - low == 1, len(costs))
 
 
-def _bounds(known: dict[int, int | float], room: int | float, count: int) -> tuple[int, int]:
+def _bounds(costs: dict[int, int | float], room: int | float, count: int) -> tuple[int, int]:
     """The largest index known to fit (-1 for none), and the least one known not to, or the end."""
-    high = min((index for index, cost in known.items() if cost > room), default=count)
-    low = max((index for index, cost in known.items() if cost <= room and index < high), default=-1)
+    high = min((index for index, cost in costs.items() if cost > room), default=count)
+    low = max((index for index, cost in costs.items() if cost <= room and index < high), default=-1)
     return low, high
 
 
-def _line(known: dict[int, int | float], values: Sequence[int], room: int | float) -> int:
+def _line(costs: dict[int, int | float], values: Sequence[int], room: int | float) -> int:
     """The last index that fits, by the line through the two known costs nearest to the room."""
-    nearest = sorted(known, key=lambda index: abs(known[index] - room))[:2]
+    nearest = sorted(costs, key=lambda index: abs(costs[index] - room))[:2]
     if len(nearest) < 2:
         return nearest[0]
-    (x, y), (z, w) = ((values[index], known[index]) for index in nearest)
+    (x, y), (z, w) = ((values[index], costs[index]) for index in nearest)
     slope = (w - y) / (z - x)
     if slope <= 0:
         return max(nearest)

@@ -77,8 +77,8 @@ def plan(
     """
     began = time.perf_counter()
     parts = held.held(ask)
-    look = cache(compiler) if compiler is not None else None
-    found = look(ask) if look is not None else None
+    compile_once = cache(compiler) if compiler is not None else None
+    found = compile_once(ask) if compile_once is not None else None
     seconds = time.perf_counter() - began
     # Of a refused program nothing is known but the sum.
     temporaries = parts.pool + parts.tail + held.prefill_estimate(ask)
@@ -91,7 +91,7 @@ def plan(
     batch = prompt = None
     if limits != "none":
         needed = min(total, room) if taken else total
-        search = partial(_limit, ask, look, needed, verified=limits == "verified")
+        search = partial(_limit, ask, compile_once, needed, verified=limits == "verified")
         batch = search("batch", range(ask.data, MOST_ROWS * ask.data + 1, ask.data))
         prompt = search("prompt", _buckets(ask.prompt))
     step = found.step if found else ()
@@ -114,7 +114,13 @@ def plan(
 
 
 def _limit(
-    ask: Ask, look: Compiler | None, total: int, name: str, values: Sequence[int], *, verified: bool
+    ask: Ask,
+    compile_once: Compiler | None,
+    total: int,
+    name: str,
+    values: Sequence[int],
+    *,
+    verified: bool,
 ) -> Limit:
     """The largest batch or prompt, with a first guess from shapes and the row's own total."""
     start = ask.batch if name == "batch" else bucket(ask.prompt)
@@ -127,11 +133,11 @@ def _limit(
     guess = bisected(
         lambda value: held.total_estimate(other(value)) + beside, values, ask.topology.room
     )
-    if look is None or not verified:
+    if compile_once is None or not verified:
         fits = held.total_estimate(other(guess)) + beside <= ask.topology.room
         return Limit(guess if fits else 0, False, 0)
     return largest(
-        lambda value: look(ask if value == start else other(value)).total,
+        lambda value: compile_once(ask if value == start else other(value)).total,
         values,
         ask.topology.room,
         start=start,

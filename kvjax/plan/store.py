@@ -27,7 +27,7 @@ class Store:
         key = hashlib.sha256((repr(ask) + self._common).encode()).hexdigest()[:24]
         return self._folder / f"{key}.json"
 
-    def known(self, ask: Ask) -> bool:
+    def holds(self, ask: Ask) -> bool:
         """Whether it was compiled before."""
         return self._file(ask).is_file()
 

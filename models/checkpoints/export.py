@@ -28,7 +28,7 @@ def save_decoder(
       The path of the weights.
 
     Raises:
-      ValueError: a model that sees.
+      ValueError: a vision-language model.
     """
     check_reads_text(model)
     folder = Path(directory)

@@ -39,7 +39,7 @@ def save_orbax(model: Decoder, directory: str | Path) -> Path:
       The directory.
 
     Raises:
-      ValueError: a directory that holds a checkpoint already, or a model that sees.
+      ValueError: a directory that holds a checkpoint already, or a vision-language model.
     """
     check_reads_text(model)
     folder = Path(directory).absolute()

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744): a decoder that sees through CLIP and a projector.
+"""LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744): a decoder behind CLIP and a projector.
 
 I images, S pixels of a side, P patches, E values of a patch, C width of the tower, D model dim,
 X features of all images, F the projector's width.

@@ -289,8 +289,8 @@ def test_what_was_compiled_is_found_again(tmp_path):
     for _ in range(2):
         store = Store(lambda one: calls.append(one) or found, tmp_path)
         assert store(ask()) == found
-        assert store.known(ask())
-        assert not store.known(ask(batch=2))
+        assert store.holds(ask())
+        assert not store.holds(ask(batch=2))
     assert calls == [ask()]
 
 

@@ -75,7 +75,7 @@ def pool_problem(rng: np.random.Generator, tokens: int, head_dim: int, slots: in
     return found | {"entries": entries}
 
 
-def _dead(rng: np.random.Generator, tokens: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
+def _evicted(rng: np.random.Generator, tokens: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
     first = rng.integers(0, slots, (2, KV_HEADS))
     return first, first[:, None] + rng.integers(0, slots // 3, (2, tokens, KV_HEADS))
 
@@ -91,7 +91,7 @@ def pool(dtype: str, small: bool = False) -> dict[str, Any]:
         case = pool_problem(rng, tokens, head_dim, slots, jnp.dtype(dtype))
         static: dict[str, Any] = {"kv_heads": KV_HEADS}
         static["window"] = 150 if "window" in options else None
-        case["evicted"] = _dead(rng, tokens, slots) if "evicted" in options else None
+        case["evicted"] = _evicted(rng, tokens, slots) if "evicted" in options else None
         arrays = _arrays(case, wide, entries=dtype)
         region: dict[str, Any] = {"region": (0, slots)} if "region" in options else {}
         call = partial(_by_name, decode_attention.pool_attention, **static, **region)

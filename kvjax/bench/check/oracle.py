@@ -76,11 +76,12 @@ def _scores(q, query_positions, k, lengths, window) -> tuple[np.ndarray, np.ndar
     return s_BNWT, np.broadcast_to(seen_BWT[:, None], s_BNWT.shape)
 
 
-def _softmax(scores: Any, seen: Any, values: Any, product: str) -> Found:
-    """Weighted values and log-sum-exp over the last axis of scores that are seen."""
-    any_seen = seen.any(-1)
-    peak = np.where(any_seen, np.where(seen, scores, -np.inf).max(-1), 0.0)
-    weights = np.where(seen, np.exp(np.where(seen, scores, 0.0) - peak[..., None] * seen), 0.0)
+def _softmax(scores: Any, visible: Any, values: Any, product: str) -> Found:
+    """Weighted values and log-sum-exp over the last axis of the visible scores."""
+    any_visible = visible.any(-1)
+    peak = np.where(any_visible, np.where(visible, scores, -np.inf).max(-1), 0.0)
+    exponents = np.where(visible, scores, 0.0) - peak[..., None] * visible
+    weights = np.where(visible, np.exp(exponents), 0.0)
     total = weights.sum(-1)
     weights /= np.where(total > 0, total, 1.0)[..., None]
     with np.errstate(divide="ignore"):

@@ -105,7 +105,7 @@ def _picture(image: Shown) -> dict[str, Any]:
 
 
 def shown(model: Model, inputs: ModelInputs, pictures: Sequence[np.ndarray]) -> list[Shown]:
-    """The images of one prompt: what `kvjax.inputs.multimodal.look` made of these pictures."""
+    """The images of one prompt: what `prepare_inputs` made of these pictures."""
     if not pictures:
         return []
     places = np.flatnonzero(np.array(inputs.rows[0]) == inputs.token)
