@@ -51,7 +51,7 @@ lint: setup  ## ruff: rules and format
 types: setup  ## mypy
 	$(VENV)/bin/mypy
 
-fidelity: setup  ## agreement with kvpress on 200 documents (needs ../shared/data), about 10 minutes
+fidelity: setup  ## agreement with kvpress on 200 documents (needs ../shared/data), about 15 minutes
 	$(RUN) -m kvjax.studies.fidelity --data ../shared/data -o docs/fidelity_table.md
 
 stories: setup  ## stories continued from every method's cache (needs ../shared/data)

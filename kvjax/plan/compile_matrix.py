@@ -263,9 +263,9 @@ def main() -> int:
         text += _WHOLE_TITLE + whole_table(programs)
     if arguments.output:
         header = (
-            "# Kernels compiled ahead of time\n\nWritten by `make compile-matrix`. A cell: the"
-            " program's temporaries as a share of the pool or keys that it reads; *XLA* where the"
-            " kernel does not take the shape and the reference stands in. Nothing here has run.\n\n"
+            "# Kernels compiled ahead of time\n\nWritten by `make compile-matrix`. A cell is the"
+            " program's temporaries as a share of the slots or keys that it reads. *XLA*: the"
+            " kernel does not take the shape, the reference stands in. Nothing here has run.\n\n"
         )
         arguments.output.write_text(header + text)
     print(text)
