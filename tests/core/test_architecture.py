@@ -1,6 +1,7 @@
 """The arrows between packages run one way (docs/architecture.md)."""
 
 import ast
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,6 +125,13 @@ def test_the_walk_sees_every_package():
         assert allowed <= set(ORDER[: ORDER.index(package)])
     attention = ROOT / "models" / "attention.py"
     assert "kvjax.cache.state.Cache" in imports(attention)
+
+
+def test_the_document_has_the_same_order():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    block = re.search(r"this list:\n\n((?: {4}.*\n)+)", page)
+    assert block is not None
+    assert tuple(block[1].split()) == tuple(name for name in ORDER if name != "__init__")
 
 
 def test_no_public_name_is_a_module_too():
