@@ -1,4 +1,4 @@
-"""Which platform's kernels a program gets: where JAX runs, or what it is compiled for elsewhere."""
+"""Choose whose kernels a program gets: where JAX runs, or what it is compiled for elsewhere."""
 
 import contextlib
 from collections.abc import Iterator

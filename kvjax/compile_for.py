@@ -1,4 +1,4 @@
-"""Compiling for a TPU or a GPU on a machine that has neither.
+"""Compile for a TPU or a GPU on a machine that has neither.
 
 Real compile errors, memory figures and HLO, from libtpu and from the CUDA plugin, on a plain CPU
 (`pip install kvjax[ahead]`; run with JAX_PLATFORMS=cpu).

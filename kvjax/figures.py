@@ -1,4 +1,4 @@
-"""Pictures; matplotlib is needed here and nowhere else (`pip install kvjax[plot]`)."""
+"""Draw every picture; matplotlib is imported here alone (`pip install kvjax[plot]`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is computed here has 32 bits or fewer, also where JAX_ENABLE_X64=1 makes JAX's default 64.
+"""Compute in 32 bits or fewer, even where JAX_ENABLE_X64=1 makes 64 JAX's default.
 
 Counts, positions and sums are written for int32 and fp32, in Python's numbers too (`x * 2`), whose
 width follows that flag. So the flag is off while anything of kvjax is traced or run, and the

@@ -1,4 +1,4 @@
-"""Files that settings are read from, and files that results are written to.
+"""Read settings files (TOML), and replace result files whole.
 
 A settings file is flat TOML, read into a frozen dataclass: every field a key, an unknown key an
 error. A result replaces the file of its name once it is whole.

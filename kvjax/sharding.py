@@ -1,4 +1,4 @@
-"""Logical axes on a mesh: which letter of an array's name is split over which chips.
+"""Place arrays on a mesh: which letter of an array's axes is split over which chips.
 
 A user's mesh has two axes, `data` (rows of the batch) and `model` (parts of the model). For a model
 of N query and K KV heads `fitted` splits the second one into three,

@@ -1,4 +1,4 @@
-"""What a decoder is: sizes, rotary embedding, sliding windows and the switches between families.
+"""The config of a decoder: sizes, rotary embedding, sliding windows, switches between families.
 
 `from_hf` reads a Hugging Face `config.json`, in the spelling of older files (`rope_theta`,
 `rope_scaling`) and of transformers 5 (`rope_parameters`). A missing key has the default of that

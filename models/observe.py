@@ -1,4 +1,4 @@
-"""What a layer's attention leaves in the `Probe`.
+"""Compute what a layer's attention leaves in the `Probe`.
 
 B batch, T prompt tokens, W observed queries, N query heads, K KV heads, G = N // K, H head dim,
 D model dim, X = N H, C half of H.

@@ -1,4 +1,4 @@
-"""Models to measure: of known shapes with random weights, or a checkpoint's."""
+"""Models for measurements: known shapes with random weights, or a checkpoint's."""
 
 from pathlib import Path
 from typing import Any

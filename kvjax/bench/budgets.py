@@ -1,4 +1,4 @@
-"""Sharing a budget out, alone: what allocators take of a prompt's scores, and sorting beside it.
+"""Measure allocators alone: how long they take to divide a budget, beside sorting the scores.
 
 Scores are drawn, heavy-tailed and positive, and heads differ in scale, so that Ada-KV and
 KV-Compress give them unlike sizes. Ada-KV (without a floor) is measured three times: by bisection,

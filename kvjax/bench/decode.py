@@ -1,4 +1,4 @@
-"""The decode step on caches of a given shape, without a prefill.
+"""Measure the decode step on caches of a given shape, without a prefill.
 
 A step reads every weight and every held entry once, so it is bound by memory: its limit is (weights
 + held bytes) / bandwidth. Entries are random; how many each head owns is even, or skewed as Ada-KV

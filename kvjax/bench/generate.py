@@ -1,4 +1,4 @@
-"""The whole path: prefill, compression, decoding.
+"""Measure the whole path: prefill, compression, decoding.
 
 Prefill is bound by arithmetic, and compression should vanish beside it; a decode step is bound by
 memory.

@@ -1,4 +1,4 @@
-"""One benchmark from its settings to a table, a picture and a JSON object."""
+"""Turn one benchmark's settings into a table, a picture and a JSON object."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What compression adds to one layer of a prefill: scores, allocation, packing.
+"""Measure what compression adds to one layer of a prefill: scores, allocation, packing.
 
 B batch, T prompt tokens, N query heads, K KV heads, H head dim.
 """

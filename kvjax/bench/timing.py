@@ -1,4 +1,4 @@
-"""Seconds of compiled functions, and how fast this machine's memory is."""
+"""Time compiled functions, and measure how fast this machine's memory is."""
 
 import time
 from collections.abc import Callable

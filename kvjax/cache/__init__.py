@@ -1,1 +1,1 @@
-"""What is kept: the prompt's entries in either layout, the tail, attention to both."""
+"""The cache: a prompt's kept entries, the tail of new tokens, and attention to both."""

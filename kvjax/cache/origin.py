@@ -1,4 +1,4 @@
-"""Which model made a cache: a digest of its configs and of some values of each weight."""
+"""Fingerprint the model that made a cache: its configs, and some values of each weight."""
 
 import functools
 import hashlib

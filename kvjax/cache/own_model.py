@@ -1,4 +1,4 @@
-"""Decoding against a compressed cache with one's own model: claim slots, append, attend.
+"""Decode with a model of your own against a compressed cache: claim slots, append, attend.
 
     cache = kvjax.compress(keys, values, probes, config, tail_slots=64)   # after one's own prefill
     cache = kvjax.claim(cache, 1)                                         # then, for each new token

@@ -1,4 +1,4 @@
-"""The padded layout: as many slots for every head, filled from the first on.
+"""The padded layout: equally many slots for every head of a layer, filled from the first on.
 
     slot     0   1   2   3   4        Position is not slot: every entry carries its true position
     head 0   p0  p3  p7  p9  -1       in the prompt.

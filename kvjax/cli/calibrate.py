@@ -1,4 +1,4 @@
-"""`kvjax calibrate`: PrefixKV's layer profile of a model, measured over prompts."""
+"""Run `kvjax calibrate`: PrefixKV's layer profile of a model, measured over prompts."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the commands do. Slow imports are made where they are needed."""
+"""Run `kvjax methods`, `generate`, `score`, `bench` and `train-tiny`; slow imports come late."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""`kvjax convert`. Slow imports are made where they are needed."""
+"""Run `kvjax convert`; slow imports come late."""
 
 import argparse
 import shutil

@@ -1,4 +1,4 @@
-"""`kvjax eval`. Slow imports are made where they are needed."""
+"""Run `kvjax eval`; slow imports come late."""
 
 import argparse
 import json

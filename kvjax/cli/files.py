@@ -1,4 +1,4 @@
-"""What users hand over in files; every complaint names the file, and the line if there is one."""
+"""Read users' files; every complaint names the file, and the line if there is one."""
 
 import json
 from collections.abc import Iterator, Sequence

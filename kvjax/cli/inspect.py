@@ -1,4 +1,4 @@
-"""`kvjax inspect`. Slow imports are made where they are needed."""
+"""Run `kvjax inspect`; slow imports come late."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Commands and flags."""
+"""Define the commands of `kvjax` and their flags."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`kvjax plan`. Slow imports are made where they are needed."""
+"""Run `kvjax plan`; slow imports come late."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`kvjax report`. Slow imports are made where they are needed."""
+"""Run `kvjax report`; slow imports come late."""
 
 import argparse
 import json

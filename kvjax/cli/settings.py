@@ -1,4 +1,4 @@
-"""From flags to a CompressionConfig, and back to words."""
+"""Turn flags into a CompressionConfig, and a config into words."""
 
 import argparse
 import dataclasses

@@ -1,1 +1,1 @@
-"""Evaluation: what a compression costs in quality, beside what it saves."""
+"""Evaluate compression: what it costs in quality, beside what it saves."""

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON line an example, whole or not there, each once.
+"""Write results to disk: one JSON line for each example, whole or absent, never twice.
 
     OUT/config.toml          the settings that made them
     OUT/results-00000.jsonl  one line an example, of the first team of processes

@@ -1,4 +1,4 @@
-"""Any task of lm-evaluation-harness under compression (`pip install kvjax[eval]`).
+"""Run any task of lm-evaluation-harness under compression (`pip install kvjax[eval]`).
 
     python -m kvjax.eval.lm_eval_model --model_args pretrained=DIR,method=ada-snapkv,budget=25% \\
         --tasks arc_easy

@@ -1,4 +1,4 @@
-"""Which part of an evaluation is this process's, on a TPU slice, under Slurm, or by hand.
+"""Share an evaluation among processes: on a TPU slice, under Slurm, or by hand.
 
 Processes form teams: as many as a copy of the model needs, mostly one. Every team evaluates its
 share of the documents on its own devices, and its first process writes a file: no team waits for

@@ -1,4 +1,4 @@
-"""`kvjax eval`: every method at every budget on every task, example by example, resumable.
+"""Run `kvjax eval`: every method at every budget on every task, resumable at any example.
 
     tasks -> documents -> batches of one bucket -> answers under each config -> rows on disk
 

@@ -1,4 +1,4 @@
-"""What `kvjax eval` runs: a flat TOML file, checked."""
+"""Settings of `kvjax eval`: a flat TOML file, checked."""
 
 import dataclasses
 from pathlib import Path

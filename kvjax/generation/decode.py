@@ -1,4 +1,4 @@
-"""logits -> first token -> decode -> the answer, as functions from arrays to arrays.
+"""Decode an answer: first token, loop, what is handed back; from arrays to arrays.
 
 B batch, T prompt tokens (the bucket), V vocabulary, E end-of-sequence ids, O tokens asked for. The
 model is an argument.

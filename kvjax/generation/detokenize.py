@@ -1,4 +1,4 @@
-"""Text of a growing answer: pieces that are certain, and stop strings."""
+"""Turn a growing answer into text: pieces that can no longer change, and stop strings."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""prompt -> prefill -> score -> allocate -> pack, as functions from arrays to arrays.
+"""Prefill and compress a prompt, or read a question to a cache; from arrays to arrays.
 
 B batch, T prompt tokens (the bucket), D model dim, V vocabulary. The model is an argument.
 """

@@ -1,4 +1,4 @@
-"""Choosing the next token: static switches, run-time values.
+"""Choose the next token: static switches, run-time values.
 
 B batch, V vocabulary. A change of temperature or of a threshold does not recompile; switching a
 rule on or off does.

@@ -1,1 +1,1 @@
-"""From texts, chats and pictures to rows of tokens and what a vision tower reads."""
+"""Turn texts, chats and pictures into rows of tokens and what a vision tower reads."""

@@ -1,4 +1,4 @@
-"""How a checkpoint prepares pictures: its `preprocessor_config.json`, validated.
+"""Read how a checkpoint prepares pictures: its `preprocessor_config.json`, validated.
 
 Of CLIP and LLaVA (`ClipImages`) and of Qwen2-VL and Qwen2.5-VL (`QwenImages`); `images.py` does
 what they say. A missing key has the default of transformers' class.

@@ -1,4 +1,4 @@
-"""Pictures into what a vision tower reads, as a checkpoint's image processor has it.
+"""Turn pictures into what a vision tower reads, as a checkpoint's image processor does.
 
 Pillow is needed here and nowhere else (`pip install kvjax[vision]`). The steps are those of
 transformers' image processors on Pillow, and equal them; its classes are not used, because they

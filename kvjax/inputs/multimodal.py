@@ -1,4 +1,4 @@
-"""Images in prompts: from one token that stands for an image to as many as it has features.
+"""Put images into prompts: one token for each feature in place of one for each image.
 
 B batch, T tokens, I images of the batch, one after the other as their tokens stand.
 """

@@ -1,4 +1,4 @@
-"""From what users hand over (text, token ids, padded arrays) to one right-padded batch."""
+"""Turn prompts (text, token ids, padded arrays) into one right-padded batch."""
 
 import contextlib
 import operator

@@ -1,9 +1,10 @@
-"""What a model, a batch and a budget need of a TPU slice or a GPU, before having one.
+"""Plan memory: what a model, a batch and a budget need of a TPU slice or a GPU.
 
 topology.py  chips and slices        program.py   shapes, and programs compiled for them
 held.py      bytes from shapes       limits.py    the most that fits, from few compilations
 depth.py     few layers for many     rows.py      one row of the plan
-table.py     settings files, Markdown
+table.py     settings, Markdown      store.py     compilations kept on disk
+compile_matrix.py, question_matrix.py: every kernel and many questions, for docs/compile_matrix.md
 """
 
 from kvjax.plan.limits import Limit, largest

@@ -1,4 +1,4 @@
-"""Kernels at every named shape, and questions, compiled for every target without having one.
+"""Compile kernels at every named shape, and questions, for every target, without having one.
 
     python -m kvjax.plan.compile_matrix [-o docs/compile_matrix.md]
 

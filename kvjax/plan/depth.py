@@ -1,4 +1,4 @@
-"""What a deep model needs, from programs of few of its layers."""
+"""Estimate what a deep model needs from programs with few of its layers."""
 
 from collections import Counter
 from collections.abc import Callable

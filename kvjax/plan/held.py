@@ -1,4 +1,4 @@
-"""Bytes and operations of one device, from shapes alone.
+"""Compute bytes and operations of one device, from shapes alone.
 
 Weights, pool and tail are exact: nothing else is known of them before a prompt is seen. What a
 prefill needs on the way is an estimate; compilers say it exactly (program.py).

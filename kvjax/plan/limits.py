@@ -1,4 +1,4 @@
-"""The most of something that fits, from few looks at what it costs."""
+"""Find the most that fits, from few compilations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Questions to a compressed cache, compiled for every target without having one.
+"""Compile questions to a compressed cache for every target, without having one.
 
 A few layers of a Llama-3-8B's attention, its other sizes shrunk: what is looked at is the memory
 that attention needs on the way, which must not hold scores over a whole layer.

@@ -1,4 +1,4 @@
-"""Compilations on disk: a long plan that was stopped goes on from what is there."""
+"""Keep compilations on disk: a long plan that was stopped goes on from there."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Settings files of several rows, and the table as Markdown."""
+"""Read settings files of several rows, and write the table as Markdown."""
 
 import dataclasses
 import math

@@ -1,1 +1,1 @@
-"""Studies whose tables stand in `docs/`, and the demo; each is a script."""
+"""Scripts behind the tables in `docs/`, and the demo."""

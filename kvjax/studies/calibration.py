@@ -1,4 +1,4 @@
-"""One prompt against twenty: how far layer profiles of the bundled model depend on the sample.
+"""Compare layer profiles from one prompt with those from twenty, on the bundled model.
 
     python -m kvjax.studies.calibration [--count 20] [--length 512] [--out docs]
 

@@ -1,4 +1,4 @@
-"""How well a compressed prefix still predicts what follows, against the full cache."""
+"""Measure how well a compressed prefix still predicts what follows, against the full cache."""
 
 from dataclasses import dataclass
 

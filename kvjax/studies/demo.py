@@ -1,4 +1,4 @@
-"""Needles in long prompts, answered from the full cache and from every method's.
+"""The demo: needles in long prompts, answered from the full cache and from every method's.
 
     python -m kvjax.studies.demo [--length 512] [--prompts 16] [--out demo] [--model DIR]
 

@@ -1,4 +1,4 @@
-"""How widely each head spreads its attention: Ada-KV's motivation, measured.
+"""Measure how widely each head spreads its attention: Ada-KV's motivation.
 
 B prompts, T tokens, W queries, N query heads, K KV heads, G = N // K, L layers, H head dim.
 """

@@ -1,4 +1,4 @@
-"""Agreement with kvpress, an independent implementation, on 200 documents.
+"""Compare with kvpress, an independent implementation, on 200 documents.
 
     python -m kvjax.studies.fidelity --data ../shared/data -o docs/fidelity_table.md
 

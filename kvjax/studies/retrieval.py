@@ -1,4 +1,4 @@
-"""Questions about long documents, answered from a compressed cache; right or wrong.
+"""Ask questions about long documents of a compressed cache, and count right answers.
 
 Two protocols. Question "seen": it ends the prompt, so that an observation window sees it (the first
 token of the answer comes from the uncompressed prompt). "unseen": the document is compressed alone

@@ -1,4 +1,4 @@
-"""Stories continued from every method's cache, and a table of what each keeps and costs.
+"""Continue stories from every method's cache, and show what each keeps and costs.
 
     python -m kvjax.studies.stories [--model DIR] [--data ../shared/data] [--budget 25%]
 

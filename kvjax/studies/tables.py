@@ -1,4 +1,4 @@
-"""Comparisons of the study: method against method on the same prompts, likelihood of stories."""
+"""Compare method with method on the same prompts, and likelihoods of stories."""
 
 import json
 import tempfile

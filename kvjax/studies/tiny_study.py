@@ -1,4 +1,4 @@
-"""The small model, measured: what it can do, how its heads differ, what each method costs it.
+"""Measure the bundled model: what it can do, how its heads differ, what each method costs it.
 
     python -m kvjax.studies.tiny_study [--count 200] [--out docs] [--model DIR] [--data DIR]
 

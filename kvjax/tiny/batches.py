@@ -1,4 +1,4 @@
-"""Training sequences: a document, then as many of its questions as fit, and what each token weighs.
+"""Make training sequences: a document, as many of its questions as fit, a weight for each token.
 
 B sequences, T tokens.
 """

@@ -1,4 +1,4 @@
-"""Haystack: sentences of a small grammar whose words prefer certain neighbours.
+"""Write haystacks: sentences of a small grammar whose words prefer certain neighbours.
 
     article adjective* subject verb article adjective* object (preposition the place)? adverb? .
 

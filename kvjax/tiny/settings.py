@@ -1,4 +1,4 @@
-"""What trains the bundled model: a flat TOML file, checked."""
+"""Settings of the bundled model's training: a flat TOML file, checked."""
 
 import bisect
 import dataclasses

@@ -1,4 +1,4 @@
-"""Trains the bundled model: optax for the updates, orbax for checkpoints, exact resume.
+"""Train the bundled model: optax for the updates, orbax for checkpoints, exact resume.
 
 Step i draws its batch from (seed, i) and nothing else, and a checkpoint holds all the rest: the
 weights, the optimiser's state and how many steps are done. So a run that was killed and started

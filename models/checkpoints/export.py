@@ -1,4 +1,4 @@
-"""A `Decoder` into a Hugging Face directory: the reverse of `kvjax.models.checkpoints.weights`."""
+"""Write a `Decoder` as a Hugging Face directory: `kvjax.models.checkpoints.weights` in reverse."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""llama2.c checkpoints (github.com/karpathy/llama2.c) to Hugging Face directories.
+"""Convert llama2.c checkpoints (github.com/karpathy/llama2.c) to Hugging Face directories.
 
 Three layouts are read, all little-endian, every matrix stored [out, in]:
 

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint (safetensors) into a `Decoder`, one tensor at a time.
+"""Load a Hugging Face checkpoint (safetensors) into a `Decoder`, one tensor at a time.
 
 Every name, shape and dtype is checked from the files' headers before any weight is read. No random
 weights are made first, and a tensor's host copies are freed before the next is read. So peak host

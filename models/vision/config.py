@@ -1,4 +1,4 @@
-"""What a vision tower is, and how its images enter the decoder (`LlavaForConditionalGeneration`).
+"""The config of a vision tower, and how its images enter the decoder (LLaVA).
 
 A missing key has the default of transformers' class. What is not implemented is an error.
 """

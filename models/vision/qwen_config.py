@@ -1,4 +1,4 @@
-"""What the vision tower of Qwen2.5-VL is, read from a `config.json`'s `vision_config`.
+"""The config of Qwen2.5-VL's vision tower, read from a `config.json`'s `vision_config`.
 
 A missing key has the default of transformers' class. What is not implemented is an error.
 """

@@ -1,4 +1,4 @@
-"""Where Qwen2.5-VL's patches and tokens are, computed on the host (NumPy).
+"""Compute where Qwen2.5-VL's patches and tokens are, on the host (NumPy).
 
 The tower's program then depends on the number of patches alone, not on the pictures' shapes.
 

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint of a vision-language model, by the loader of `weights.py`.
+"""Load a Hugging Face checkpoint of a vision-language model, by the loader of `weights.py`.
 
 Axes: C width of the tower, P its positions, E values of a patch, F MLP dim, X heads side by side,
 D model dim.

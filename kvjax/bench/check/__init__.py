@@ -1,4 +1,4 @@
-"""Does it work on this GPU or TPU, and how fast: `make gpu-check`, `make tpu-check`.
+"""Check kernels, calls and speed on a GPU or a TPU: `make gpu-check`, `make tpu-check`.
 
     python -m kvjax.bench.check --platform gpu --out DIR
 

@@ -1,4 +1,4 @@
-"""`python -m kvjax.bench.check --platform {gpu,tpu,cpu} --out DIR`."""
+"""Run the check: `python -m kvjax.bench.check --platform {gpu,tpu,cpu} --out DIR`."""
 
 import argparse
 import os

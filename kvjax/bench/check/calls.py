@@ -1,4 +1,4 @@
-"""Every public call on the device, against the same call by XLA on the CPU.
+"""Compare every public call on the device with the same call by XLA on the CPU.
 
 A small model with random weights, a sliding window in its last layer, and sharper attention than
 random weights have, so that a wrong mask or a wrong entry shows in the log-probabilities.

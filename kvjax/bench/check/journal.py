@@ -1,4 +1,4 @@
-"""What came of each part: `results.jsonl`, written part by part, and the summary of it."""
+"""Keep the results of parts: `results.jsonl`, written part by part, and a summary."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Kernels against float64, and against XLA on the same device.
+"""Compare kernels with float64, and with XLA on the same device.
 
 Each part draws problems with whatever a cache can hold: rows of other lengths, layers that begin
 anywhere, owners in any order, NaN in empty slots. B batch, T tokens, W queries, N query heads,

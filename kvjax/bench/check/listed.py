@@ -1,4 +1,4 @@
-"""All parts in the order in which they run: what is cheap and may be wrong first."""
+"""List all parts in the order in which they run: cheap ones first."""
 
 from functools import partial
 from importlib.util import find_spec

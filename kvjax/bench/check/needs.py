@@ -1,4 +1,4 @@
-"""What a machine lacks for the check, in one sentence; run by its path, for kvjax may not import.
+"""Say what a machine lacks for the check; run by its path, for kvjax may not import.
 
 python -P kvjax/bench/check/needs.py {gpu,tpu}
 """

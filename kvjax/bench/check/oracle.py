@@ -1,4 +1,4 @@
-"""What kernels should come to, written down once more in NumPy and float64.
+"""Compute what kernels compute once more, in NumPy and float64.
 
 B batch, T new or prompt tokens, W queries, M slots, N query heads, K KV heads, H head dim.
 Arguments are those of the kernels' public functions; scores of all pairs exist at once, so sizes

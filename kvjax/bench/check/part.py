@@ -1,4 +1,4 @@
-"""A part of the check, and what it may find."""
+"""One part of the check, and its outcome."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Parts, one after the other, in a process that may hang or die without taking the rest along."""
+"""Run parts one by one, in a process that may hang or die without the others."""
 
 import multiprocessing
 import os

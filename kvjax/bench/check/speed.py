@@ -1,4 +1,4 @@
-"""Speed, beside the copy bandwidth that the same process has measured.
+"""Measure speed, beside the copy bandwidth of the same process.
 
 B batch, T prompt tokens.
 """

@@ -1,4 +1,4 @@
-"""Results of `kvjax eval` as one page, one text and one table.
+"""Write the results of `kvjax eval` as one page, one text and one table.
 
     read.py  rows, each once  ->  stats.py, tables.py  numbers  ->  page.py, text.py  files
 

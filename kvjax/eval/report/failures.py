@@ -1,4 +1,4 @@
-"""What failed, and a sample of what was wrong."""
+"""List failed examples, and a sample of wrong answers."""
 
 import zlib
 from collections import defaultdict

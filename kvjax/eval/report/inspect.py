@@ -1,4 +1,4 @@
-"""One prompt on a page: its tokens, shaded by how many layers and heads kept them."""
+"""Show one prompt on a page: its tokens, shaded by how many layers and heads kept them."""
 
 import base64
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: template, styles, scripts and data in one file."""
+"""Make pages that need no other file: template, styles, scripts and data in one."""
 
 import html
 import json

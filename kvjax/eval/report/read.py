@@ -1,4 +1,4 @@
-"""From folders of results to rows, each once and checked."""
+"""Read folders of results as rows, each once and checked."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, for many methods at once.
+"""Compute means with bootstrap intervals, for many methods at once.
 
 A values, one for each question asked; C cells, one for each method and budget; N documents of a
 stratum (a task). Documents are drawn anew, not questions: questions about one text stand or fall

@@ -1,4 +1,4 @@
-"""From rows to the report's numbers: plain dictionaries and lists, as JSON holds them.
+"""Turn rows into the report's numbers: plain dictionaries and lists, as JSON holds them.
 
 A cell is a method at a budget. Each measure ("score", the more the better; "nll", nats a token, the
 less the better) of each protocol has a grid: a row a cell, a column a question.

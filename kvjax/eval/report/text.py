@@ -1,4 +1,4 @@
-"""The report's numbers as CSV, one a row, and as Markdown."""
+"""Write the report's numbers as CSV, one a row, and as Markdown."""
 
 import csv
 import io

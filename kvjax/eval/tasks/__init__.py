@@ -1,4 +1,4 @@
-"""What compression is judged by: documents, questions about them, and scores of answers.
+"""The tasks of evaluations: documents, questions about them, and scores of answers.
 
     for document in TASKS["ruler/vt"].documents(TaskSettings(tokenizer=tokenizer, length=4096)):
         for ask in document.asks:

@@ -1,4 +1,4 @@
-"""What a task is made of: documents, and what is asked about each of them.
+"""Define what a task is: documents, and what is asked about each of them.
 
 A prompt is the context followed by the question and, where there is one, by the beginning of the
 answer (`lead`). A cache that is compressed before the question is known is made of the context

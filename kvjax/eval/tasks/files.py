@@ -1,4 +1,4 @@
-"""Files of tasks: every complaint names the file, and the line if there is one."""
+"""Read files of tasks; every complaint names the file, and the line if there is one."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What needles are hidden in: a text of the user's, or RULER's repeated sentences."""
+"""The text that needles are hidden in: a user's own, or RULER's repeated sentences."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Prompts of a given number of tokens, for any tokenizer."""
+"""Fit prompts to a given number of tokens, for any tokenizer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

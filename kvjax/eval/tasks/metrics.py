@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 (LongBench's Chinese punctuation)
-"""Scores of an answer, 0 (wrong) to 1 (right), by the name that an `Ask` gives.
+"""Score answers from 0 (wrong) to 1 (right), by the name that an `Ask` gives.
 
 | name | benchmark | what is right |
 |---|---|---|

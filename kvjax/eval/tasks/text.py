@@ -1,4 +1,4 @@
-"""Any text, cut into prefixes and what follows them.
+"""Tasks from any text: its prefixes, and what follows them.
 
 "perplexity": the continuation is scored under a compressed prefix. "rouge": a continuation is
 generated and compared with the text's own. The question is empty: the context goes on.
