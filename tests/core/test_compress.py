@@ -202,6 +202,7 @@ def check_gathered(layer: PaddedLayer, keys, values, whole: bool):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_alone_in_a_larger_bucket_keeps_the_same(method):
+    """Slow: every method is compiled for four shapes, its own batch and three rows alone."""
     config, windows = named(method, budget=9), WINDOWS["mixed"]
     _, batch = compressed(config, windows=windows)
     for i, n in enumerate(LENGTHS):

@@ -28,6 +28,8 @@ LEFT = {
     "kernels/decode_attention/padded.py": {"seen"},
     "kvjax/cache/room.py": {"look", "loosen"},
 }
+# Files with slow tests that do not say why; nothing may be added.
+SILENT = {"test_pool.py", "test_sharding.py"}
 
 
 # ---------------------------------------------------------------------------- trees
@@ -224,3 +226,14 @@ def test_models_of_images_have_one_name():
     """Say: vision-language model."""
     for file in [*PAGES, *CODE, *TESTS]:
         assert not re.search(r"(model|decoder|one)s?\s+that\s+sees?\b", prose(file)), file
+
+
+def test_a_slow_test_says_why():
+    silent = set()
+    for file in TESTS:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(mark).startswith("pytest.mark.slow") for mark in node.decorator_list
+            ):
+                silent |= {file.name} if "Slow: " not in (ast.get_docstring(node) or "") else set()
+    assert silent == SILENT

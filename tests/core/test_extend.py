@@ -60,7 +60,10 @@ def test_the_example_owes_nothing_to_our_models():
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_the_example_decodes_as_without_a_cache(example, own, layout):
-    """With everything kept but a slot, each step's logits are those of the whole sequence."""
+    """With everything kept but a slot, each step's logits are those of the whole sequence.
+
+    Slow: each step is compared with the whole sequence, and every length is a program.
+    """
     prefill, decode = own
     prompt = jax.random.randint(jax.random.key(1), (2, 30), 0, example.VOCAB)
     config = CompressionConfig.named("snapkv", budget=29, window=4, layout=layout)
@@ -78,6 +81,7 @@ def test_the_example_decodes_as_without_a_cache(example, own, layout):
 
 
 def test_several_tokens_at_once_are_several_in_turn(example, own):
+    """Slow: 10 s or more with no program kept: the example compiles a layer at a time."""
     prompt = jax.random.randint(jax.random.key(1), (1, 40), 0, example.VOCAB)
     _, cache = own[0](prompt, CompressionConfig.named("ada-snapkv", budget=16))
     shape = (1, 3, example.KV_HEADS, example.WIDTH)
@@ -106,6 +110,7 @@ def test_claims_need_room(model, prompts):
     [("full", {}), ("ada-snapkv", {"quantize": "int8"}), ("prefixkv", {"layout": "padded"})],
 )
 def test_a_saved_cache_answers_alike(model, prompts, tmp_path, name, settings):
+    """Slow: a prompt and a question are compiled for each kind of cache."""
     config = CompressionConfig.named(name, 16, **settings)
     cache = kvjax.compress_prompt(model, prompts, config)
     path = kvjax.save_cache(tmp_path / "document.cache", cache, model, config)
@@ -128,6 +133,7 @@ def test_a_saved_cache_answers_alike(model, prompts, tmp_path, name, settings):
 
 @pytest.mark.slow
 def test_half_precision_and_a_tail_are_saved(prompts, tmp_path):
+    """Slow: a whole `generate` is compiled for a dtype of its own."""
     model = load_decoder(FIXTURES / "llama2-gqa", dtype=jnp.bfloat16, progress=False)
     config = CompressionConfig.named("ada-snapkv", 16)
     out = kvjax.generate(model, prompts, config, max_new_tokens=5, eos_ids=(), return_cache=True)

@@ -96,7 +96,10 @@ def test_chat_templates_are_told_of_pictures(folder, loaded):
 
 @pytest.mark.slow
 def test_methods_are_compared_on_pictures(folder, loaded, tmp_path):
-    """Online, from a profile, and with even layers: as much in all, the likelihood of `score`."""
+    """Online, from a profile, and with even layers: as much in all, the likelihood of `score`.
+
+    Slow: four methods on two tasks, each a program with a vision tower.
+    """
     model, tokenizer = loaded
     profile = tmp_path / "llava_0.5.json"
     profile.write_text("[0.25, 0.75]")  # evicted

@@ -44,7 +44,10 @@ def test_bandwidth_is_that_of_a_machine():
     ],
 )
 def test_synthetic_caches_are_like_real_ones(name, settings, owners):
-    """The same arrays as compression makes of prompts of that length, and as many entries."""
+    """The same arrays as compression makes of prompts of that length, and as many entries.
+
+    Slow: a prefill of a 1M model is compiled for each kind of cache.
+    """
     config = CompressionConfig.named(name, 16, **settings)
     shape = preset("1m", 128)
     model = random_model(shape)
@@ -116,6 +119,7 @@ def test_what_flags_come_to_that_are_not_given(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", report.KINDS)
 def test_reports(run, tmp_path, kind):
+    """Slow: each benchmark compiles and times all that it measures, as on a device."""
     flags = ["--model", "1m", "--batch", "1", "--prompt", 64, "--new", 3, "--budget", 16]
     flags += ["--methods", "ada-snapkv/packed/int8", "--repeats", 1, "--out", tmp_path]
     code, out, _ = run("bench", kind, *flags)

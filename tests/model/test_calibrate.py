@@ -56,6 +56,7 @@ def alone(model, prompts) -> np.ndarray:
 # ------------------------------------------------------------------------- what is measured
 @pytest.mark.slow
 def test_the_mean_of_prompts_compressed_alone(model, prompts, alone):
+    """Slow: every prompt is compressed alone and in a batch, and each length is a program."""
     before = kvjax.compilations()
     profile = calibrate(model, prompts, HALF, batch=2)
     assert kvjax.compilations() - before == 1, "both batches of three prompts, one filled up"

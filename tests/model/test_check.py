@@ -30,7 +30,7 @@ SETTINGS = {"platform": "cpu", "small": True}
 
 # ---------------------------------------------------------------------------- running
 def test_parts_that_fail_hang_or_die_leave_the_others(tmp_path):
-    """Ten seconds: three processes are started, as a hung and a dead one are replaced."""
+    """Slow: three processes are started, ten seconds, as a hung and a dead one are replaced."""
     listed = [
         part(check_parts.fails),
         part(check_parts.hangs, limit=0.5),
@@ -191,7 +191,10 @@ def patience(monkeypatch):
 
 @pytest.mark.slow
 def test_make_says_what_is_missing(tmp_path):
-    """A process: `make` with a bare interpreter, which sees none of the chips' compilers."""
+    """A process: `make` with a bare interpreter, which sees none of the chips' compilers.
+
+    Slow: a process of its own that imports what it can.
+    """
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         ["make", "gpu-check", f"PYTHON={sys.executable} -S", f"OUT={tmp_path}"],
@@ -239,7 +242,10 @@ def targeted(target: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_kernel_parts_compile(target, recorder, monkeypatch):
-    """Every program of the kernels' parts at a device's sizes; a minute or two of compiling."""
+    """Every program of the kernels' parts at a device's sizes.
+
+    Slow: a minute or two of compilers for chips.
+    """
     platform = targeted(target)
     monkeypatch.setattr(kernels, "platform", lambda: platform)
     # Only shapes are needed: nothing is computed here.
@@ -270,7 +276,10 @@ def test_kernel_parts_compile(target, recorder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_speed_parts_compile(target, recorder, monkeypatch):
-    """Every program that is timed, at the load of a chip of that size; nothing is run."""
+    """Every program that is timed, at the load of a chip of that size; nothing is run.
+
+    Slow: compilers for chips, at full sizes.
+    """
     targeted(target)
     load = speed.LOADS[100e9] if target == "h200" else speed.LOADS[12e9]
 
@@ -305,7 +314,10 @@ def test_speed_parts_compile(target, recorder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_public_calls_compile(target, recorder, monkeypatch):
-    """Every program of every public call: called on this CPU, small, and compiled for the chip."""
+    """Every program of every public call: called on this CPU, small, and compiled for the chip.
+
+    Slow: every public call is compiled twice, here and for a chip.
+    """
     targeted(target)
     call = Program.__call__
 

@@ -149,6 +149,7 @@ def test_flags_of_compression_while_decoding():
 # ------------------------------------------------------------------------- generate
 @pytest.mark.slow
 def test_compression_while_decoding(run, one, model, prompt):
+    """Slow: the same answer as a stream, as JSON and by `generate`: three kinds of programs."""
     flags = [*one, "--method", "ada-snapkv", "--budget", 8, "--recompress-every", 2]
     flags += ["--recompress-budget", 12]
     code, streamed, _ = run(*flags)
@@ -307,6 +308,7 @@ def documents_file(documents, tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_score_keeps_the_order_and_the_values(run, documents, documents_file, model):
+    """Slow: texts of several lengths, by the command and by `score`."""
     flags = ["score", "--model", MODEL, "--tokens", documents_file, "--method", "snapkv"]
     flags += ["--budget", "8", "--batch", "2"]
     code, out, err = run(*flags, "--positions", "--json")

@@ -195,6 +195,7 @@ def test_malformed_profiles(run, one, tmp_path, content, named):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own():
+    """Slow: a Python process imports JAX anew."""
     line = [sys.executable, "-m", "kvjax.cli", "generate", "--model", "/nowhere", "--prompt", "x"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=environment, timeout=300, capture_output=True, text=True)

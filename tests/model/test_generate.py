@@ -79,6 +79,7 @@ def test_budget_of_the_bucket_is_bit_identical_to_full(model, prompts, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TYPICAL)
 def test_prompt_within_the_budget_keeps_every_entry(model, prompts, step_tokens, name):
+    """Slow: prefill, compression and forced steps are compiled for each method."""
     short = [row[:length] for row, length in zip(prompts, (16, 9, 12), strict=True)]
     full = CompressionConfig.named("full")
     first, cache = compressed(model, short, CompressionConfig.named(name, budget=BUDGET))
@@ -163,7 +164,10 @@ def test_positions_go_on_from_the_prompt_whatever_was_evicted(model, prompts, st
     ("name", "layout"), [("ada-snapkv", "packed"), ("prefixkv", "packed"), ("random", "padded")]
 )
 def test_rows_in_groups_are_rows_together(model, prompts, monkeypatch, name, layout):
-    """Four rows of 64 tokens, two at a time."""
+    """Four rows of 64 tokens, two at a time.
+
+    Slow: each layout is compiled twice, in groups and whole.
+    """
     config = CompressionConfig.named(name, BUDGET, layout=layout)
     tokens, lengths = pad([*prompts, prompts[0][::-1]])
     key = jax.random.key(3)
@@ -211,6 +215,7 @@ def test_a_long_prompt_in_parts(monkeypatch, rows, tokens, parts):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "prefixkv"])
 def test_stream_and_timed_stages_draw_the_same_tokens(model, prompts, name):
+    """Slow: the stages are compiled whole, apart and timed."""
     config = CompressionConfig.named(name, budget=BUDGET)
     whole = kvjax.generate(model, prompts, config, max_new_tokens=STEPS, eos_ids=())
     assert [len(row) for row in whole.tokens] == [STEPS] * 3
@@ -285,6 +290,7 @@ def test_seeds_and_rules_of_sampling(model, prompts):
 
 # ------------------------------------------------------------------------- caches that are held
 def test_compress_once_ask_many(model, prompts):
+    """Slow: 10 s or more with no program kept: a question, and several of them, are compiled."""
     config = CompressionConfig.named("ada-snapkv", budget=BUDGET)
     cache = kvjax.compress_prompt(model, prompts[:1], config)
     before = jax.tree.map(np.asarray, cache)

@@ -56,6 +56,7 @@ def test_streamed_text_is_the_golden_text(stories, golden):
 
 @pytest.mark.slow
 def test_a_stop_string_cuts_the_text(stories, golden):
+    """Slow: a trained model writes its text three times, twice in steps that the host looks at."""
     model, tokenizer, _ = stories
     text = golden.decode()
     stop = ["a big, red", "never said"]
@@ -85,6 +86,7 @@ def test_an_answer_joins_its_prompt(stories):
     ("method", "dumped"), [("snapkv", "snapkv"), ("streaming-llm", "streaming"), ("h2o", "h2o_sum")]
 )
 def test_the_same_entries_as_kvpress(stories, shared_data, method, dumped):
+    """Slow: five documents are scored by each method, with a program for each."""
     model, _, _ = stories
     folder = shared_data / "fidelity"
     documents = json.loads((folder / "docs_stories260K.json").read_text())[:5]

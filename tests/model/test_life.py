@@ -272,14 +272,17 @@ RULES = {
     "suppress_health_check": list(HealthCheck),
 }
 
-TestLife = Machine.TestCase
+TestLife = Machine.TestCase  # slow: half a minute, as a life takes many programs
 TestLife.settings = settings(max_examples=8, stateful_step_count=8, **RULES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("machine", "share"), [(EveryBirth, 0.8), (EveryWindow, 0.2)])
 def test_many_lives(machine, share):
-    """`make lives`: many minutes, a hundred programs for all that a cache can look like."""
+    """`make lives`.
+
+    Slow: many minutes, a hundred programs for all that a cache can look like.
+    """
     if "LIVES" not in os.environ:
         pytest.skip("takes many minutes: `make lives`")
     lives = int(share * int(os.environ["LIVES"]))

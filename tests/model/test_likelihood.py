@@ -69,6 +69,7 @@ def test_full_cache_equals_one_forward_pass(model, texts, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["snapkv", "prefixkv"])
 def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name):
+    """Slow: scored in small blocks and step by step, with programs of their own."""
     monkeypatch.setattr(prefill, "BLOCK", 16)
     jax.clear_caches()  # nothing traced with blocks of another size
     config = CompressionConfig.named(name, budget=12)
@@ -89,6 +90,7 @@ def test_compressed_equals_decoding_step_by_step(model, texts, monkeypatch, name
 
 @pytest.mark.slow
 def test_a_text_alone_and_in_a_batch(model, texts):
+    """Slow: a text alone is a program of another batch."""
     config = CompressionConfig.named("ada-snapkv", budget=12)
     together = kvjax.score(model, texts, PREFIXES, config)[2]
     alone = kvjax.score(model, texts[2], PREFIXES[2], config)[0]

@@ -71,6 +71,7 @@ def test_logits_are_hugging_faces(case, name):
 
 @pytest.mark.slow
 def test_a_row_alone_is_what_it_is_in_a_batch(case):
+    """Slow: each number of images is a program, with a vision tower."""
     model, expected = case
     rows, images = rows_of(expected, "batch")
     config = kvjax.CompressionConfig.named("ada-snapkv", budget=12)
@@ -99,6 +100,7 @@ def test_groups_of_rows_share_the_images(model, pictures, monkeypatch):
     "method", ["prefixkv", "ada-prefixkv", "snapkv", "pyramidkv", "h2o", "ada-kvzip", "knorm"]
 )
 def test_a_budget_of_the_whole_prompt_is_the_full_cache(model, pictures, method):
+    """Slow: seven methods, each a program with a vision tower."""
     row, call = [5, IMAGE, 7, 8], {"images": pictures[:1], "max_new_tokens": 3, "eos_ids": ()}
     full = kvjax.generate(model, row, **call)
     # 19 of 19 tokens: below the bucket of 32, so that the method runs.
@@ -112,6 +114,7 @@ def test_a_budget_of_the_whole_prompt_is_the_full_cache(model, pictures, method)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ada-kvzip", "ada-expected-attention", "prefixkv"])
 def test_ways_to_run_agree(model, pictures, method):
+    """Slow: each method is compiled whole, as a stream and timed."""
     rows, images = [[5, IMAGE, 7], [IMAGE, 4, IMAGE]], [pictures[:1], pictures[1:]]
     config = kvjax.CompressionConfig.named(method, budget=8)
     call = {"images": images, "max_new_tokens": 6, "eos_ids": ()}

@@ -48,7 +48,10 @@ LLAMA = {"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": jnp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_llama_3_8b_holds_a_28th(name):
-    """Batch 16, prompt 32,768, budget 1024; a tail of 128 on both sides, owners and positions."""
+    """Batch 16, prompt 32,768, budget 1024; a tail of 128 on both sides, owners and positions.
+
+    Slow: all 32 layers are traced for every method; nothing is computed.
+    """
     config = CompressionConfig.named(name, 1024, layout="packed")
     arrays = prompt_arrays(config, batch=16, tokens=32_768, **LLAMA)
     held = jax.eval_shape(run(config, 128), *arrays)
@@ -81,7 +84,10 @@ def test_compilers_count_the_same_bytes(name):
 # ---------------------------------------------------------------------------- on accelerators
 @pytest.mark.slow
 def test_a_large_batch_needs_no_more_than_a_group_of_its_rows():
-    """Of 16,384 tokens, two rows here; the pool itself is the output."""
+    """Of 16,384 tokens, two rows here; the pool itself is the output.
+
+    Slow: the compiler for an H200.
+    """
     if (reason := missing("h200")) is not None:
         pytest.skip(reason)
     few, many = (packing("h200", 1, rows) for rows in (4, 8))
@@ -92,6 +98,7 @@ def test_a_large_batch_needs_no_more_than_a_group_of_its_rows():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_temporaries_do_not_grow_with_layers(target):
+    """Slow: compilers for chips, two depths each."""
     if (reason := missing(target)) is not None:
         pytest.skip(reason)
     assert layer_growth(target, 2, 3) < 0.1 * LAYER_BYTES

@@ -15,7 +15,7 @@ def checkpoint(request):
 
 @pytest.mark.slow
 def test_every_cell_is_as_it_was(checkpoint):
-    """Takes half a minute: some thirty programs a checkpoint are compiled."""
+    """Slow: some thirty programs a checkpoint are compiled, half a minute."""
     found = {name: cell() for name, cell in net.cells(checkpoint)}
     assert list(found) == list(EXPECTED[checkpoint])
     changed = [name for name in found if net.differs(found[name], EXPECTED[checkpoint][name])]

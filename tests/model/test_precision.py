@@ -67,7 +67,7 @@ LOWERED = {
 def test_programs_are_the_same_ones(model, name):
     """A program is compiled without the flag; with it that one runs again, on a model loaded so.
 
-    12 s: a question and a further one, asked of a program and of a stream, are what most would do.
+    Slow: 12 s: a question and a further one, asked of a program and of a stream, as users do most.
     """
     expected, before = RUN[name](model), kvjax.compilations()
     with jax.enable_x64(True):
@@ -84,7 +84,7 @@ class LoweredError(Exception):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOWERED)
 def test_programs_have_the_same_text(model, name, monkeypatch):
-    """Of calls that would take long to compile."""
+    """Slow: every call is traced twice; these would take long to compile."""
 
     def lower(program, *arrays, **named):
         raise LoweredError(Program.lower(program, *arrays, **named).as_text())

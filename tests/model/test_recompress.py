@@ -68,6 +68,7 @@ def test_where_everything_fits_the_tokens_are_those_without(model, prompts, meth
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["window", "int8", "ratio"])
 def test_stream_timed_and_a_row_alone_give_the_same_tokens(model, prompts, name):
+    """Slow: each rule is compiled whole, as a stream, timed, and for one row."""
     config, rule = RULES[name]
     whole = answer(model, prompts, config, rule)
     call = {"max_new_tokens": NEW, "eos_ids": (), "recompress": rule}
@@ -112,6 +113,7 @@ def test_what_was_evicted_is_missed(model, prompts):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_what_the_cache_holds_after_the_answer(model, prompts, name):
+    """Slow: each rule is compiled with two loops, one around the other."""
     config, rule = RULES[name]
     new = 1 + 3 * EVERY  # the first token is the prompt's; the last segment is whole
     out = answer(model, prompts, config, rule, new, return_cache=True)
@@ -147,6 +149,7 @@ def test_what_the_cache_holds_after_the_answer(model, prompts, name):
 
 @pytest.mark.slow
 def test_continued_saved_and_asked_again(model, prompts, tmp_path):
+    """Slow: an answer, questions to it and a stream, with and without the rule."""
     config, rule = RULES["window"]
     first = answer(model, prompts, config, rule, return_cache=True)
     path = kvjax.save_cache(tmp_path / "cache", first.cache, model, config)
@@ -167,6 +170,7 @@ def test_continued_saved_and_asked_again(model, prompts, tmp_path):
 
 
 def test_rows_that_end_early_are_left_alone(model, prompts):
+    """Slow: 10 s or more with no program kept: several answers under a rule are compiled."""
     config, rule = RULES["window"]
     plain = answer(model, prompts, config, rule)
     eos = plain.tokens[0][10]
@@ -188,7 +192,10 @@ def long_model():
 
 @pytest.mark.slow
 def test_two_thousand_tokens_at_a_budget_of_256(long_model):
-    """One compilation, the same bytes, and no copy of the pool inside the program."""
+    """One compilation, the same bytes, and no copy of the pool inside the program.
+
+    Slow: it decodes 2,000 tokens and compiles a text of the program.
+    """
     prompt = [np.random.default_rng(3).integers(3, 120, 500).tolist()]
     config, rule = CompressionConfig.named("ada-snapkv", 256), Recompress(every=64, budget=256)
     compiled = kvjax.compilations()
@@ -224,7 +231,10 @@ def tiny():
     ],
 )
 def test_a_question_after_four_compressions_is_answered(tiny, method, rule, least):
-    """260 tokens of its own after the document; then one of its notes is asked for."""
+    """260 tokens of its own after the document; then one of its notes is asked for.
+
+    Slow: eight documents of 512 tokens and 261 tokens of answer each.
+    """
     model, _ = tiny
     items = questions("multikey", 512, 8)
     ratio = rule.budget is None

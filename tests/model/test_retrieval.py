@@ -52,6 +52,7 @@ def answers(model, items, config, protocol):
     ("name", "protocol"), [("ada-snapkv", "seen"), ("full", "unseen"), ("prefixkv", "unseen")]
 )
 def test_answers_are_those_of_generate(model, items, name, protocol, monkeypatch):
+    """Slow: every item is answered by `generate` too, each length a program."""
     monkeypatch.setattr(retrieval, "ROWS", 2)  # three items: two batches, the last filled up
     config = CompressionConfig.named(name, None if name == "full" else 0.4)
     expected = answers(model, items, config, protocol)
@@ -68,6 +69,7 @@ def test_answers_are_those_of_generate(model, items, name, protocol, monkeypatch
 
 
 def test_random_draws_per_row_and_by_seed(model, items):
+    """Slow: 10 s or more with no program kept: the stages of a study are compiled."""
     config = CompressionConfig.named("random", 0.4)
     (one,), (same,), (other,) = (
         ask(model, items, [config], "unseen", seed=seed) for seed in (0, 0, 1)

@@ -52,7 +52,10 @@ def test_a_saved_cache(model, cache, tmp_path):
 
 @pytest.mark.slow
 def test_compressing_while_decoding(model, images):
-    """With room for everything nothing is evicted, and the answer is the whole cache's."""
+    """With room for everything nothing is evicted, and the answer is the whole cache's.
+
+    Slow: two whole programs with a vision tower.
+    """
     whole = kvjax.generate(model, ROWS, images=images, **CALL)
     rule = kvjax.Recompress(every=3, budget=64)
     out = kvjax.generate(model, ROWS, images=images, recompress=rule, **CALL)
@@ -62,6 +65,7 @@ def test_compressing_while_decoding(model, images):
 
 @pytest.mark.slow
 def test_groups_of_rows(model, images, cache, monkeypatch):
+    """Slow: a prompt with a vision tower is compiled in groups."""
     jax.clear_caches()
     monkeypatch.setattr(prefill, "PREFILL_TOKENS", 32)
     config = kvjax.CompressionConfig.named("ada-snapkv", budget=8)
@@ -73,6 +77,7 @@ def test_groups_of_rows(model, images, cache, monkeypatch):
 
 @pytest.mark.slow
 def test_phases_apart(model, images):
+    """Slow: compiled whole and in phases, with a vision tower."""
     config = kvjax.CompressionConfig.named("expected-attention", budget=8)
     out = kvjax.generate(model, ROWS, config, images=images, **CALL)
     timed, _ = kvjax.timed_generate(model, ROWS, config, images=images, **CALL)

@@ -60,7 +60,10 @@ def test_words_go_in_and_out():
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["seen", "unseen"])
 def test_what_is_evicted_costs_answers(model, items, protocol):
-    """Of 12 prompts of 512 tokens; an observation window finds what it has been asked for."""
+    """Of 12 prompts of 512 tokens; an observation window finds what it has been asked for.
+
+    Slow: 12 prompts of 512 tokens through the bundled model.
+    """
     configs = [
         FULL,
         CompressionConfig.named("random", 0.1),
@@ -103,6 +106,7 @@ def test_notes_are_found_in_a_document(items):
 
 @pytest.mark.slow
 def test_answers_tables_and_a_picture(tmp_path, capsys, monkeypatch):
+    """Slow: the whole demo, though with few prompts."""
     some = {name: kvjax.METHODS[name] for name in ("full", "snapkv", "random")}
     monkeypatch.setattr(kvjax, "METHODS", some)
     monkeypatch.setattr(demo, "SHOWN", ("snapkv", "random"))

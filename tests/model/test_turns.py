@@ -74,7 +74,10 @@ def ratio_cache(model, prompts):
 
 @pytest.mark.slow
 def test_a_ratio_cache_under_a_budget(model, ratio_cache):
-    """The question sees what the ratio left, recompressed or not, streamed or not."""
+    """The question sees what the ratio left, recompressed or not, streamed or not.
+
+    Slow: a question under a rule, whole and as a stream.
+    """
     plain = ask(model, QUESTION, cache=ratio_cache)
     whole = ask(model, QUESTION, cache=ratio_cache, recompress=RULE)
     tokens, log_probs = streamed(model, QUESTION, cache=ratio_cache, recompress=RULE)
@@ -98,6 +101,7 @@ def test_what_the_ratio_evicted_does_not_come_back(model, ratio_cache):
 
 
 def test_a_stop_string_that_never_comes_changes_nothing(model, prompts):
+    """Slow: 10 s or more with no program kept: stages whole and apart, under a rule."""
     quiet = {"tokenizer": Letters(), "stop": "never", "return_cache": True, "recompress": RULE}
     stopped = ask(model, prompts, **quiet)
     plain = ask(model, prompts, recompress=RULE, return_cache=True)
@@ -124,6 +128,7 @@ def test_a_stream_hands_out_nothing_after_a_stop(model, prompts):
 
 @pytest.mark.slow
 def test_the_last_compression_of_an_answer_is_made_for_its_cache_alone(model, prompts, monkeypatch):
+    """Slow: programs of its own, that count."""
     calls, evict = [], decode.evict
 
     def counted(*arguments):
@@ -142,6 +147,7 @@ def test_the_last_compression_of_an_answer_is_made_for_its_cache_alone(model, pr
 
 @pytest.mark.slow
 def test_int8_under_recompression_says_what_it_holds(model, prompts):
+    """Slow: a question under a rule is compiled for int8."""
     cache = kvjax.compress_prompt(model, prompts, INT8)
     out = ask(model, QUESTION, cache=cache, recompress=RULE, return_cache=True)
     assert out.cache_bytes == out.cache.nbytes == 2 * 2 * 2 * RULE.budget * (2 * 8 + 2 * 4)
@@ -150,6 +156,7 @@ def test_int8_under_recompression_says_what_it_holds(model, prompts):
 
 @pytest.mark.slow
 def test_answers_do_not_count_as_entries_of_the_prompt(model, prompts):
+    """Slow: an answer and a question to it, both under a rule."""
     first = ask(model, prompts, recompress=RULE, return_cache=True)
     second = ask(model, QUESTION, cache=first.cache, recompress=RULE, return_cache=True)
     lengths = np.array([64, 41])
@@ -230,6 +237,7 @@ def test_a_tail_without_holes(model, prompts):
     ids=["padded", "packed", "int8", "padded-ratio", "ratio"],
 )
 def test_questions_of_one_document_share_it(model, prompts, config):
+    """Slow: 10 s or more with no program kept: batches and single questions are compiled."""
     cache = kvjax.compress_prompt(model, prompts[:1], config)
     rng = np.random.default_rng(5)
     questions = [rng.integers(3, 80, size).tolist() for size in (5, 3, 16)]
@@ -256,6 +264,7 @@ def test_two_hundred_questions_hold_one_document(model, prompts):
 
 @pytest.mark.slow
 def test_rows_that_share_a_document_are_evicted_apart(model, prompts):
+    """Slow: compiled for two rows and for one, under a rule."""
     cache = kvjax.compress_prompt(model, prompts[:1], ADA)
     out = ask(model, QUESTION, cache=cache, recompress=RULE, return_cache=True)
     assert out.cache.pool.entries.shape[0] == 2
