@@ -44,7 +44,7 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "Y": (HEADS,),  # KV heads side by side, K H
         "F": MODEL,  # the MLP's width
         "V": MODEL,  # vocabulary
-        "M": MODEL,  # slots of the packed pool, whoever owns them
+        "M": MODEL,  # slots of the packed layout, whoever owns them
     }
 )
 
@@ -129,6 +129,12 @@ def current() -> AbstractMesh | None:
     if mesh.axis_names != FITTED or AxisType.Manual in mesh.axis_types:
         return None
     return mesh
+
+
+def on_device() -> bool:
+    """Whether what is being traced is one device's part of something (`by_device` on a mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.axis_names == FITTED and AxisType.Manual in mesh.axis_types
 
 
 def parts(axes: tuple[str, ...] = MODEL) -> int:
@@ -259,9 +265,6 @@ def across_group(x: Array, how: str | None) -> Array:
 
     `how` is "mean" or "max", over equally many query heads a device; None leaves x as it is.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if how is None or mesh.axis_names != FITTED or AxisType.Manual not in mesh.axis_types:
-        return x
-    if mesh.shape[GROUP] == 1:
+    if how is None or not on_device() or jax.sharding.get_abstract_mesh().shape[GROUP] == 1:
         return x
     return lax.pmax(x, GROUP) if how == "max" else lax.pmean(x, GROUP)

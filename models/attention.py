@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.split import attend
+from kvjax.cache.attend import attend
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import write_layer
 from kvjax.kernels.prefill_attention import prefill_attention

@@ -38,7 +38,7 @@ def digest(cache: Cache) -> bytes:
 
 def stored(cache: Cache, row: int, index: int) -> Stored:
     """What a layer holds for a question's row; rows that share entries each hold all of them."""
-    parts = [_of_pool(cache, row, index) if cache.pool is not None else _padded(cache, row, index)]
+    parts = [_of_pool(cache, row, index) if cache.slots is not None else _padded(cache, row, index)]
     tail = cache.tail
     mine = row if len(tail.positions) > 1 else 0
     positions = np.asarray(tail.positions[mine])
@@ -55,15 +55,18 @@ def stored(cache: Cache, row: int, index: int) -> Stored:
 
 
 def _of_pool(cache: Cache, row: int, index: int) -> Stored:
-    pool = cache.pool
+    pool = cache.slots
     mine = row if len(pool.owners) > 1 else 0
-    start, end = (int(bound[mine]) for bound in pool.bounds(index))
+    number = np.arange(int(pool.lengths[mine, index]))
+    pages = np.asarray(pool.table[mine, index])
+    page = pages[0] + number // pool.page if pool.consecutive else pages[number // pool.page]
+    lies = page * pool.page + number % pool.page
     owners, positions = np.asarray(pool.owners[mine]), np.asarray(pool.positions[mine])
     # No layer holds what is not its own, and none of its own lies elsewhere.
     counts = np.asarray(pool.counts[mine])
     assert (owners >= 0).sum() == counts.sum()
     np.testing.assert_array_equal(owners >= 0, positions >= 0)
-    slots = start + np.flatnonzero(owners[start:end] >= 0)
+    slots = lies[owners[lies] >= 0]
     assert np.bincount(owners[slots], minlength=counts.shape[1]).tolist() == counts[index].tolist()
     both = np.asarray(pool.entries[mine], np.float64)[slots]
     keys, values = np.split(both, 2, axis=-1)
@@ -143,8 +146,7 @@ def evicted(cache: Cache, rows: tuple[Row, ...], least: int, sinks: int = 0):
     for row, seen in enumerate(rows):
         held, before = holds(cache, row, seen), seen.held
         assert (held <= before).all()
-        starts = np.asarray(cache.pool.starts[row])
-        for index, size in enumerate(np.diff(starts)):
+        for index, size in enumerate(np.asarray(cache.slots.lengths[row])):
             could = before[index]
             window = seen.oracle.config.sliding_windows[index]
             if window is not None:
@@ -160,7 +162,7 @@ def reshard(cache: Cache, rows: tuple[Row, ...]):
     """A cache that evicted for good what the ratio had masked, and more where it has no room."""
     for row, seen in enumerate(rows):
         seen.settle()
-        held, sizes = holds(cache, row, seen), np.diff(np.asarray(cache.pool.starts[row]))
+        held, sizes = holds(cache, row, seen), np.asarray(cache.slots.lengths[row])
         assert (held <= seen.held).all()
         expected = np.minimum(sizes, seen.held.sum((1, 2)))
         np.testing.assert_array_equal(held.sum((1, 2)), expected)

@@ -1,21 +1,21 @@
 """Attention of a few new tokens to cached entries, in parts that merge by log-sum-exp.
 
-B batch, T new tokens, M slots of a pool, N query heads, K KV heads, H head dim, E = 2 H.
+B batch, T new tokens, X pools, M slots of a pool, R pages of a layer, N query heads, K KV heads,
+H head dim, E = 2 H.
 """
 
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention import gpu, packed, tpu
 from kvjax.kernels.decode_attention.padded import Evicted, padded_attention
 from kvjax.kernels.decode_attention.parts import over_tokens
-from kvjax.kernels.decode_attention.reference import decode_attention, merge, merge_over
+from kvjax.kernels.decode_attention.reference import decode_attention, merge
 from kvjax.kernels.platform import Platform, platform
 
-__all__ = ["Evicted", "decode_attention", "merge", "padded_attention", "pool_attention"]
+__all__ = ["Evicted", "decode_attention", "merge", "padded_attention", "paged_attention"]
 
 Implementation = Literal["xla", "pallas", "triton"]
 
@@ -26,43 +26,48 @@ _MODULES: dict[str, Any] = {"xla": packed, "pallas": tpu, "triton": gpu}
 MOST_ROWS = 2**17
 
 
-def pool_attention(
+def paged_attention(
     q: Float[Array, "B T N H"],
     query_positions: Int[Array, "B T"],
-    entries: Float[Array, "B M E"] | Int8[Array, "B M E"],
-    owners: Int8[Array, "B M"],
-    positions: Int[Array, "B M"],
-    start: Int[Array, " B"],
-    end: Int[Array, " B"],
+    entries: Float[Array, "X M E"] | Int8[Array, "X M E"],
+    owners: Int8[Array, "X M"],
+    positions: Int[Array, "X M"],
+    table: Int[Array, "B R"],
+    lengths: Int[Array, " B"],
     *,
+    page: int,
     kv_heads: int,
     window: int | None = None,
     evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
-    scales: Float[Array, "B 2 M"] | None = None,
-    region: tuple[int, int] | None = None,
-    axis: str | None = None,
+    scales: Float[Array, "X 2 M"] | None = None,
+    consecutive: bool = False,
+    run: tuple[int, int] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attend new tokens to one layer's slots of a packed pool.
+    """Attend new tokens to one layer's slots, which lie in pages of a pool.
 
-    Every query head counts the slots whose owner is its KV head. Few rows (new tokens x query
-    heads) are multiplied with every slot; many are taken head by head, each with its own slots.
+    A layer's slots are numbered through in the order of its pages. Every query head counts those
+    whose owner is its KV head. Few rows (new tokens x query heads) are multiplied with every slot;
+    many are taken head by head, each with its own slots.
 
     Args:
       q: queries after RoPE; K divides N.
       query_positions: true positions of the new tokens.
-      entries: keys (after RoPE) and values side by side; what an unowned slot holds is not read
-        into any result, NaN included.
+      entries: keys (after RoPE) and values side by side, of X = B rows, or of one pool that all
+        rows share; what an unowned slot holds is not read into any result, NaN included.
       owners: KV head of each slot, in any order; -1 for none.
       positions: true position of each slot's entry.
-      start, end: the layer's slots are start <= m < end, unaligned, by row.
+      table: pages of the layer, in order.
+      lengths: slots of the layer, from its first page on.
+      page: slots of a page.
       kv_heads: K.
       window: a query at p sees positions p - window + 1 .. p; None for all up to p.
-      evicted: first and, for each query, one past the last slot of each head that is evicted.
+      evicted: first and, for each query, one past the last slot of each head that it does not see
+        any more, as the layer numbers them.
       scales: of int8 entries: what each slot's key and value are multiplied with.
-      region: static bounds that hold start and end of every row, where there are any.
-      axis: inside `jax.shard_map`, the mesh axis over whose devices the slots are split into equal
-        runs; start, end and evicted count slots of the whole pool; every device gets the result.
+      consecutive: whether the layer's pages follow `table[:, 0]`; every row then has its own pool,
+        and no other column is read.
+      run: of consecutive pages, static [first, end) slots that hold the layer in every row.
       implementation: "xla", "pallas" (TPU) or "triton" (GPU); by default the platform's own, and
         "xla" where that one cannot take the call.
 
@@ -79,38 +84,33 @@ def pool_attention(
         )
     if (scales is not None) != (entries.dtype == jnp.int8):
         raise ValueError(f"entries are {entries.dtype}, expected int8 with scales, or neither")
-    if axis is not None:
-        if region is not None:
-            raise ValueError(f"region={region}, expected None with axis={axis!r}: slots are split")
-        start, end, evicted = _on_this_device(axis, owners.shape[1], start, end, evicted)
-    module = _module(implementation, q, entries)
+    if entries.shape[0] != q.shape[0] and (consecutive or entries.shape[0] != 1):
+        raise ValueError(f"entries have {entries.shape[0]} pools, expected q's {q.shape[0]} or 1")
+    start = jnp.zeros_like(lengths)
+    if consecutive:
+        start = table[:, 0] * page
+        evicted = evicted and (evicted[0] + start[:, None], evicted[1] + start[:, None, None])
+    module = _module(implementation, q, entries, None if consecutive else (table, page))
     rules: dict[str, Any] = {
-        "kv_heads": kv_heads, "window": window, "scales": scales, "region": region
+        "kv_heads": kv_heads, "window": window, "scales": scales, "region": run,
+        "pages": None if consecutive else (table, page),
     }  # fmt: skip
 
     def attend(q, query_positions, last):
         gone = None if evicted is None else (evicted[0], last)
-        pool = entries, owners, positions, start, end
-        return module.pool_attention(q, query_positions, *pool, evicted=gone, **rules)
+        pool = entries, owners, positions, start, start + lengths
+        return module.slot_attention(q, query_positions, *pool, evicted=gone, **rules)
 
     queries = q, query_positions, None if evicted is None else evicted[1]
-    part = over_tokens(attend, queries, max(1, MOST_ROWS // (q.shape[0] * heads)))
-    return part if axis is None else merge_over(axis, part)
+    return over_tokens(attend, queries, max(1, MOST_ROWS // (q.shape[0] * heads)))
 
 
-def _module(implementation: str | None, q: Array, entries: Array) -> Any:
+def _module(implementation: str | None, q: Array, entries: Array, pages) -> Any:
     if implementation is None:
         implementation = _BY_PLATFORM.get(platform(), "xla")
         kernel = _MODULES[implementation]
-        if implementation != "xla" and not kernel.supports(q.shape, entries.dtype):
+        if implementation != "xla" and not kernel.supports(q.shape, entries.dtype, pages):
             implementation = "xla"
     if implementation not in _MODULES:
         raise ValueError(f"implementation={implementation!r}, expected xla, pallas or triton")
     return _MODULES[implementation]
-
-
-def _on_this_device(axis, slots, start, end, evicted):
-    """Slots of the whole pool as slots of this device's run of them."""
-    first = lax.axis_index(axis) * slots
-    start, end = (jnp.clip(bound - first, 0, slots) for bound in (start, end))
-    return start, end, evicted and (evicted[0] - first, evicted[1] - first)

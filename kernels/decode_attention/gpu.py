@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention.by_head import Blocks, by_token, in_blocks
+from kvjax.kernels.decode_attention.packed import in_order
 from kvjax.kernels.decode_attention.reference import merge_weights, query_rows
 from kvjax.kernels.platform import triton_options
 
@@ -26,8 +27,11 @@ FEW = 64  # rows of several tokens that may meet every slot, in one block
 MOST_ROWS = 64  # of a block of many
 
 
-def supports(q_shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    """Whether the kernel takes queries of this shape and such entries; jax-triton is installed."""
+def supports(q_shape: tuple[int, ...], dtype: jnp.dtype, pages=None) -> bool:
+    """Whether the kernel takes queries of this shape and such entries; jax-triton is installed.
+
+    It takes any table and size of pages.
+    """
     *_, heads, head_dim = q_shape
     fits = heads <= 128 and 16 <= head_dim <= 256
     return fits and jnp.dtype(dtype).itemsize in (1, 2, 4) and find_spec("jax_triton") is not None
@@ -39,28 +43,29 @@ def splits(blocks: int, slots: int) -> int:
     return max(1, min(wanted, MOST_SPLITS, slots // (LEAST_TILES * TILE)))
 
 
-def pool_attention(
+def slot_attention(
     q: Float[Array, "B T N H"],
     query_positions: Int[Array, "B T"],
-    entries: Float[Array, "B M E"] | Int8[Array, "B M E"],
-    owners: Int8[Array, "B M"],
-    positions: Int[Array, "B M"],
+    entries: Float[Array, "X M E"] | Int8[Array, "X M E"],
+    owners: Int8[Array, "X M"],
+    positions: Int[Array, "X M"],
     start: Int[Array, " B"],
     end: Int[Array, " B"],
     *,
     kv_heads: int,
     window: int | None = None,
     evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
-    scales: Float[Array, "B 2 M"] | None = None,
+    scales: Float[Array, "X 2 M"] | None = None,
     region: tuple[int, int] | None = None,
+    pages: tuple[Int[Array, "B R"], int] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """See `kvjax.kernels.decode_attention`."""
+    """See `kvjax.kernels.decode_attention`; numbers of slots as in `packed.py`."""
     batch, tokens, heads, _ = q.shape
     rows = tokens * heads
     many = tokens > 1 and rows > FEW
     if many:
         blocks = in_blocks(
-            q, query_positions, owners, start, end,
+            q, query_positions, in_order(owners, pages), start, end,
             kv_heads=kv_heads, evicted=evicted, region=region,
             size=max(16, min(MOST_ROWS, pl.next_power_of_2(rows // kv_heads))),
         )  # fmt: skip
@@ -72,7 +77,8 @@ def pool_attention(
             end=end[:, None],
             size=max(16, pl.next_power_of_2(rows)),
         )
-    found = _attend(blocks, (entries, owners, positions, scales), window, evicted is not None)
+    pool = entries, owners, positions, scales
+    found = _attend(blocks, pool, pages, window, evicted is not None)
     if many:
         o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in found)
         return o_BTNH, lse_BTN1[..., 0]
@@ -80,16 +86,17 @@ def pool_attention(
     return o_BYH.reshape(q.shape), lse_BY1.reshape(batch, tokens, heads)
 
 
-def _attend(blocks: Blocks, pool, window: int | None, evicts: bool):
+def _attend(blocks: Blocks, pool, pages, window: int | None, evicts: bool):
     """Output and log-sum-exp of each block's rows, against the slots between its bounds."""
     import jax_triton
 
-    from kvjax.kernels.decode_attention.triton_kernel import pool_attention_kernel
+    from kvjax.kernels.decode_attention.triton_kernel import slot_attention_kernel
 
     entries, owners, positions, scales = pool
     batch, rows, head_dim = blocks.q.shape
-    slots, each = entries.shape[1], blocks.first.shape[1]
-    parts = splits(batch * each, slots)
+    each = blocks.first.shape[1]
+    table, page = pages or (blocks.first, 1)
+    parts = splits(batch * each, entries.shape[1] if pages is None else table.shape[1] * page)
     o_BPYH, lse_BPY = jax_triton.triton_call(
         blocks.q.astype(entries.dtype if scales is None else blocks.q.dtype),
         blocks.rows,
@@ -99,15 +106,19 @@ def _attend(blocks: Blocks, pool, window: int | None, evicts: bool):
         positions,
         blocks.first.astype(jnp.int32),
         blocks.end.astype(jnp.int32),
-        kernel=pool_attention_kernel,
+        table.astype(jnp.int32),
+        kernel=slot_attention_kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, parts, rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, parts, rows), jnp.float32),
         ),
         grid=(batch * each, parts),
-        name="pool_attention",
+        name="slot_attention",
         R=rows,
-        M=slots,
+        M=entries.shape[1],
+        POOLS=entries.shape[0],
+        PAGES=table.shape[1] if pages else 0,
+        PAGE=page,
         H=head_dim,
         SCALE=head_dim**-0.5,
         ROWS=blocks.size,

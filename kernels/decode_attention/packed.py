@@ -23,28 +23,33 @@ BLOCK = 512
 FEW = 256
 
 
-def pool_attention(
+def slot_attention(
     q: Float[Array, "B T N H"],
     query_positions: Int[Array, "B T"],
-    entries: Float[Array, "B M E"] | Int8[Array, "B M E"],
-    owners: Int8[Array, "B M"],
-    positions: Int[Array, "B M"],
+    entries: Float[Array, "X M E"] | Int8[Array, "X M E"],
+    owners: Int8[Array, "X M"],
+    positions: Int[Array, "X M"],
     start: Int[Array, " B"],
     end: Int[Array, " B"],
     *,
     kv_heads: int,
     window: int | None = None,
     evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
-    scales: Float[Array, "B 2 M"] | None = None,
+    scales: Float[Array, "X 2 M"] | None = None,
     region: tuple[int, int] | None = None,
+    pages: tuple[Int[Array, "B R"], int] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """See `kvjax.kernels.decode_attention`."""
+    """See `kvjax.kernels.decode_attention`.
+
+    Bounds and evicted slots are numbered as the pool's are, or through `pages`: the layer's table
+    and the slots of a page.
+    """
     rules = (query_positions, start, end, kv_heads, window, evicted)
     pool: tuple[Array, ...] = (entries, owners, positions)
     if scales is not None:
         pool = *pool, scales[:, 0], scales[:, 1]
     if q.shape[1] > 1 and _many(q.shape, region):
-        return _by_head(q, pool, rules, region)
+        return _by_head(q, pool, rules, region, pages)
     seen = partial(_seen, rules, q.shape[2])
     if region is not None:
         first, last = region
@@ -52,7 +57,7 @@ def pool_attention(
         slots_BM = jnp.broadcast_to(jnp.arange(first, last), pool[1].shape)
         found = _partial(q, pool, slots_BM, (start, end), seen)
     else:
-        found = _blocks(q, pool, (start, end), seen)
+        found = _blocks(q, pool, (start, end), seen, pages)
     return _divided(*found)
 
 
@@ -68,14 +73,14 @@ def _divided(peak, total, o_BTNH):
     return o_BTNH, jnp.where(total > 0, peak, 0.0) + jnp.log(total)
 
 
-def _by_head(q_BTNH, pool, rules, region):
+def _by_head(q_BTNH, pool, rules, region, pages):
     """Block after block of one KV head's rows, each against the slots that its head owns."""
     query_positions, start, end, kv_heads, window, evicted = rules
     batch, tokens, heads, _ = q_BTNH.shape
     most = max(16, SCORES // (batch * BLOCK) // 16 * 16)
     size = block_size(tokens * heads // kv_heads, most, 16)
     blocks = in_blocks(
-        q_BTNH, query_positions, pool[1], start, end,
+        q_BTNH, query_positions, in_order(pool[1], pages), start, end,
         kv_heads=kv_heads, evicted=evicted, region=region, size=size,
     )  # fmt: skip
 
@@ -85,7 +90,7 @@ def _by_head(q_BTNH, pool, rules, region):
     def attend(block):
         q_BRH, rows_BR4, first_B, end_B = block
         seen = partial(_seen_by_row, rows_BR4, window, evicted is not None)
-        return _divided(*_blocks(q_BRH[:, :, None], pool, (first_B, end_B), seen))
+        return _divided(*_blocks(q_BRH[:, :, None], pool, (first_B, end_B), seen, pages))
 
     each = apart(blocks.q), apart(blocks.rows), blocks.first.T, blocks.end.T
     o_XBR1H, lse_XBR1 = lax.map(attend, each)
@@ -97,21 +102,14 @@ def _by_head(q_BTNH, pool, rules, region):
     return together(o_XBR1H[:, :, :, 0]), together(lse_XBR1)[..., 0]
 
 
-def _blocks(q_BTNH, pool, bounds, seen):
+def _blocks(q_BTNH, pool, bounds, seen, pages):
     """Online softmax over as many blocks as the longest row needs."""
     start, end = bounds
-    slots = pool[0].shape[1]
-    block = min(BLOCK, slots)
+    block, first, read = _reader(pool, start, pages)
 
     def step(index, carry):
         peak, total, o_BTNH = carry
-        wanted_B = start + index * block
-        offset_B = jnp.clip(wanted_B, 0, slots - block)
-        cut = jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, block))
-        slots_BM = offset_B[:, None] + jnp.arange(block)
-        # A block that the pool's end pushed back does not count its first slots again.
-        slots_BM = jnp.where(slots_BM >= wanted_B[:, None], slots_BM, slots)
-        held = tuple(cut(x, offset_B) for x in pool)
+        held, slots_BM = read(first + index * block)
         part = _partial(q_BTNH, held, slots_BM, bounds, seen)
         top = jnp.maximum(peak, part[0])
         safe = jnp.where(top == -jnp.inf, 0.0, top)
@@ -128,7 +126,57 @@ def _blocks(q_BTNH, pool, bounds, seen):
         jnp.zeros(shape, jnp.float32),
         jnp.zeros(q_BTNH.shape, jnp.float32),
     )
-    return lax.fori_loop(0, (end - start + block - 1).max() // block, step, nothing)
+    return lax.fori_loop(0, (end - first + block - 1).max() // block, step, nothing)
+
+
+def _reader(pool, start_B, pages):
+    """Slots of a block, where the first one begins, and what reads the block at some slot.
+
+    Reading gives the pool's arrays and the slots' numbers, which are past all bounds where a block
+    holds no slot of its own.
+    """
+    if pages is None:
+        slots = pool[0].shape[1]
+        block = min(BLOCK, slots)
+
+        def cut(wanted_B):
+            offset_B = jnp.clip(wanted_B, 0, slots - block)
+            slots_BM = offset_B[:, None] + jnp.arange(block)
+            # A block that the pool's end pushed back does not count its first slots again.
+            slots_BM = jnp.where(slots_BM >= wanted_B[:, None], slots_BM, slots)
+            here = jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, block))
+            return tuple(here(x, offset_B) for x in pool), slots_BM
+
+        return block, start_B, cut
+    table_BR, page = pages
+    each = max(1, BLOCK // page)
+    table_BR = jnp.pad(table_BR, ((0, 0), (0, -table_BR.shape[1] % each)))
+    block = each * page
+
+    def gather(wanted_B):
+        at_B = wanted_B // page
+        here_BX = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, each))(table_BR, at_B)
+        return tuple(in_order(x, (here_BX, page)) for x in pool), wanted_B[:, None] + jnp.arange(
+            block
+        )
+
+    return block, start_B // block * block, gather
+
+
+def in_order(array: Array, pages) -> Array:
+    """`[B, R page, ...]` of an array `[X, M, ...]` in the order of a table `[B, R]` of its pages.
+
+    Without pages the array itself. X is B, or 1 for a pool that all rows share.
+    """
+    if pages is None:
+        return array
+    table_BR, page = pages
+    paged = array.reshape(array.shape[0], -1, page, *array.shape[2:])
+    if array.shape[0] == 1:
+        taken = paged[0][table_BR]
+    else:
+        taken = jax.vmap(lambda pool, at: pool[at])(paged, table_BR)
+    return taken.reshape(table_BR.shape[0], -1, *array.shape[2:])
 
 
 def _partial(q_BTNH, pool, slots_BM, bounds, seen):

@@ -4,7 +4,6 @@ B batch, T new tokens, S slots, N query heads, K KV heads, G = N // K, H head di
 """
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -76,15 +75,6 @@ def merge_weights(
     weights = jnp.exp(lse - safe)
     total = weights.sum(0)
     return weights / jnp.where(total > 0, total, 1.0), safe + jnp.log(total)
-
-
-def merge_over(
-    axis: str, part: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """One attention from the parts that the devices along a mesh axis hold, on all of them."""
-    out, lse = part
-    weight_PBTN, lse = merge_weights(lax.all_gather(lse, axis))
-    return lax.psum(weight_PBTN[lax.axis_index(axis)][..., None] * out, axis), lse
 
 
 def query_rows(

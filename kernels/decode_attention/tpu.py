@@ -19,7 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8
 
+from kvjax.kernels.decode_attention import tpu_pages
 from kvjax.kernels.decode_attention.by_head import NOBODY, Blocks, block_size, by_token, in_blocks
+from kvjax.kernels.decode_attention.packed import in_order
 from kvjax.kernels.decode_attention.reference import query_rows
 
 # Slots of a tile: 1 MiB of bf16 entries at H = 128. Beside it lies the one that is being fetched.
@@ -32,34 +34,39 @@ _LANES, _SUBLANES = 128, 8
 _NOTHING = -1e30  # below every score, and finite: differences of it are 0, not NaN
 
 
-def supports(q_shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
-    """Whether the kernel takes queries of this shape and entries of this dtype.
+def supports(q_shape: tuple[int, ...], dtype: jnp.dtype, pages=None) -> bool:
+    """Whether the kernel takes queries of this shape and entries of this dtype, and such pages.
 
     Where 2 H is no multiple of 128, some TPUs keep the pool in another layout and copy it once.
     """
-    return q_shape[-1] % 16 == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32, jnp.int8)
+    dtype = jnp.dtype(dtype)
+    fits = q_shape[-1] % 16 == 0 and dtype in (jnp.bfloat16, jnp.float32, jnp.int8)
+    return fits and (pages is None or tpu_pages.supports(q_shape[-1], dtype, *pages))
 
 
-def pool_attention(
+def slot_attention(
     q: Float[Array, "B T N H"],
     query_positions: Int[Array, "B T"],
-    entries: Float[Array, "B M E"] | Int8[Array, "B M E"],
-    owners: Int8[Array, "B M"],
-    positions: Int[Array, "B M"],
+    entries: Float[Array, "X M E"] | Int8[Array, "X M E"],
+    owners: Int8[Array, "X M"],
+    positions: Int[Array, "X M"],
     start: Int[Array, " B"],
     end: Int[Array, " B"],
     *,
     kv_heads: int,
     window: int | None = None,
     evicted: tuple[Int[Array, "B K"], Int[Array, "B T K"]] | None = None,
-    scales: Float[Array, "B 2 M"] | None = None,
+    scales: Float[Array, "X 2 M"] | None = None,
     region: tuple[int, int] | None = None,
+    pages: tuple[Int[Array, "B R"], int] | None = None,
     tile: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """See `kvjax.kernels.decode_attention`."""
+    """See `kvjax.kernels.decode_attention`; numbers of slots as in `packed.py`."""
     batch, tokens, heads, head_dim = q.shape
-    rows, slots = tokens * heads, entries.shape[1]
+    # What is small is put in the layer's order outside: 5 bytes a slot beside 4 H.
+    owners, positions = in_order(owners, pages), in_order(positions, pages)
+    rows, slots = tokens * heads, owners.shape[1]
     many = tokens > 1 and rows > FEW
     tile = tile or _tile(many, 2 * head_dim * entries.dtype.itemsize)
     tile = min(tile, -(-slots // _LANES) * _LANES)
@@ -74,8 +81,12 @@ def pool_attention(
         q_BRH = _pad_rows(q.reshape(batch, rows, head_dim), size, 0)
         rows_BR4 = _pad_rows(query_rows(query_positions, heads, kv_heads, evicted), size, NOBODY)
         blocks = Blocks(q_BRH, rows_BR4, start[:, None], end[:, None], size)
+    if scales is not None and pages is not None:
+        scales = in_order(scales.swapaxes(1, 2), pages).swapaxes(1, 2)
     pool = entries, owners, positions, scales
-    o_BYH, lse_BY1 = _attend(blocks, pool, window, evicted is not None, tile, interpret)
+    o_BYH, lse_BY1 = _attend(
+        blocks, pool, pages, tile, window=window, evicts=evicted is not None, interpret=interpret
+    )
     if many:
         o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in (o_BYH, lse_BY1))
         return o_BTNH, lse_BTN1[..., 0]
@@ -87,11 +98,10 @@ def _tile(many: bool, entry_bytes: int) -> int:
     return min(MANY_TILE if many else TILE, TILE_BYTES // entry_bytes // _LANES * _LANES)
 
 
-def _attend(blocks: Blocks, pool, window: int | None, evicts: bool, tile: int, interpret):
+def _attend(blocks: Blocks, pool, pages, tile: int, *, window: int | None, evicts: bool, interpret):
     """Output and log-sum-exp of each block's rows, against the slots between its bounds."""
     entries, owners, positions, scales = pool
-    batch, slots, width = entries.shape
-    head_dim = width // 2
+    head_dim = entries.shape[-1] // 2
     q_BYW = blocks.q.astype(entries.dtype if scales is None else blocks.q.dtype)
     # Where a tile's halves begin at a lane's start they are read apart. Elsewhere keys and values
     # go through the matrix unit side by side, with zeros beside the query.
@@ -101,6 +111,9 @@ def _attend(blocks: Blocks, pool, window: int | None, evicts: bool, tile: int, i
     first_BX, end_BX = blocks.first.astype(jnp.int32), blocks.end.astype(jnp.int32)
     tiles_BX = jnp.where(end_BX > first_BX, (end_BX + tile - 1) // tile - first_BX // tile, 0)
     sizes = {"tile": tile, "blocks": first_BX.shape[1]}
+    scalars = [first_BX.reshape(-1), end_BX.reshape(-1)]
+    if pages is not None:
+        scalars.append(pages[0].astype(jnp.int32).reshape(-1))
     o_BYW, lse_BYX = pl.pallas_call(
         partial(
             _kernel,
@@ -109,11 +122,12 @@ def _attend(blocks: Blocks, pool, window: int | None, evicts: bool, tile: int, i
             evicts=evicts,
             quantized=scales is not None,
             apart=apart,
+            pages=None if pages is None else (pages[0].shape[1], pages[1]),
             **sizes,
         ),
         grid_spec=_grid(
-            (batch, tiles_BX.max()), blocks.size, slots, width, q_BYW.shape[-1],
-            scales is not None, **sizes,
+            tiles_BX.max(), blocks.size, owners.shape, entries, q_BYW.shape[-1],
+            scales is not None, len(scalars), **sizes,
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q_BYW.shape, jnp.float32),
@@ -123,29 +137,29 @@ def _attend(blocks: Blocks, pool, window: int | None, evicts: bool, tile: int, i
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
-        name="pool_attention",
+        name="slot_attention",
     )(
-        first_BX.reshape(-1),
-        end_BX.reshape(-1),
+        *scalars,
         q_BYW,
         blocks.rows,
-        entries,
         owners[:, None],
         positions[:, None],
         *(() if scales is None else (scales,)),
+        entries,
     )  # fmt: skip
     return o_BYW[..., -head_dim:], lse_BYX[..., :1]
 
 
 def _grid(
-    steps: tuple[int, Array], rows: int, slots: int, width: int, query_width: int,
-    quantized: bool, *, tile: int, blocks: int,
+    most_tiles: Array, rows: int, layer: tuple[int, int], entries: Array, query_width: int,
+    quantized: bool, scalars: int, *, tile: int, blocks: int,
 ) -> pltpu.PrefetchScalarGridSpec:  # fmt: skip
     """One step for every block of rows and each of its tiles; scratch for the online softmax."""
+    batch, slots = layer
+    width, paged = entries.shape[-1], scalars > 2
     last_tile = max(-(-slots // tile) - 1, 0)
-    batch, most_tiles = steps
 
-    def slot_block(row, block, step, first_X, end_X):
+    def slot_block(row, block, step, first_X, end_X, *_):
         at = row * blocks + block
         # A tile that the block does not have is the last one again: nothing is fetched twice.
         reached = jnp.minimum(first_X[at] // tile + step, (end_X[at] - 1) // tile)
@@ -157,26 +171,30 @@ def _grid(
     def columns(row, *where):
         return row, 0, slot_block(row, *where)
 
+    a_tile = pl.BlockSpec((1, tile, width), lambda row, *where: (row, slot_block(row, *where), 0))
+    scratch = [
+        pltpu.VMEM((rows, _LANES), jnp.float32),
+        pltpu.VMEM((rows, _LANES), jnp.float32),
+        pltpu.VMEM((rows, query_width), jnp.float32),
+    ]
+    if paged:
+        scratch += [pltpu.VMEM((2, tile, width), entries.dtype), pltpu.SemaphoreType.DMA((2,))]
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
+        num_scalar_prefetch=scalars,
         grid=(batch, blocks, jnp.maximum(most_tiles, 1)),
         in_specs=[
             pl.BlockSpec((1, rows, query_width), of_block),
             pl.BlockSpec((1, rows, 4), of_block),
-            pl.BlockSpec((1, tile, width), lambda row, *where: (row, slot_block(row, *where), 0)),
             pl.BlockSpec((1, 1, tile), columns),
             pl.BlockSpec((1, 1, tile), columns),
             *([pl.BlockSpec((1, 2, tile), columns)] if quantized else []),
+            pl.BlockSpec(memory_space=pl.ANY) if paged else a_tile,
         ],
         out_specs=[
             pl.BlockSpec((1, rows, query_width), of_block),
             pl.BlockSpec((1, rows, _LANES), of_block),
         ],
-        scratch_shapes=[
-            pltpu.VMEM((rows, _LANES), jnp.float32),
-            pltpu.VMEM((rows, _LANES), jnp.float32),
-            pltpu.VMEM((rows, query_width), jnp.float32),
-        ],
+        scratch_shapes=scratch,
     )
 
 
@@ -185,11 +203,16 @@ def _pad_rows(x: Array, rows: int, value: int) -> Array:
 
 
 def _kernel(
-    first_X, end_X, q_ref, rows_ref, entries_ref, owners_ref, positions_ref, *refs, scale: float,
-    tile: int, blocks: int, window: int | None, evicts: bool, quantized: bool, apart: bool,
+    *all_refs, scale: float, tile: int, blocks: int, window: int | None, evicts: bool,
+    quantized: bool, apart: bool, pages: tuple[int, int] | None,
 ):  # fmt: skip
-    o_ref, lse_ref, peak_ref, total_ref, acc_ref = refs[-5:]
-    at, step = pl.program_id(0) * blocks + pl.program_id(1), pl.program_id(2)
+    first_X, end_X, *refs = all_refs
+    table_X, refs = (refs[0], refs[1:]) if pages else (None, refs)
+    q_ref, rows_ref, owners_ref, positions_ref, *refs = refs
+    scales_ref, refs = (refs[0], refs[1:]) if quantized else (None, refs)
+    entries_ref, o_ref, lse_ref, peak_ref, total_ref, acc_ref, *fetched = refs
+    row, step = pl.program_id(0), pl.program_id(2)
+    at = row * blocks + pl.program_id(1)
     start, end = first_X[at], end_X[at]
     first = (start // tile + step) * tile
 
@@ -201,14 +224,16 @@ def _kernel(
 
     @pl.when(first < end)
     def _():
-        q_RW, rows_R4 = q_ref[0], rows_ref[0]
-        head_dim = entries_ref.shape[-1] // 2
-        k_CW = entries_ref[0, :, :head_dim] if apart else entries_ref[0]
-        v_CW = entries_ref[0, :, head_dim:] if apart else k_CW
-        k_CW, v_CW = k_CW.astype(q_ref.dtype), v_CW.astype(q_ref.dtype)
+        if pages is None:
+            tile_ref = entries_ref.at[0]
+        else:
+            width, page = pages
+            tiles = tpu_pages.Tiles(table_X, entries_ref, *fetched, row=row, width=width, page=page)
+            tile_ref = _fetched(tiles, step, first, end, tile)
         slot_1C = first + jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1)
         owners_1C = owners_ref[0].astype(jnp.int32)
         owners_1C = jnp.where((slot_1C >= start) & (slot_1C < end), owners_1C, -1)
+        rows_R4 = rows_ref[0]
         distance_RC = rows_R4[:, 1:2] - positions_ref[0]
         # No row's head is -1.
         seen_RC = (owners_1C == rows_R4[:, 0:1]) & (distance_RC >= 0)
@@ -216,28 +241,12 @@ def _kernel(
             seen_RC &= distance_RC < window
         if evicts:
             seen_RC &= (slot_1C < rows_R4[:, 2:3]) | (slot_1C >= rows_R4[:, 3:4])
-        s_RC = scale * jax.lax.dot_general(
-            q_RW, k_CW, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        s_RC = s_RC * refs[0][0, 0:1] if quantized else s_RC
-        s_RC = jnp.where(seen_RC, s_RC, _NOTHING)
-        old_R1 = peak_ref[:, :1]
-        peak_R1 = jnp.maximum(old_R1, s_RC.max(axis=1, keepdims=True))
-        p_RC = jnp.where(seen_RC, jnp.exp(s_RC - peak_R1), 0.0)
-        decay_R1 = jnp.exp(old_R1 - peak_R1)
-        total_ref[...] = total_ref[...] * decay_R1 + p_RC.sum(axis=1, keepdims=True)
-        p_RC = jnp.where(seen_RC, p_RC * refs[0][0, 1:2], 0.0) if quantized else p_RC
-        # 0 * NaN would be NaN: slots of other layers are zeros by selection, and so is every NaN,
-        # as empty slots hold anything. (A NaN in a held key still shows, through its score.)
         slot_C1 = first + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
         inside_C1 = (slot_C1 >= start) & (slot_C1 < end)
-        clean_CW = jnp.where(inside_C1 & (v_CW == v_CW), v_CW, 0)
-        o_RW = jax.lax.dot_general(
-            p_RC.astype(clean_CW.dtype), clean_CW, (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
+        _accumulate(
+            q_ref[0], tile_ref, None if scales_ref is None else scales_ref[0], seen_RC, inside_C1,
+            (peak_ref, total_ref, acc_ref), scale=scale, apart=apart,
         )  # fmt: skip
-        acc_ref[...] = acc_ref[...] * decay_R1 + o_RW
-        peak_ref[...] = jnp.broadcast_to(peak_R1, peak_ref.shape)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -245,3 +254,49 @@ def _kernel(
         o_ref[0] = acc_ref[...] / jnp.where(total_R1 > 0, total_R1, 1.0)
         lse = jnp.where(total_ref[...] > 0, peak_ref[...] + jnp.log(total_ref[...]), -jnp.inf)
         lse_ref[0] = lse
+
+
+def _fetched(tiles: tpu_pages.Tiles, step, first, end, tile: int):
+    """This step's tile, once it is there; the next one is on its way then."""
+    half = step % 2
+
+    @pl.when(step == 0)
+    def _():
+        tiles.start(half, first, end)
+
+    @pl.when(first + tile < end)
+    def _():
+        tiles.start(1 - half, first + tile, end)
+
+    tiles.wait(half, first, end)
+    return tiles.buffer.at[half]
+
+
+def _accumulate(q_RW, tile_ref, scales_2C, seen_RC, inside_C1, state, *, scale, apart):
+    """Add a tile's slots to the online softmax of a block's rows."""
+    peak_ref, total_ref, acc_ref = state
+    head_dim = tile_ref.shape[-1] // 2
+    k_CW = tile_ref[:, :head_dim] if apart else tile_ref[...]
+    v_CW = tile_ref[:, head_dim:] if apart else k_CW
+    k_CW, v_CW = k_CW.astype(q_RW.dtype), v_CW.astype(q_RW.dtype)
+    s_RC = scale * jax.lax.dot_general(
+        q_RW, k_CW, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    s_RC = s_RC if scales_2C is None else s_RC * scales_2C[0:1]
+    s_RC = jnp.where(seen_RC, s_RC, _NOTHING)
+    old_R1 = peak_ref[:, :1]
+    peak_R1 = jnp.maximum(old_R1, s_RC.max(axis=1, keepdims=True))
+    p_RC = jnp.where(seen_RC, jnp.exp(s_RC - peak_R1), 0.0)
+    decay_R1 = jnp.exp(old_R1 - peak_R1)
+    total_ref[...] = total_ref[...] * decay_R1 + p_RC.sum(axis=1, keepdims=True)
+    if scales_2C is not None:
+        p_RC = jnp.where(seen_RC, p_RC * scales_2C[1:2], 0.0)
+    # 0 * NaN would be NaN: slots of other layers are zeros by selection, and so is every NaN,
+    # as empty slots hold anything. (A NaN in a held key still shows, through its score.)
+    clean_CW = jnp.where(inside_C1 & (v_CW == v_CW), v_CW, 0)
+    o_RW = jax.lax.dot_general(
+        p_RC.astype(clean_CW.dtype), clean_CW, (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    acc_ref[...] = acc_ref[...] * decay_R1 + o_RW
+    peak_ref[...] = jnp.broadcast_to(peak_R1, peak_ref.shape)

@@ -17,19 +17,23 @@ def jit(function):
 
 
 @jit
-def pool_attention_kernel(
+def slot_attention_kernel(
     q_ptr,  # [B, R, H]
     rows_ptr,  # [B, R, 4]: KV head, position, first and one past the last evicted slot
-    entries_ptr,  # [B, M, 2H]
-    scales_ptr,  # [B, 2, M] if QUANTIZED
-    owners_ptr,  # [B, M]
-    positions_ptr,  # [B, M]
+    entries_ptr,  # [POOLS, M, 2H]
+    scales_ptr,  # [POOLS, 2, M] if QUANTIZED
+    owners_ptr,  # [POOLS, M]
+    positions_ptr,  # [POOLS, M]
     first_ptr,  # [B, X]: bounds of the slots that a block of rows looks at
     end_ptr,  # [B, X]
+    table_ptr,  # [B, PAGES] if PAGES
     o_ptr,  # [B, SPLITS, R, H]
     lse_ptr,  # [B, SPLITS, R]
     R: tl.constexpr,
     M: tl.constexpr,
+    POOLS: tl.constexpr,  # B, or 1 for a pool that all rows share
+    PAGES: tl.constexpr,  # 0 where slots are numbered as the pool's are, else through the table
+    PAGE: tl.constexpr,  # slots of a page
     H: tl.constexpr,
     SCALE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -43,6 +47,7 @@ def pool_attention_kernel(
 ):
     block = tl.program_id(0)
     batch = (block // BLOCKS).to(tl.int64)
+    pool = batch if POOLS > 1 else batch * 0
     split = tl.program_id(1)
     start = tl.load(first_ptr + block)
     end = tl.load(end_ptr + block)
@@ -67,13 +72,17 @@ def pool_attention_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for first in range(low, high, TILE):
-        slot = first + tl.arange(0, TILE)
-        mine = slot < high
-        slot_owner = tl.load(owners_ptr + batch * M + slot, mask=mine, other=-1).to(tl.int32)
-        slot_position = tl.load(positions_ptr + batch * M + slot, mask=mine, other=0)
+        number = first + tl.arange(0, TILE)
+        mine = number < high
+        slot = number
+        if PAGES > 0:
+            page = tl.load(table_ptr + batch * PAGES + number // PAGE, mask=mine, other=0)
+            slot = page * PAGE + number % PAGE
+        slot_owner = tl.load(owners_ptr + pool * M + slot, mask=mine, other=-1).to(tl.int32)
+        slot_position = tl.load(positions_ptr + pool * M + slot, mask=mine, other=0)
         # An empty slot is not read at all: what it holds cannot matter.
         held = mine & (slot_owner >= 0)
-        base = entries_ptr + (batch * M + slot[:, None]) * (2 * H) + column[None, :]
+        base = entries_ptr + (pool * M + slot[:, None]) * (2 * H) + column[None, :]
         mask = held[:, None] & inside[None, :]
         k = tl.load(base, mask=mask, other=0).to(q.dtype)
         v = tl.load(base + H, mask=mask, other=0).to(q.dtype)
@@ -83,12 +92,10 @@ def pool_attention_kernel(
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
         if EVICTS:
-            outside = (slot[None, :] < evicted_first[:, None]) | (
-                slot[None, :] >= evicted_last[:, None]
-            )
-            seen = seen & outside
+            before = number[None, :] < evicted_first[:, None]
+            seen = seen & (before | (number[None, :] >= evicted_last[:, None]))
         if QUANTIZED:
-            of_keys = scales_ptr + 2 * batch * M + slot
+            of_keys = scales_ptr + 2 * pool * M + slot
             s = s * tl.load(of_keys, mask=held, other=0.0)[None, :]
         s = tl.where(seen, s, -1e30)
         top = tl.maximum(peak, tl.max(s, 1))

@@ -17,7 +17,7 @@ import numpy as np
 from kvjax.bench.timing import Timing, timed
 from kvjax.cache.attend import attend
 from kvjax.cache.padded import PaddedLayer
-from kvjax.cache.slots import Pool, empty_pool
+from kvjax.cache.slots import Slots, empty_slots, page_size
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import empty_tail
 from kvjax.compression.capacity import capacity, packs, pool_shape
@@ -44,8 +44,8 @@ def synthetic_cache(
     if config.skips(prompt):
         entries: Any = [(prompt, prompt)] * len(windows)
     elif packs(config):
-        pool = _pool(model, config, batch, prompt, dtype, owners)
-        return _cache((), pool, batch, prompt, new)
+        slots = _slots(model, config, batch, prompt, dtype, owners)
+        return _cache((), slots, batch, prompt, new)
     else:
         sizes = [
             capacity(config, prompt, i, windows, model.num_kv_heads) for i in range(len(windows))
@@ -62,27 +62,36 @@ def synthetic_cache(
     return _cache(tuple(layers), None, batch, prompt, new)
 
 
-def _pool(model, config, batch, prompt, dtype, owners) -> Pool:
-    kv_heads, layers = model.num_kv_heads, model.num_layers
-    slots, regions = pool_shape(config, prompt, model.sliding_windows, kv_heads)
+def _slots(model, config, batch, prompt, dtype, owners) -> Slots:
+    kv_heads, layers, page = model.num_kv_heads, model.num_layers, page_size()
+    wanted, runs = pool_shape(config, prompt, model.sliding_windows, kv_heads)
     like = jnp.zeros((batch, 1, kv_heads, model.head_dim), dtype)
-    pool = empty_pool(like, layers, slots, regions, config.quantize is not None)
-    counts_LK = np.stack([_shares(slots // layers, kv_heads, owners)] * layers)
-    owner_M = np.concatenate([np.repeat(np.arange(kv_heads), counts) for counts in counts_LK])
-    place_M = np.concatenate([np.arange(count) for count in counts_LK.ravel()])
-    shape = (batch, slots)
-    key, drawn = jax.random.key(0), pool.entries.shape
-    scales = pool.scales
+    slots = empty_slots(like, layers, wanted, runs, page=page, quantize=config.quantize is not None)
+    each, total = wanted // layers, slots.size
+    pages = -(-each // page)
+    counts_LK = np.stack([_shares(each, kv_heads, owners)] * layers)
+    owner_M, place_M = np.full(total, -1), np.full(total, -1)
+    for layer, counts in enumerate(counts_LK):
+        first = layer * pages * page
+        owner_M[first : first + each] = np.repeat(np.arange(kv_heads), counts)
+        place_M[first : first + each] = np.concatenate([np.arange(count) for count in counts])
+    shape = (batch, total)
+    key, drawn = jax.random.key(0), slots.entries.shape
+    scales = slots.scales
     if scales is not None:
         entries = jax.random.randint(key, drawn, -127, 128, jnp.int8)
         scales = jnp.full(scales.shape, 1 / 127, jnp.float32)
     else:
         entries = jax.random.normal(key, drawn, dtype)
-    return pool.replace(
+    return slots.replace(
         entries=entries,
         scales=scales,
         owners=jnp.broadcast_to(jnp.asarray(owner_M, jnp.int8), shape),
-        positions=jnp.broadcast_to(jnp.asarray(place_M % prompt, jnp.int32), shape),
+        positions=jnp.broadcast_to(
+            jnp.asarray(np.where(place_M < 0, -1, place_M % prompt), jnp.int32), shape
+        ),
+        table=jnp.broadcast_to(jnp.arange(layers)[:, None] * pages, slots.table.shape),
+        lengths=jnp.full(slots.lengths.shape, each, jnp.int32),
         counts=jnp.broadcast_to(jnp.asarray(counts_LK, jnp.int32), (batch, *counts_LK.shape)),
     )
 
@@ -94,11 +103,11 @@ def _shares(total: int, heads: int, owners: str) -> np.ndarray:
     return counts
 
 
-def _cache(layers, pool, batch: int, prompt: int, new: int) -> Cache:
+def _cache(layers, slots, batch: int, prompt: int, new: int) -> Cache:
     lengths = jnp.full((batch,), prompt, jnp.int32)
-    tail = empty_tail(pool or layers, new)
+    tail = empty_tail(slots or layers, new)
     return Cache(
-        layers=layers, pool=pool, tail=tail, prompt_lengths=lengths, next_positions=lengths
+        layers=layers, slots=slots, tail=tail, prompt_lengths=lengths, next_positions=lengths
     )
 
 

@@ -1,18 +1,28 @@
 """Attention of new tokens to what the cache holds of a layer: kept entries and tail.
 
+Over a mesh, slots are split and everything else lies by KV head: a query is made known to all
+devices, each attends with all query heads to its own slots, and what they found is sent to the
+devices that have those heads, which merge it by log-sum-exp.
+
 B batch, X rows of entries (B, or fewer where rows share them), T new tokens, N query heads, K KV
-heads, H head dim, U slots of the tail.
+heads, H head dim, U slots of the tail, M slots of the pool, R pages of a layer.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.slots import Pool
-from kvjax.cache.state import FROZEN_POINT, Cache
+from kvjax import sharding
+from kvjax.cache.ratio import evicted_ranges
+from kvjax.cache.slots import Slots
+from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
-from kvjax.exact import floor_of_product
-from kvjax.kernels.decode_attention import Evicted, merge, padded_attention, pool_attention
+from kvjax.kernels.decode_attention import Evicted, merge, padded_attention, paged_attention
 from kvjax.kernels.decode_attention.parts import over_tokens
+from kvjax.sharding import HEADS, MODEL, QUERY_HEADS, REST
 
 # Rows (new tokens x query heads, of a whole batch) that are attended at once. What they need on the
 # way are several fp32 copies of their outputs, 16 MiB each at H = 128; and compilers keep more or
@@ -32,6 +42,8 @@ def attend(
     Args:
       q: queries after RoPE; their own keys are in the tail already.
       positions: their positions, -1 for padding (its output is zeros).
+      cache: what is held; its slots are split as the mesh in use is, if there is one.
+      layer: which.
       window: width of a sliding-window layer, or None.
     """
     most = max(1, MOST_ROWS // (q.shape[0] * q.shape[2]))
@@ -40,66 +52,152 @@ def attend(
     )
 
 
+class _New(NamedTuple):
+    """New tokens with the tail of their layer, and tokens of each row's prompt."""
+
+    q: Float[Array, "B T N H"]
+    positions: Int[Array, "B T"]
+    keys: Float[Array, "B K U H"]
+    values: Float[Array, "B K U H"]
+    tail_positions: Int[Array, "B U"]
+    prompt_lengths: Int[Array, " B"]
+
+    @property
+    def tail(self) -> Tail:
+        """The layer's tail; nothing is written to it."""
+        return Tail((self.keys,), (self.values,), self.tail_positions, jnp.zeros((), jnp.int32))
+
+
 def _attend(q, positions, cache: Cache, layer: int, window: int | None):
-    tail, pool, rows = cache.tail, cache.pool, cache.shared
-    of_prompt = of_tail = None
-    if cache.keep_ratio:
-        if pool is not None:
-            kept_XK, slots = pool.counts[:, layer], 0
-        else:
-            kept_XK = cache.layers[layer].lengths
-            slots = cache.layers[layer].positions.shape[-1]
-        kept_BK, lengths = jnp.repeat(kept_XK, rows, axis=0), cache.prompt_lengths
-        of_prompt, of_tail = evicted_ranges(kept_BK, lengths, positions, window, tail, slots)
-        of_prompt = folded_evicted(of_prompt, rows)
-    asked = folded(q, rows), folded(positions, rows)
-    if pool is not None:
-        part = _attend_pool(*asked, pool, layer, window, of_prompt)
+    tail, slots = cache.tail, cache.slots
+    new = q, positions, tail.keys[layer], tail.values[layer], tail.positions, cache.prompt_lengths
+    rules = {"window": window, "keep_ratio": cache.keep_ratio}
+    if slots is None:
+        body = partial(_attend_padded, **rules)
+        held, letters = cache.layers[layer], "BKSH,BKSH,BKS"
+        rest = [held.keys, held.values, held.positions]
     else:
-        entries = cache.layers[layer]
-        held = entries.keys, entries.values, entries.positions
-        part = padded_attention(*asked, *held, window=window, evicted=of_prompt)
-    parts = [unfolded(part, rows), attend_tail(q, positions, tail, layer, window, of_tail)]
-    return merge(parts).astype(q.dtype)
+        body = partial(_attend_slots, **rules, layout=_layout(slots, layer))
+        letters = "BR,B,B.,BME,BM,BM" + ",B2M" * (slots.scales is not None)
+        rest = [slots.table[:, layer], slots.lengths[:, layer], slots.counts[:, layer]]
+        rest += [slots.entries, slots.owners, slots.positions]
+        rest += [slots.scales] if slots.scales is not None else []
+    # What rows share lies on every device of the data axis.
+    axes = [
+        name if x.shape[0] == cache.batch else f".{name[1:]}"
+        for name, x in zip(letters.split(","), rest, strict=True)
+    ]
+    equation = f"BTNH,BT,BKUH,BKUH,BU,B,{','.join(axes)}->BTNH"
+    return sharding.by_device(body, equation, *new, *rest)
 
 
-def attend_tail(
-    q: Float[Array, "B T N H"],
-    positions: Int[Array, "B T"],
-    tail: Tail,
-    layer: int,
-    window: int | None,
-    evicted: Evicted | None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attend new tokens to one layer of the tail: output and log-sum-exp, in fp32."""
-    held = tail.keys[layer], tail.values[layer], tail.positions[:, None]
-    return padded_attention(q, positions, *held, window=window, evicted=evicted)
+def _layout(slots: Slots, layer: int) -> dict:
+    """What is static of a layer's place in the pool, as one device has it."""
+    parts = sharding.parts()
+    if slots.parts != parts:
+        raise ValueError(f"the cache's slots are split into {slots.parts}, expected {parts} parts")
+    run = None
+    if slots.runs is not None:
+        run = slots.runs[layer][0] // parts, slots.runs[layer][1] // parts
+    return {"page": slots.page // parts, "consecutive": slots.consecutive, "run": run}
 
 
-def _attend_pool(q, positions, pool: Pool, layer: int, window, evicted: Evicted | None):
-    start_B, end_B = pool.bounds(layer)
-    kept_BK = pool.counts[:, layer]
-    gone = None
-    if evicted is not None:
-        # A head's slots are a run: its evicted ones too.
-        run_BK = start_B[:, None] + jnp.cumsum(kept_BK, axis=-1) - kept_BK
-        gone = run_BK + evicted.first, run_BK[:, None] + evicted.last
-    return pool_attention(
-        q,
-        positions,
-        pool.entries,
-        pool.owners,
-        pool.positions,
-        start_B,
-        end_B,
-        kv_heads=kept_BK.shape[1],
+def _attend_padded(*arrays, window, keep_ratio):
+    """Heads do not look at one another's keys: no device needs another's."""
+    new, (keys, values, held) = _New(*arrays[:6]), arrays[6:]
+    rows = new.q.shape[0] // held.shape[0]
+    of_prompt = of_tail = None
+    if keep_ratio:
+        kept_BK = jnp.repeat((held >= 0).sum(-1, dtype=jnp.int32), rows, axis=0)
+        of_prompt, of_tail = _evicted(new, kept_BK, window, held.shape[-1])
+        of_prompt = folded_evicted(of_prompt, rows)
+    asked = folded(new.q, rows), folded(new.positions, rows)
+    part = padded_attention(*asked, keys, values, held, window=window, evicted=of_prompt)
+    return merge([unfolded(part, rows), _attend_tail(new, window, of_tail)]).astype(new.q.dtype)
+
+
+def _attend_slots(*arrays, window, keep_ratio, layout):
+    """One device's slots for all query heads, and its own heads' tail."""
+    new, (table_XR, length_X, counts_XK, entries, owners, held, *scales) = (
+        _New(*arrays[:6]),
+        arrays[6:],
+    )
+    on_mesh = sharding.on_device()
+    rows = new.q.shape[0] // table_XR.shape[0]
+    evicted = of_tail = None
+    if keep_ratio:
+        kept_BK = jnp.repeat(counts_XK, rows, axis=0)
+        gone, of_tail = _evicted(new, kept_BK, window)
+        gone = folded_evicted(gone, rows)
+        # A head's slots follow one another: its evicted ones too.
+        before_XK = jnp.cumsum(counts_XK, axis=-1) - counts_XK
+        evicted = before_XK + gone.first, before_XK[:, None] + gone.last
+    q = new.q
+    if on_mesh:
+        q, length_X = lax.all_gather(q, QUERY_HEADS, axis=2, tiled=True), _here(length_X)
+        evicted = evicted and (_here(evicted[0]), _here(evicted[1]))
+        of_tail = of_tail and _of_own_heads(of_tail, new.keys.shape[1])
+    part = paged_attention(
+        folded(q, rows),
+        folded(new.positions, rows),
+        entries,
+        owners,
+        held,
+        table_XR,
+        length_X,
+        kv_heads=counts_XK.shape[1],
         window=window,
-        evicted=gone,
-        scales=pool.scales,
-        region=pool.regions[layer] if pool.regions is not None else None,
+        evicted=evicted,
+        scales=scales[0] if scales else None,
+        **layout,
+    )
+    part = unfolded(part, rows)
+    parts = _to_heads(*part) if on_mesh else [part]
+    return merge([*parts, _attend_tail(new, window, of_tail)]).astype(new.q.dtype)
+
+
+def _evicted(new: _New, kept: Int[Array, "B K"], window: int | None, slots: int = 0):
+    return evicted_ranges(kept, new.prompt_lengths, new.positions, window, new.tail, slots)
+
+
+def _attend_tail(new: _New, window: int | None, evicted: Evicted | None):
+    """Output and log-sum-exp of the tail, in fp32."""
+    held = new.keys, new.values, new.tail_positions[:, None]
+    return padded_attention(new.q, new.positions, *held, window=window, evicted=evicted)
+
+
+# ---------------------------------------------------------------------------- over a mesh
+def _here(slot: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """How many of this device's slots come before a slot of the whole pool."""
+    return -((lax.axis_index(MODEL) - slot) // lax.axis_size(MODEL))
+
+
+def _of_own_heads(evicted: Evicted, kv_heads: int) -> Evicted:
+    """What is evicted of the tail, for this device's KV heads."""
+    mine = partial(
+        lax.dynamic_slice_in_dim,
+        start_index=lax.axis_index(HEADS) * kv_heads,
+        slice_size=kv_heads,
+    )
+    return evicted._replace(
+        order=mine(evicted.order, axis=1),
+        first=mine(evicted.first, axis=1),
+        last=mine(evicted.last, axis=2),
     )
 
 
+def _to_heads(out_BTNH, lse_BTN) -> list[tuple[Array, Array]]:
+    """What every device found for this one's query heads, output and log-sum-exp in one message."""
+    both = jnp.concatenate([out_BTNH, lse_BTN[..., None]], axis=-1)
+    parts = lax.axis_size(QUERY_HEADS)
+    both = both.reshape(*both.shape[:2], parts, -1, both.shape[-1])
+    both = lax.all_to_all(both, QUERY_HEADS, split_axis=2, concat_axis=0)
+    if lax.axis_size(REST) > 1:
+        both = lax.all_gather(both, REST).reshape(-1, *both.shape[1:])
+    return [(part[..., :-1], part[..., -1]) for part in both]
+
+
+# ---------------------------------------------------------------------------- rows that share
 def folded(x: Array, rows: int) -> Array:
     """`[B, T, ...]` of rows that share their entries, `rows` of them, as `[B / rows, rows T, ...]`.
 
@@ -121,50 +219,3 @@ def unfolded(
         return part
     out, lse = (x.reshape(x.shape[0] * rows, -1, *x.shape[2:]) for x in part)
     return out, lse
-
-
-def evicted_ranges(
-    kept: Int[Array, "B K"],
-    prompt_lengths: Int[Array, " B"],
-    positions: Int[Array, "B T"],
-    window: int | None,
-    tail: Tail,
-    slots: int = 0,
-) -> tuple[Evicted, Evicted]:
-    """PrefixKV's eviction while decoding, in closed form (upstream's fixed-point elimination).
-
-    Of a prompt of N tokens a head kept m. When a row has seen N + t tokens, its length is held at
-    ratio m / N by removing floor(t (N - m) / N) entries, in position order, from the kept slot
-    m - 25 on (m // 2 where m - 25 < 1): first the prompt's last survivors, then the oldest of the
-    tail. A query at position p finds what was removed when p tokens had been seen. Of a
-    sliding-window layer N is what it could still see, so that one that kept all of it loses none.
-
-    Args:
-      kept: m of each head.
-      positions: the queries'.
-      slots: of each head where the layout is padded.
-
-    Returns:
-      Which of a head's kept entries, and which of the tail's, each query no longer sees.
-    """
-    first_BK, last_BKT = evicted_range(kept, prompt_lengths, positions, window)
-    last_BTK = last_BKT.swapaxes(1, 2)
-    order_S = jnp.arange(slots, dtype=jnp.int32)[None, None]
-    grown_BU = tail.positions - prompt_lengths[:, None]
-    order_BKU = kept[..., None] + grown_BU[:, None]
-    return Evicted(order_S, first_BK, last_BTK), Evicted(order_BKU, first_BK, last_BTK)
-
-
-def evicted_range(
-    kept: Int[Array, "B K"],
-    prompt_lengths: Int[Array, " B"],
-    positions: Int[Array, "B T"],
-    window: int | None,
-) -> tuple[Int[Array, "B K"], Int[Array, "B K T"]]:
-    """First removed entry of each head, and for each query the first one after the removed."""
-    prompt_B11 = prompt_lengths[:, None, None]
-    grown_B1T = jnp.maximum(positions - prompt_lengths[:, None], 0)[:, None]
-    offered_B11 = prompt_B11 if window is None else jnp.minimum(prompt_B11, max(window - 1, 1))
-    removed_BKT = floor_of_product(grown_B1T, offered_B11 - kept[..., None], offered_B11)
-    first_BK = jnp.where(kept > FROZEN_POINT, kept - FROZEN_POINT, kept // 2)
-    return first_BK, first_BK[..., None] + removed_BKT

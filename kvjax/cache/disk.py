@@ -18,14 +18,16 @@ from safetensors.numpy import save_file
 
 from kvjax.cache.origin import check_cache, fingerprint
 from kvjax.cache.padded import PaddedLayer
-from kvjax.cache.slots import Pool, reshard_slots
+from kvjax.cache.slots import Slots, in_pages, page_size, reshard_slots
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.config import CompressionConfig
 from kvjax.model_interface import Model
 
-_FORMAT = "kvjax-cache-1"
-_POOL = ("entries", "owners", "positions", "counts", "starts", "scales")
+_FORMAT = "kvjax-cache-2"
+_BEFORE = "kvjax-cache-1"
+_SLOTS = ("entries", "owners", "positions", "table", "lengths", "counts", "scales")
+_STATIC = ("runs", "consecutive", "room", "most", "alike", "page")
 
 
 def save_cache(
@@ -46,16 +48,17 @@ def save_cache(
     if not target.parent.is_dir() or target.is_dir():
         raise ValueError(f"path={str(path)!r}, expected the name of a file in a folder that exists")
     check_cache(cache, model)
-    if cache.pool is not None:
-        cache = cache.replace(pool=reshard_slots(cache.pool, 1))
+    slots = None
+    if cache.slots is not None:
+        slots = reshard_slots(cache.slots, 1)
+        cache = cache.replace(slots=slots)
     arrays = {name: np.asarray(value) for name, value in _arrays(cache).items()}
     facts = {
         "model": fingerprint(model),
         "config": dataclasses.asdict(config) if config else None,
         "keep_ratio": cache.keep_ratio,
         "layers": len(cache.tail.keys),
-        "regions": cache.pool.regions if cache.pool is not None else None,
-        "widest": cache.pool.widest if cache.pool is not None else None,
+        "slots": slots and {name: getattr(slots, name) for name in _STATIC},
         "sha256": _digest(arrays),
     }
     part = target.with_name(target.name + ".part")
@@ -84,7 +87,8 @@ def load_cache(path: str | Path, model: Model) -> Cache:
         with safe_open(source, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = json.loads(metadata["facts"]) if metadata.get("format") == _FORMAT else None
+        made = metadata.get("format")
+        facts = json.loads(metadata["facts"]) if made in (_FORMAT, _BEFORE) else None
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"cache {source} is damaged ({error})") from None
     if facts is None:
@@ -93,6 +97,8 @@ def load_cache(path: str | Path, model: Model) -> Cache:
         raise ValueError(f"cache {source} is damaged: its checksum differs")
     if fingerprint(model) != facts["model"]:
         raise ValueError(f"cache {source} was made by another model")
+    if made == _BEFORE:
+        arrays, facts = _converted(arrays, facts)
     return _cache({name: jnp.asarray(array) for name, array in arrays.items()}, facts)
 
 
@@ -110,27 +116,27 @@ def _arrays(cache: Cache) -> dict[str, Any]:
     for index, layer in enumerate(cache.layers):
         for name in ("keys", "values", "positions"):
             found[f"layer.{index}.{name}"] = getattr(layer, name)
-    if cache.pool is not None:
-        for name in _POOL:
-            if (array := getattr(cache.pool, name)) is not None:
-                found[f"pool.{name}"] = array
+    if cache.slots is not None:
+        for name in _SLOTS:
+            if (array := getattr(cache.slots, name)) is not None:
+                found[f"slots.{name}"] = array
     return found
 
 
 def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
-    layers, pool = range(facts["layers"]), None
-    if "pool.entries" in arrays:
-        regions = facts["regions"] and tuple(tuple(region) for region in facts["regions"])
-        found: dict[str, Any] = {name: arrays.get(f"pool.{name}") for name in _POOL}
-        widest, dtype = facts.get("widest"), arrays["tail.0.keys"].dtype
-        pool = Pool(**found, regions=regions, widest=widest, dtype=dtype)
+    layers, slots = range(facts["layers"]), None
+    if facts["slots"]:
+        static = dict(facts["slots"])
+        static["runs"] = static["runs"] and tuple(tuple(run) for run in static["runs"])
+        found: dict[str, Any] = {name: arrays.get(f"slots.{name}") for name in _SLOTS}
+        slots = Slots(**found, **static, dtype=arrays["tail.0.keys"].dtype)
     padded = tuple(
         PaddedLayer(**{n: arrays[f"layer.{i}.{n}"] for n in ("keys", "values", "positions")})
-        for i in (layers if pool is None else ())
+        for i in (layers if slots is None else ())
     )
     return Cache(
         layers=padded,
-        pool=pool,
+        slots=slots,
         tail=Tail(
             keys=tuple(arrays[f"tail.{i}.keys"] for i in layers),
             values=tuple(arrays[f"tail.{i}.values"] for i in layers),
@@ -143,6 +149,60 @@ def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
         rotary_shift=arrays.get("rotary_shift"),
         origin=facts["model"],
     )
+
+
+def _converted(
+    arrays: dict[str, np.ndarray], facts: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What version 2 would have written of a file of version 1, whose layers had no pages.
+
+    There a layer's slots lay behind those of the one before it, from static regions, from `starts`
+    where entries came and went, or as far as counts said.
+    """
+    facts = facts | {"slots": None}
+    if "pool.entries" not in arrays:
+        return arrays, facts
+    old = {name[5:]: x for name, x in arrays.items() if name.startswith("pool.")}
+    counts, page = old["counts"], page_size()
+    batch, layers, _ = counts.shape
+    if facts["regions"]:
+        firsts = np.tile([first for first, _ in facts["regions"]], (batch, 1))
+        sizes = np.tile([end - first for first, end in facts["regions"]], (batch, 1))
+    elif "starts" in old:
+        firsts, sizes = old["starts"][:, :-1], np.diff(old["starts"], axis=1)
+    else:
+        sizes = counts.sum(-1)
+        firsts = np.cumsum(sizes, axis=1) - sizes
+    runs = facts["regions"] and tuple(map(tuple, facts["regions"]))
+    total, runs = in_pages(old["owners"].shape[1], runs, layers, page)
+    pages = -(-sizes // page)
+    table = np.cumsum(pages, axis=1) - pages
+    new = {
+        "entries": np.zeros((batch, total, old["entries"].shape[2]), old["entries"].dtype),
+        "owners": np.full((batch, total), -1, np.int8),
+        "positions": np.full((batch, total), -1, np.int32),
+        "scales": np.zeros((batch, 2, total), np.float32),
+    }
+    for row, layer in np.ndindex(batch, layers):
+        source = firsts[row, layer] + np.arange(int(sizes[row, layer]))
+        source = source[old["owners"][row, source] >= 0]
+        target = table[row, layer] * page + np.arange(len(source))
+        for name in ("entries", "owners", "positions"):
+            new[name][row, target] = old[name][row, source]
+        if "scales" in old:
+            new["scales"][row, :, target] = old["scales"][row, :, source]
+    if "scales" not in old:
+        del new["scales"]
+    new |= {
+        "table": table[..., None].astype(np.int32),
+        "lengths": counts.sum(-1, dtype=np.int32),
+        "counts": counts,
+    }
+    kept = {name: x for name, x in arrays.items() if not name.startswith("pool.")}
+    static = {"runs": runs, "consecutive": True, "page": page}
+    static |= {"room": old["owners"].shape[1], "alike": runs is not None}
+    static |= {"most": int(sizes.max())}
+    return kept | {f"slots.{name}": x for name, x in new.items()}, facts | {"slots": static}
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

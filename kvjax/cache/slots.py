@@ -1,65 +1,89 @@
-"""The packed layout: one pool for all layers, whose slots carry their owner and true position.
+"""The packed layout: slots in pages for all layers; a slot carries its owner and true position.
 
-B batch, M slots, L layers, K KV heads, T prompt tokens, H head dim, E = 2 H (a slot's key and value
-side by side), R slots that a layer may take.
+B rows, X pools of slots (one a row), M slots of a pool, L layers, K KV heads, R pages of a layer,
+T prompt tokens, H head dim, E = 2 H (a slot's key and value side by side), Y slots of a layer.
 
-    slot      0   1   2   3   4   5   6   7        layer 0: slots 0..4, head 0 kept 3 entries and
-    owner     0   0   0   1   1   0   1   1        head 1 two; layer 1: slots 5..7. Which head a
-    position  p0  p3  p9  p0  p9  p9  p0  p9       slot belongs to is data: the shapes are the
-                                                   budget's, whatever Ada-KV or PrefixKV decide.
+    page               0       |       1       |       2           pages of 4 slots
+    slot       0   1   2   3   | 4   5   6   7 | 8   9  10  11
+    owner      0   0   0   1   | 1  -1  -1  -1 | 0   1   1  -1     table: layer 0 has pages 0, 1
+    position  p0  p3  p9  p0   | p9            | p9  p0  p9               layer 1 has page 2
+
+Of layer 0, head 0 kept three entries and head 1 two. Which head a slot belongs to is data: shapes
+are the budget's, whatever an adaptive method decides. To a layer its slots are numbered through, in
+the order of its pages; a packed prompt's pages follow one another, so that a layer is a slice. To
+grow and to share are edits of the table.
 """
 
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8
+
+from kvjax.kernels.platform import platform
+
+# Slots of a page: what a copy of a page moves is worth starting it, and a layer wastes half a page
+# on average. A matrix unit's tile has up to 32 rows (of int8) on each device of a split pool.
+_PAGES = {"cpu": 16, "gpu": 64, "tpu": 128}
+_LEAST = {"cpu": 1, "gpu": 1, "tpu": 32}
+
+
+def page_size(parts: int = 1) -> int:
+    """Slots of a page on this platform, a multiple of the `parts` that a pool is split into."""
+    slots = max(_PAGES[platform()], parts * _LEAST[platform()])
+    return -(-slots // parts) * parts
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
-class Pool(struct.PyTreeNode):
-    """Kept entries of all layers. A layer's slots are contiguous, in the order of its heads.
+class Slots(struct.PyTreeNode):
+    """Kept entries of all layers.
 
     Attributes:
-      entries: `[B, M, 2H]`; keys after RoPE, then values; zeros in empty slots. int8 where they
-        are quantized: whole numbers to be multiplied with `scales`.
-      owners: `[B, M]` int8, the KV head that an entry belongs to; -1 in an empty slot.
-      positions: `[B, M]` int32, the entry's position in the prompt; -1 in an empty slot.
+      entries: `[X, M, 2H]`; keys after RoPE, then values. int8 where they are quantized: whole
+        numbers to be multiplied with `scales`.
+      owners: `[X, M]` int8, the KV head that an entry belongs to; -1 in an empty slot, whose entry
+        may be anything.
+      positions: `[X, M]` int32, the entry's position in the prompt; -1 in an empty slot.
+      table: `[B, L, R]` int32, the pages of each layer in order. Of `consecutive` pages only the
+        first (R = 1).
+      lengths: `[B, L]` int32, slots that a layer may use, from its first page on; the rest of its
+        last page stays empty.
       counts: `[B, L, K]` int32, entries of each layer and head.
-      regions: [first, end) of each layer where that is the same for every prompt, or None where
-        layers lie back to back from run-time starts.
-      starts: `[B, L + 1]` first slot of each layer, and the end, where entries come and go while
-        decoding: a layer then has these slots whatever they hold, in any order. Else None.
-      widest: most slots of a layer where `regions` is None, or None where that is not known.
-      scales: `[B, 2, M]` fp32 of quantized entries, keys' and values'; else None.
+      runs: [first, end) slots of each layer, where its pages are consecutive and the same in every
+        row: a program then cuts slices. Else None.
+      consecutive: whether each layer's pages follow its first one.
+      room: slots that a row's layers may use together, without what their last pages leave empty.
+      most: slots that one layer may use at most, where that is known beforehand.
+      alike: whether every layer of every row may use `most` slots.
+      page: slots of a page, on all `parts` together.
+      scales: `[X, 2, M]` fp32 of quantized entries, keys' and values'; else None.
       dtype: of keys and values before they were quantized.
       parts: devices that the slots are dealt out to: slot j, in the order above, is slot j // parts
-        of device j % parts, and the arrays are one device's slots after the other's.
+        of device j % parts, and the arrays are one device's slots after the other's. So every
+        device has an equal part of each page.
     """
 
-    entries: Float[Array, "B M E"] | Int8[Array, "B M E"]
-    owners: Int8[Array, "B M"]
-    positions: Int[Array, "B M"]
+    entries: Float[Array, "X M E"] | Int8[Array, "X M E"]
+    owners: Int8[Array, "X M"]
+    positions: Int[Array, "X M"]
+    table: Int[Array, "B L R"]
+    lengths: Int[Array, "B L"]
     counts: Int[Array, "B L K"]
-    regions: tuple[tuple[int, int], ...] | None = struct.field(pytree_node=False, default=None)
-    starts: Int[Array, "B X"] | None = None
-    widest: int | None = struct.field(pytree_node=False, default=None)
-    scales: Float[Array, "B 2 M"] | None = None
+    scales: Float[Array, "X 2 M"] | None = None
+    runs: tuple[tuple[int, int], ...] | None = struct.field(pytree_node=False, default=None)
+    consecutive: bool = struct.field(pytree_node=False, default=True)
+    room: int = struct.field(pytree_node=False, default=0)
+    most: int | None = struct.field(pytree_node=False, default=None)
+    alike: bool = struct.field(pytree_node=False, default=False)
+    page: int = struct.field(pytree_node=False, default=1)
     dtype: Any = struct.field(pytree_node=False, default=None)
     parts: int = struct.field(pytree_node=False, default=1)
 
-    def bounds(self, layer: int) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-        """First slot of a layer, and the first one after it."""
-        if self.starts is not None:
-            return self.starts[:, layer], self.starts[:, layer + 1]
-        sizes_BL = self.counts.sum(-1, dtype=jnp.int32)
-        if self.regions is not None:
-            start_B = jnp.full(sizes_BL.shape[:1], self.regions[layer][0], jnp.int32)
-        else:
-            start_B = sizes_BL[:, :layer].sum(-1, dtype=jnp.int32)
-        return start_B, start_B + sizes_BL[:, layer]
+    @property
+    def size(self) -> int:
+        """Slots of a pool, on all devices."""
+        return self.owners.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -67,159 +91,304 @@ class Pool(struct.PyTreeNode):
         return self.entries.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def empty_pool(
+def in_pages(
+    slots: int, runs: tuple[tuple[int, int], ...] | None, layers: int, page: int
+) -> tuple[int, tuple[tuple[int, int], ...] | None]:
+    """Slots of a pool, and each layer's, where every layer begins a page of its own.
+
+    Args:
+      slots: that all layers take together without pages.
+      runs: [first, end) of each layer where that is known beforehand, or None.
+      layers: how many.
+      page: slots of a page.
+    """
+    if runs is None:
+        return -(-(slots + layers * (page - 1)) // page) * page, None
+    ends, end = [], 0
+    for first, last in runs:
+        ends.append((end, end + -(-(last - first) // page) * page))
+        end = ends[-1][1]
+    return end, tuple(ends)
+
+
+def empty_slots(
     like: Float[Array, "B T K H"],
     layers: int,
-    slots: int,
-    regions: tuple[tuple[int, int], ...] | None,
+    room: int,
+    runs: tuple[tuple[int, int], ...] | None,
+    *,
+    page: int,
     quantize: bool = False,
     parts: int = 1,
-) -> Pool:
-    """A pool without entries, for keys of this shape and dtype, which may be quantized to int8.
+) -> Slots:
+    """Slots without entries, for keys of this shape and dtype, which may be quantized to int8.
 
-    Of `parts` devices each has equally many slots.
+    Args:
+      like: keys of a layer.
+      layers: how many.
+      room: slots that a row's layers may use together.
+      runs: [first, end) of each layer where that is known beforehand, else None.
+      page: slots of a page, a multiple of `parts`.
+      quantize: whether entries become int8.
+      parts: devices, each with equally many slots.
     """
     batch, _, kv_heads, head_dim = like.shape
-    slots += -slots % parts
+    sizes = [end - first for first, end in runs or ()]
+    slots, runs = in_pages(room, runs, layers, page)
     if kv_heads > jnp.iinfo(jnp.int8).max:
         raise ValueError(f"keys have {kv_heads} heads, expected at most 127 (owners are int8)")
-    return Pool(
+    firsts = [first // page for first, _ in runs] if runs else [0] * layers
+    return Slots(
         entries=jnp.zeros((batch, slots, 2 * head_dim), jnp.int8 if quantize else like.dtype),
         owners=jnp.full((batch, slots), -1, jnp.int8),
         positions=jnp.full((batch, slots), -1, jnp.int32),
+        table=jnp.broadcast_to(jnp.array(firsts, jnp.int32)[:, None], (batch, layers, 1)),
+        lengths=jnp.zeros((batch, layers), jnp.int32),
         counts=jnp.zeros((batch, layers, kv_heads), jnp.int32),
-        regions=regions,
         scales=jnp.zeros((batch, 2, slots), jnp.float32) if quantize else None,
+        runs=runs,
+        room=room,
+        most=max(sizes, default=None),
+        alike=len(set(sizes)) == 1,
+        page=page,
         dtype=jnp.dtype(like.dtype),
         parts=parts,
     )
 
 
-def reshard_slots(pool: Pool, parts: int) -> Pool:
-    """The same entries dealt out to `parts` devices; slots are added up to a multiple of it.
+def reshard_slots(slots: Slots, parts: int) -> Slots:
+    """The same entries dealt out to `parts` devices, of which the page is a multiple.
 
     One part is all slots in order. From several to several copies the pool twice.
     """
-    if parts == pool.parts:
-        return pool
-    if pool.parts > 1 and parts > 1:
-        pool = reshard_slots(pool, 1)
-    more = -pool.owners.shape[1] % parts
+    if parts == slots.parts:
+        return slots
+    if slots.page % parts:
+        slots = repaged(reshard_slots(slots, 1), page_size(parts))
+    if slots.parts > 1 and parts > 1:
+        slots = reshard_slots(slots, 1)
 
-    def deal(x: Array, axis: int, empty: int = 0) -> Array:
-        widths = [(0, more if at == axis else 0) for at in range(x.ndim)]
-        x = jnp.pad(x, widths, constant_values=empty)
-        halves = (-1, parts) if parts > 1 else (pool.parts, -1)
+    def deal(x: Array, axis: int) -> Array:
+        halves = (-1, parts) if parts > 1 else (slots.parts, -1)
         split = x.reshape(*x.shape[:axis], *halves, *x.shape[axis + 1 :])
         return split.swapaxes(axis, axis + 1).reshape(x.shape)
 
-    return pool.replace(
-        entries=deal(pool.entries, 1),
-        owners=deal(pool.owners, 1, -1),
-        positions=deal(pool.positions, 1, -1),
-        scales=None if pool.scales is None else deal(pool.scales, 2),
+    return slots.replace(
+        entries=deal(slots.entries, 1),
+        owners=deal(slots.owners, 1),
+        positions=deal(slots.positions, 1),
+        scales=None if slots.scales is None else deal(slots.scales, 2),
         parts=parts,
     )
 
 
-def quantized(
-    x: Float[Array, "B R H"],
-) -> tuple[Int8[Array, "B R H"], Float[Array, "B R"]]:
-    """Whole numbers from -127 to 127 and what they are to be multiplied with, one a vector.
+# ---------------------------------------------------------------------------- a layer
+def slot_numbers(slots: Slots, layer: int) -> Int[Array, "B Y"]:
+    """Where in its pool each of a layer's slots lies, through the table; no consecutive pages."""
+    page_BR1 = slots.table[:, layer, :, None]
+    return (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
 
-    An entry is off by at most half its scale, that is max |x| / 254.
+
+def of_layer(slots: Slots, array: Array, layer: int) -> Array:
+    """What the slots of one layer hold, `[B, Y, ...]` of an array `[X, M, ...]`, in order.
+
+    Args:
+      slots: on one device (`reshard_slots`), with known runs or with a whole table.
+      array: `entries`, `owners`, `positions`, or a half of `scales`.
+      layer: which.
     """
-    scale_BR = jnp.abs(x).max(-1).astype(jnp.float32) / 127
-    whole = jnp.round(x.astype(jnp.float32) / jnp.where(scale_BR > 0, scale_BR, 1.0)[..., None])
-    return whole.astype(jnp.int8), scale_BR
+    if slots.runs is not None:
+        first, end = slots.runs[layer]
+        return array[:, first:end]
+    paged = array.reshape(array.shape[0], -1, slots.page, *array.shape[2:])
+    table_BR = slots.table[:, layer]
+    if paged.shape[0] == 1:
+        taken = paged[0][table_BR]
+    else:
+        taken = jax.vmap(lambda pages, at: pages[at])(paged, table_BR)
+    return taken.reshape(table_BR.shape[0], -1, *array.shape[2:])
 
 
-def put_layer(
-    pool: Pool,
-    layer: int,
-    keys: Float[Array, "B T K H"],
-    values: Float[Array, "B T K H"],
-    keep: Bool[Array, "B K T"],
-    room: int,
-) -> Pool:
-    """Write one layer's kept entries behind those of the layers before it.
+class LayerSlots(NamedTuple):
+    """One layer's slots, numbered through: where they lie in the pool, and what they hold.
 
-    `room` is at least the most entries that the layer's heads keep together. Were it less, the last
-    heads' last ones would be lost, and `counts` would say so: it counts what is stored.
+    Attributes:
+      numbers: of the pool; its size for one that the layer may not use.
+      owned: by which head.
+      positions: of their entries.
+      size: slots that the layer may use.
     """
-    counts_BK = stored(pool, layer, keep, room)
-    batch, tokens, kv_heads, head_dim = keys.shape
-    running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
-    wanted_R = jnp.arange(1, room + 1, dtype=jnp.int32)
-    found_BR = jax.vmap(lambda running: jnp.searchsorted(running, wanted_R))(running_BX)
-    found_BR = found_BR.astype(jnp.int32)
-    filled_BR = wanted_R <= counts_BK.sum(-1, keepdims=True, dtype=jnp.int32)
-    found_BR = jnp.minimum(found_BR, kv_heads * tokens - 1)
-    owner_BR, position_BR = found_BR // tokens, found_BR % tokens
-    # Rows are taken from [B, T * K, H] as it lies: no transposed copy of the prompt.
-    row_BR1 = (position_BR * kv_heads + owner_BR)[..., None]
-    halves = [
-        jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BR1, axis=1) for x in (keys, values)
-    ]
-    new = [
-        jnp.where(filled_BR, owner_BR, -1).astype(jnp.int8),
-        jnp.where(filled_BR, position_BR, -1),
-    ]
-    old = [pool.owners, pool.positions]
-    if pool.scales is not None:
-        whole, scales = zip(*map(quantized, halves), strict=True)
-        halves = list(whole)
-        new += [jnp.where(filled_BR, scale, 0.0) for scale in scales]
-        old += [pool.scales[:, 0], pool.scales[:, 1]]
-    new.append(jnp.where(filled_BR[..., None], jnp.concatenate(halves, axis=-1), 0))
-    old.append(pool.entries)
-    owners, positions, *scales, entries = _written(pool, layer, old, new, filled_BR)
-    return pool.replace(
-        entries=entries,
-        owners=owners,
-        positions=positions,
-        counts=pool.counts.at[:, layer].set(counts_BK),
-        scales=jnp.stack(scales, axis=1) if scales else None,
+
+    numbers: Int[Array, "B Y"]
+    owned: Bool[Array, "B K Y"]
+    positions: Int[Array, "B Y"]
+    size: Int[Array, " B"]
+
+
+def layer_slots(slots: Slots, layer: int) -> LayerSlots:
+    """The slots of one layer, through its whole table; on one device."""
+    number_BY = slot_numbers(slots, layer)
+    size_B = slots.lengths[:, layer]
+    mine_BY = jnp.arange(number_BY.shape[1]) < size_B[:, None]
+    owner_BY = of_layer(slots, slots.owners, layer)
+    head_K1 = jnp.arange(slots.counts.shape[2], dtype=owner_BY.dtype)[:, None]
+    return LayerSlots(
+        numbers=jnp.where(mine_BY, number_BY, slots.size),
+        owned=mine_BY[:, None] & (owner_BY[:, None] == head_K1),
+        positions=of_layer(slots, slots.positions, layer),
+        size=size_B,
     )
 
 
-def stored(pool: Pool, layer: int, keep: Bool[Array, "B K T"], room: int) -> Int[Array, "B K"]:
-    """How many of the entries that a layer's heads keep have a slot there."""
-    start_B, _ = pool.bounds(layer)
-    end = pool.owners.shape[1] if pool.regions is None else pool.regions[layer][1]
-    ends_BK = jnp.cumsum(keep.sum(-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
-    ends_BK = jnp.minimum(ends_BK, jnp.minimum(room, end - start_B)[:, None])
-    return jnp.diff(ends_BK, axis=-1, prepend=0)
-
-
-def _written(pool: Pool, layer: int, old: list[Array], new: list[Array], filled_BR: Array):
-    """Arrays of slots with a layer's rows in their place."""
-    if pool.regions is not None:
-        first, end = pool.regions[layer]
-        return [
-            lax.dynamic_update_slice_in_dim(a, b[:, : end - first], first, axis=1)
-            for a, b in zip(old, new, strict=True)
-        ]
-    start_B, _ = pool.bounds(layer)
-    # What is not filled goes out of bounds, where it is dropped.
-    slot_BR = start_B[:, None] + jnp.arange(filled_BR.shape[1], dtype=jnp.int32)
-    slot_BR = jnp.where(filled_BR, slot_BR, pool.entries.shape[1])
-    rows_B1 = jnp.arange(filled_BR.shape[0])[:, None]
-    return [
-        a.at[rows_B1, slot_BR].set(b, mode="drop", unique_indices=False)
-        for a, b in zip(old, new, strict=True)
-    ]
-
-
-def kept_mask(pool: Pool, layer: int, tokens: int) -> Bool[Array, "B K T"]:
+def kept_mask(slots: Slots, layer: int, tokens: int) -> Bool[Array, "B K T"]:
     """Which tokens each head of a layer holds."""
-    pool = reshard_slots(pool, 1)
-    start_B, end_B = pool.bounds(layer)
-    slots_M = jnp.arange(pool.owners.shape[1])
-    mine_BM = (slots_M >= start_B[:, None]) & (slots_M < end_B[:, None]) & (pool.owners >= 0)
-    batch, kv_heads = pool.counts.shape[0], pool.counts.shape[2]
+    slots = reshard_slots(slots, 1)
+    if slots.consecutive and slots.runs is None:  # a layer may be as long as the pool
+        start_B = slots.table[:, layer, 0] * slots.page
+        number_BY = jnp.arange(slots.size) - start_B[:, None]
+        owner_BY, position_BY = slots.owners, slots.positions
+    else:
+        owner_BY, position_BY = (of_layer(slots, x, layer) for x in (slots.owners, slots.positions))
+        number_BY = jnp.arange(owner_BY.shape[1])
+    mine_BY = (number_BY >= 0) & (number_BY < slots.lengths[:, layer, None]) & (owner_BY >= 0)
+    batch, _, kv_heads = slots.counts.shape
     mask_BKT = jnp.zeros((batch, kv_heads, tokens), bool)
     rows_B1 = jnp.arange(batch)[:, None]
-    position_BM = jnp.where(mine_BM, pool.positions, tokens)
-    owner_BM = jnp.maximum(pool.owners, 0).astype(jnp.int32)
-    return mask_BKT.at[rows_B1, owner_BM, position_BM].set(True, mode="drop")
+    position_BY = jnp.where(mine_BY, position_BY, tokens)
+    owner_BY = jnp.maximum(owner_BY, 0).astype(jnp.int32)
+    return mask_BKT.at[rows_B1, owner_BY, position_BY].set(True, mode="drop")
+
+
+# ---------------------------------------------------------------------------- growing
+def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Slots:
+    """The slots with more pages: a layer keeps those it has and gets free ones, up to its size.
+
+    Nothing moves: pages are added at the end, and the table is written anew.
+
+    Args:
+      slots: to grow.
+      sizes: slots that each layer may use afterwards, at least as many as it holds entries.
+      pages: of a pool afterwards, enough for all layers' sizes; never fewer than it has.
+      widest: the most slots that any layer may use.
+    """
+    page, have = slots.page, slots.size // slots.page
+    pages = max(pages, have)
+    wanted_BL = -(-sizes // page)
+    own_BL = jnp.minimum(_pages_of(slots), wanted_BL)
+    width = max(-(-widest // page), 1)
+    number_R = jnp.arange(width, dtype=jnp.int32)
+    if slots.consecutive:
+        old_BLR = slots.table[..., :1] + number_R
+    else:
+        old_BLR = jnp.pad(slots.table, ((0, 0), (0, 0), (0, max(0, width - slots.table.shape[2]))))
+        old_BLR = old_BLR[..., :width]
+    kept_BLR = number_R < own_BL[..., None]
+    rows_B1 = jnp.arange(sizes.shape[0])[:, None]
+    used_BP = jnp.zeros((sizes.shape[0], pages), bool)
+    taken_BX = jnp.where(kept_BLR, old_BLR, pages).reshape(sizes.shape[0], -1)
+    used_BP = used_BP.at[rows_B1, taken_BX].set(True, mode="drop")
+    free_BP = jnp.argsort(used_BP, axis=1, stable=True).astype(jnp.int32)
+    more_BL = wanted_BL - own_BL
+    before_BL = jnp.cumsum(more_BL, axis=1, dtype=jnp.int32) - more_BL
+    place_BLR = jnp.clip(before_BL[..., None] + number_R - own_BL[..., None], 0, pages - 1)
+    new_BLR = jax.vmap(lambda free, at: free[at])(free_BP, place_BLR)
+    table_BLR = jnp.where(kept_BLR, old_BLR, new_BLR)
+    table_BLR = jnp.where(number_R < wanted_BL[..., None], table_BLR, 0)
+
+    def longer(x: Array, axis: int, empty: int) -> Array:
+        more = (pages - have) * page // slots.parts
+        split = x.reshape(*x.shape[:axis], slots.parts, -1, *x.shape[axis + 1 :])
+        widths = [(0, more if at == axis + 1 else 0) for at in range(split.ndim)]
+        split = jnp.pad(split, widths, constant_values=empty)
+        return split.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+    return slots.replace(
+        entries=longer(slots.entries, 1, 0),
+        owners=longer(slots.owners, 1, -1),
+        positions=longer(slots.positions, 1, -1),
+        scales=None if slots.scales is None else longer(slots.scales, 2, 0),
+        table=table_BLR,
+        lengths=sizes,
+        runs=None,
+        consecutive=False,
+    )
+
+
+def compacted(slots: Slots) -> Slots:
+    """The slots with each layer's entries in the first ones of it; on one device, a whole table."""
+    rows_B1 = jnp.arange(slots.table.shape[0])[:, None]
+    arrays = [slots.entries, slots.owners, slots.positions]
+    arrays += [] if slots.scales is None else [slots.scales[:, 0], slots.scales[:, 1]]
+    for layer in range(slots.table.shape[1]):
+        here = layer_slots(slots, layer)
+        order_BY = jnp.argsort(~here.owned.any(1), axis=1, stable=True)
+        for index, x in enumerate(arrays):
+            held = of_layer(slots, x, layer)
+            at = order_BY.reshape(*order_BY.shape, *(1,) * (x.ndim - 2))
+            moved = jnp.take_along_axis(held, at, axis=1)
+            arrays[index] = x.at[rows_B1, here.numbers].set(moved, mode="drop")
+    entries, owners, positions, *scales = arrays
+    stacked = jnp.stack(scales, axis=1) if scales else None
+    return slots.replace(entries=entries, owners=owners, positions=positions, scales=stacked)
+
+
+def _pages_of(slots: Slots) -> Int[Array, "B L"]:
+    """Pages that each layer has, of which the first ones hold its entries."""
+    if slots.runs is None:
+        return -(-slots.lengths // slots.page)
+    pages_L = jnp.array([(end - first) // slots.page for first, end in slots.runs], jnp.int32)
+    return jnp.broadcast_to(pages_L, slots.lengths.shape)
+
+
+def repaged(slots: Slots, page: int, size: int | None = None) -> Slots:
+    """The same slots in other pages, one layer after the other; copies the pool, on one device.
+
+    Args:
+      slots: on one device.
+      page: slots of a page.
+      size: of the pool, enough for whole pages of all layers' lengths; by default as many as it
+        has, with each layer's run where it has one.
+    """
+    batch, layers, _ = slots.counts.shape
+    total, runs = in_pages(slots.size, slots.runs, layers, page)
+    if size is not None:
+        total, runs = size, None
+    firsts_BL = jnp.zeros((batch, layers), jnp.int32)
+    if runs is not None:
+        firsts_BL += jnp.array([first // page for first, _ in runs], jnp.int32)
+    else:
+        pages_BL = -(-slots.lengths // page)
+        firsts_BL = jnp.cumsum(pages_BL, axis=1, dtype=jnp.int32) - pages_BL
+    # Which layer each new slot is of, and which of its slots.
+    number_M = jnp.arange(total, dtype=jnp.int32)
+    find = jax.vmap(lambda firsts: jnp.searchsorted(firsts * page, number_M, side="right") - 1)
+    layer_BM = find(firsts_BL)
+    offset_BM = number_M - jnp.take_along_axis(firsts_BL, layer_BM, axis=1) * page
+    filled_BM = offset_BM < jnp.take_along_axis(slots.lengths, layer_BM, axis=1)
+    old_BM = offset_BM // slots.page
+    if slots.consecutive:
+        page_BM = jnp.take_along_axis(slots.table[..., 0], layer_BM, axis=1) + old_BM
+    else:
+        width = slots.table.shape[2]
+        flat = slots.table.reshape(batch, -1)
+        page_BM = jnp.take_along_axis(flat, layer_BM * width + jnp.minimum(old_BM, width - 1), 1)
+    source_BM = jnp.where(filled_BM, page_BM * slots.page + offset_BM % slots.page, 0)
+
+    def move(x: Array, empty: int) -> Array:
+        at = source_BM.reshape(*source_BM.shape, *(1,) * (x.ndim - 2))
+        filled = filled_BM.reshape(at.shape)
+        return jnp.where(filled, jnp.take_along_axis(x, at, axis=1), jnp.asarray(empty, x.dtype))
+
+    scales = slots.scales
+    if scales is not None:
+        scales = move(scales.swapaxes(1, 2), 0).swapaxes(1, 2)
+    return slots.replace(
+        entries=move(slots.entries, 0),
+        owners=move(slots.owners, -1),
+        positions=move(slots.positions, -1),
+        scales=scales,
+        table=firsts_BL[..., None],
+        runs=runs,
+        consecutive=True,
+        page=page,
+    )

@@ -11,12 +11,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from kvjax.cache.padded import PaddedLayer
-from kvjax.cache.slots import Pool, kept_mask
+from kvjax.cache.slots import Slots, kept_mask, reshard_slots
 from kvjax.cache.tail import Tail, resized
-
-# PrefixKV (upstream's constant, from Elastic Cache): decoding evicts from this far before the
-# end of the prompt's kept entries; what lies before stays for good.
-FROZEN_POINT = 25
+from kvjax.sharding import parts
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -25,7 +22,7 @@ class Cache(struct.PyTreeNode):
 
     Attributes:
       layers: kept entries in the padded layout, one a layer; constant while decoding.
-      pool: kept entries in the packed layout, and `layers` is empty then.
+      slots: kept entries in the packed layout, and `layers` is empty then.
       tail: tokens since.
       prompt_lengths: `[B]` tokens of the prompt before compression.
       next_positions: `[B]` position of the row's next token, whatever was evicted.
@@ -39,7 +36,7 @@ class Cache(struct.PyTreeNode):
     tail: Tail
     prompt_lengths: Int[Array, " B"]
     next_positions: Int[Array, " B"]
-    pool: Pool | None = None
+    slots: Slots | None = None
     keep_ratio: bool = struct.field(pytree_node=False, default=False)
     rotary_shift: Int[Array, " B"] | None = None
     origin: str | None = struct.field(pytree_node=False, default=None)
@@ -52,28 +49,28 @@ class Cache(struct.PyTreeNode):
     @property
     def shared(self) -> int:
         """Rows that hold one prompt's entries together; 1 where each has its own."""
-        entries = self.pool.owners if self.pool is not None else self.layers[0].positions
-        return self.batch // entries.shape[0]
+        held = self.slots.table if self.slots is not None else self.layers[0].positions
+        return self.batch // held.shape[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes that the prompt's keys and values occupy, empty slots included."""
-        if self.pool is not None:
-            return self.pool.nbytes
+        if self.slots is not None:
+            return self.slots.nbytes
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     @property
     def counts(self) -> Int[Array, "B L K"]:
         """Entries that each row, layer and head holds; one row's where several share them."""
-        if self.pool is not None:
-            return self.pool.counts
+        if self.slots is not None:
+            return self.slots.counts
         return jnp.stack([layer.lengths for layer in self.layers], axis=1)
 
     def kept_mask(self, tokens: int) -> Bool[Array, "B L K T"]:
         """Which of the prompt's first `tokens` tokens are held, by row as `counts`, layer, head."""
-        if self.pool is not None:
-            layers = range(self.pool.counts.shape[1])
-            return jnp.stack([kept_mask(self.pool, layer, tokens) for layer in layers], axis=1)
+        if self.slots is not None:
+            layers = range(self.slots.counts.shape[1])
+            return jnp.stack([kept_mask(self.slots, layer, tokens) for layer in layers], axis=1)
         return jnp.stack([layer.kept_mask(tokens) for layer in self.layers], axis=1)
 
     def without_tail(self) -> "Cache":
@@ -89,6 +86,13 @@ def with_room(cache: Cache, slots: int) -> Cache:
     return cache.replace(tail=resized(cache.tail, slots))
 
 
+def reshard(cache: Cache) -> Cache:
+    """The cache as the mesh in use needs it: its slots dealt out to that many devices."""
+    if cache.slots is None:
+        return cache
+    return cache.replace(slots=reshard_slots(cache.slots, parts()))
+
+
 def for_rows(cache: Cache, rows: int) -> Cache:
     """One row's cache for `rows` questions about the same prompt.
 
@@ -101,16 +105,16 @@ def for_rows(cache: Cache, rows: int) -> Cache:
         raise ValueError(f"the cache has {cache.batch} rows, expected 1 or the prompts' {rows}")
     if cache.batch == rows:
         return cache
-    own = cache.replace(layers=(), pool=None)
+    own = cache.replace(layers=(), slots=None)
     own = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0) if x.ndim else x, own)
-    return own.replace(layers=cache.layers, pool=cache.pool)
+    return own.replace(layers=cache.layers, slots=cache.slots)
 
 
 def with_own_entries(cache: Cache) -> Cache:
     """The cache with entries for every row, where its rows hold one prompt's together."""
     if cache.shared == 1:
         return cache
-    layers, pool = jax.tree.map(
-        lambda x: jnp.repeat(x, cache.shared, axis=0), (cache.layers, cache.pool)
+    layers, slots = jax.tree.map(
+        lambda x: jnp.repeat(x, cache.shared, axis=0), (cache.layers, cache.slots)
     )
-    return cache.replace(layers=layers, pool=pool)
+    return cache.replace(layers=layers, slots=slots)

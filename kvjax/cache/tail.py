@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.padded import PaddedLayer
-from kvjax.cache.slots import Pool
+from kvjax.cache.slots import Slots
 from kvjax.sharding import constrain
 
 
@@ -40,9 +40,9 @@ class Tail(struct.PyTreeNode):
     query_positions: Int[Array, "B W"] | None = None
 
 
-def empty_tail(entries: tuple[PaddedLayer, ...] | Pool, slots: int) -> Tail:
+def empty_tail(entries: tuple[PaddedLayer, ...] | Slots, slots: int) -> Tail:
     """A tail of `slots` empty slots that fits these entries."""
-    if isinstance(entries, Pool):
+    if isinstance(entries, Slots):
         batch, layers, kv_heads = entries.counts.shape
         head_dim, dtype = entries.entries.shape[-1] // 2, entries.dtype or entries.entries.dtype
     else:

@@ -3,6 +3,7 @@
 L layers, K KV heads. Everything here is static: what it returns becomes the shapes of a program.
 """
 
+from kvjax.cache.slots import in_pages, page_size
 from kvjax.compression.allocators import LAYERS, head_allocator, layer_allocator
 from kvjax.compression.row_budgets import largest, visible
 from kvjax.compression.slot_bounds import Bound, Bucket
@@ -113,13 +114,22 @@ def layer_capacity(
 
 
 def held_slots(
-    config: CompressionConfig, tokens: int, windows: tuple[int | None, ...], kv_heads: int
+    config: CompressionConfig,
+    tokens: int,
+    windows: tuple[int | None, ...],
+    kv_heads: int,
+    *,
+    parts: int = 1,
 ) -> int:
-    """Slots of all layers' and heads' buffers for a bucket of `tokens`, empty ones included."""
+    """Slots of all layers' and heads' buffers for a bucket of `tokens`, empty ones included.
+
+    Of the packed layout these are whole pages, split into `parts`.
+    """
     if config.skips(tokens):
         return tokens * len(windows) * kv_heads
     if packs(config):
-        return pool_shape(config, tokens, windows, kv_heads)[0]
+        shape = pool_shape(config, tokens, windows, kv_heads)
+        return in_pages(*shape, len(windows), page_size(parts))[0]
     return kv_heads * sum(
         capacity(config, tokens, index, windows, kv_heads) for index in range(len(windows))
     )

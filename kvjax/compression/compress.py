@@ -14,9 +14,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax import exact, sharding
+from kvjax.cache.packing import put_layer
 from kvjax.cache.padded import PaddedLayer, full_layer, pack
-from kvjax.cache.slots import Pool, empty_pool
-from kvjax.cache.split import put_layer
+from kvjax.cache.slots import Slots, empty_slots, page_size
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import empty_tail
 from kvjax.compression import scorers
@@ -41,10 +41,10 @@ class ScoredLayer(struct.PyTreeNode):
 
 @no_type_check  # jax maps trees to other leaves than arrays
 class Packing(struct.PyTreeNode):
-    """The layers so far: padded ones or those that wait, or a pool that is being filled."""
+    """The layers so far: padded ones or those that wait, or slots that are being filled."""
 
     layers: tuple[PaddedLayer | ScoredLayer, ...] = ()
-    pool: Pool | None = None
+    slots: Slots | None = None
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -203,8 +203,8 @@ def finish(kept: Packing, plan: Plan, tail_slots: int = 0) -> Cache:
     padded = tuple(layer for layer in kept.layers if isinstance(layer, PaddedLayer))
     return Cache(
         layers=padded,
-        pool=kept.pool,
-        tail=empty_tail(kept.pool or padded, tail_slots),
+        slots=kept.slots,
+        tail=empty_tail(kept.slots or padded, tail_slots),
         prompt_lengths=plan.rows.lengths,
         next_positions=plan.rows.lengths,
         keep_ratio=plan.config.keep_ratio and not plan.config.keeps_all(plan.tokens),
@@ -229,20 +229,24 @@ def _store(kept: Packing, index: int, keys, values, keep, plan: Plan) -> Packing
     batch, _, kv_heads, _ = keys.shape
     keep_BKT = jnp.broadcast_to(keep, (batch, kv_heads, tokens))
     if not packs(config):
-        slots = capacity(config, tokens, index, windows, kv_heads)
-        padded = pack(keys, values, keep_BKT, slots)
+        width = capacity(config, tokens, index, windows, kv_heads)
+        padded = pack(keys, values, keep_BKT, width)
         return kept.replace(layers=(*kept.layers, padded))
-    pool = kept.pool
-    if pool is None:
-        slots, regions = pool_shape(config, tokens, windows, kv_heads)
-        quantize = config.quantize is not None
+    if (slots := kept.slots) is None:
         parts = sharding.parts()
-        pool = empty_pool(keys, len(windows), slots, regions, quantize, parts)
+        slots = empty_slots(
+            keys,
+            len(windows),
+            *pool_shape(config, tokens, windows, kv_heads),
+            page=page_size(parts),
+            quantize=config.quantize is not None,
+            parts=parts,
+        )
     room = kv_heads * layer_capacity(config, tokens, index, windows)
-    room = min(room, pool.entries.shape[1])
-    if pool.regions is None:
-        pool = pool.replace(widest=max(pool.widest or 0, room))
-    return kept.replace(pool=put_layer(pool, index, keys, values, keep_BKT, room))
+    room = min(room, slots.room)
+    if slots.runs is None:
+        slots = slots.replace(most=max(slots.most or 0, room))
+    return kept.replace(slots=put_layer(slots, index, keys, values, keep_BKT, room))
 
 
 def choose(

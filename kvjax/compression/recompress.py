@@ -2,12 +2,12 @@
 
     decode n tokens into the tail -> score, allocate, evict -> tail rows into freed slots -> ...
 
-The pool's shape never changes. A layer has a range of slots of its own, filled in any order
-(`kvjax.cache.room`); rows that survive in the tail are scattered into the slots that others left,
-so no pool is ever copied. Kept entries keep their true positions.
+The slots' shapes never change. A layer has pages of its own (`room.py`), filled in any order; rows
+that survive in the tail are scattered into the slots that others left, so the slots are never
+copied. Kept entries keep their true positions.
 
-B batch, L layers, K KV heads, N query heads, G = N // K, H head dim, R slots that are looked at for
-one layer, U slots of the tail, S = R + U, W remembered queries, X = K U.
+B batch, L layers, K KV heads, N query heads, G = N // K, H head dim, Y slots of a layer, U slots of
+the tail, S = Y + U, W remembered queries, X = K U.
 """
 
 import jax
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kvjax import exact
-from kvjax.cache.room import Ratio, Slots, allowed, cut, look, loosen, ratio_of
-from kvjax.cache.slots import Pool, quantized, reshard_slots
+from kvjax.cache.packing import quantized
+from kvjax.cache.ratio import Ratio, allowed, ratio_of
+from kvjax.cache.slots import LayerSlots, Slots, layer_slots, of_layer, reshard_slots
 from kvjax.cache.state import Cache, with_own_entries
 from kvjax.compression import allocators
+from kvjax.compression.room import add_pages
 from kvjax.config import Recompress
 
 
@@ -42,43 +44,44 @@ def make_room(
       heads: query heads N.
       windows: each layer's sliding window.
       asked: whether tokens may have come since the prompt.
-      new, fraction: see `kvjax.cache.room.slots_needed`.
+      new, fraction: see `kvjax.compression.room.slots_needed`.
     """
     masked = cache.keep_ratio and rule.budget is not None and asked
-    loose, ratio = loosen(with_own_entries(cache), rule, heads, new, fraction, windows)
-    if masked and loose.pool is not None:
-        loose = evict(loose, ratio_of(loose, reshard_slots(loose.pool, 1)), rule, windows)
-    return loose, ratio
+    roomy, ratio = add_pages(with_own_entries(cache), rule, heads, new, fraction, windows)
+    if masked and roomy.slots is not None:
+        held = reshard_slots(roomy.slots, 1)
+        roomy = evict(roomy, ratio_of(held, roomy.prompt_lengths), rule, windows)
+    return roomy, ratio
 
 
 def evict(
     cache: Cache, ratio: Ratio | None, rule: Recompress, windows: tuple[int | None, ...]
 ) -> Cache:
-    """Score, allocate and evict in every layer; what survives of the tail moves to the pool.
+    """Score, allocate and evict in every layer; what survives of the tail moves into slots.
 
     The tail is empty afterwards.
 
     Args:
-      cache: from `loosen`, with tokens in its tail.
-      ratio: from `loosen`.
+      cache: from `add_pages`, with tokens in its tail.
+      ratio: from `add_pages`.
       rule: when and to what.
       windows: each layer's sliding window.
     """
-    assert cache.pool is not None  # `loosen` made one
-    parts, pool = cache.pool.parts, reshard_slots(cache.pool, 1)
+    assert cache.slots is not None  # `add_pages` made some
+    parts, slots = cache.slots.parts, reshard_slots(cache.slots, 1)
     for index, window in enumerate(windows):
-        layer = look(pool, index)
+        layer = layer_slots(slots, index)
         if ratio is not None:
             keep_BKS = _by_ratio(cache, ratio, layer, index, window)
         else:
-            keep_BKS = _by_budget(cache, pool, rule, layer, index, window)
-        pool = _reuse(pool, cache, layer, index, keep_BKS)
+            keep_BKS = _by_budget(cache, slots, rule, layer, index, window)
+        slots = _reuse(slots, cache, layer, index, keep_BKS)
     tail = cache.tail
     fresh = {"positions": jnp.full_like(tail.positions, -1), "cursor": jnp.zeros_like(tail.cursor)}
-    return cache.replace(pool=reshard_slots(pool, parts), tail=tail.replace(**fresh))
+    return cache.replace(slots=reshard_slots(slots, parts), tail=tail.replace(**fresh))
 
 
-def _held(cache: Cache, layer: Slots, window: int | None):
+def _held(cache: Cache, layer: LayerSlots, window: int | None):
     """Positions `[B, S]` of what the layer holds, pool and tail, and who holds it, `[B, K, S]`."""
     tail = cache.tail
     positions_BS = jnp.concatenate([layer.positions, tail.positions], axis=1)
@@ -92,7 +95,7 @@ def _held(cache: Cache, layer: Slots, window: int | None):
     return positions_BS, held_BKS
 
 
-def _by_ratio(cache, ratio, layer: Slots, index: int, window) -> Bool[Array, "B K S"]:
+def _by_ratio(cache, ratio, layer: LayerSlots, index: int, window) -> Bool[Array, "B K S"]:
     """PrefixKV: in position order from the frozen point on, as many go as keep the ratio."""
     positions_BS, held_BKS = _held(cache, layer, window)
     grown_B = cache.next_positions - cache.prompt_lengths
@@ -111,10 +114,10 @@ def _by_ratio(cache, ratio, layer: Slots, index: int, window) -> Bool[Array, "B 
     return held_BKS & ~exact.select_top(order, excess_BK, may_go_BKS)
 
 
-def _by_budget(cache, pool: Pool, rule, layer: Slots, index, window) -> Bool[Array, "B K S"]:
+def _by_budget(cache, slots: Slots, rule, layer: LayerSlots, index, window) -> Bool[Array, "B K S"]:
     """The last tokens, the sinks, and what scores best of the others."""
     positions_BS, held_BKS = _held(cache, layer, window)
-    scores_BKS = _SCORERS[rule.scorer](cache, pool, layer, index, window)
+    scores_BKS = _SCORERS[rule.scorer](cache, slots, layer, index, window)
     kv_heads = scores_BKS.shape[1]
     each_B1 = (layer.size // kv_heads)[:, None]
     recent_B1 = jnp.minimum(rule.recent, each_B1 // 2)
@@ -132,45 +135,44 @@ def _by_budget(cache, pool: Pool, rule, layer: Slots, index, window) -> Bool[Arr
     return kept_BKS | exact.select_top(scores_BKS, sizes_BK, open_BKS)
 
 
-def _key_diff(cache, pool: Pool, layer: Slots, index, window) -> Float[Array, "B K S"]:
+def _key_diff(cache, slots: Slots, layer: LayerSlots, index, window) -> Float[Array, "B K S"]:
     """KeyDiff (see `scorers.py`): 1 - cos to the mean direction of the keys that a head holds."""
     tail_BKUH = cache.tail.keys[index].astype(jnp.float32)
     head_dim = tail_BKUH.shape[-1]
-    k_BRH = cut(pool, pool.entries, index, layer.offset, layer.slots.shape[1])[..., :head_dim]
+    k_BYH = of_layer(slots, slots.entries, index)[..., :head_dim]
     _, held_BKS = _held(cache, layer, window)
-    width = layer.slots.shape[1]
-    pool_BRH, tail_BKUH = (
+    width = layer.numbers.shape[1]
+    held_BYH, tail_BKUH = (
         x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
-        for x in (k_BRH.astype(jnp.float32), tail_BKUH)  # a scale of int8 has no direction
+        for x in (k_BYH.astype(jnp.float32), tail_BKUH)  # a scale of int8 has no direction
     )
-    pool_BRH = jnp.where(layer.owned.any(1)[..., None], pool_BRH, 0.0)
-    held_BKR, held_BKU = held_BKS[..., :width], held_BKS[..., width:]
+    held_BYH = jnp.where(layer.owned.any(1)[..., None], held_BYH, 0.0)
+    held_BKY, held_BKU = held_BKS[..., :width], held_BKS[..., width:]
     tail_BKUH = jnp.where(held_BKU[..., None], tail_BKUH, 0.0)
-    anchor_BKH = jnp.einsum("BKR,BRH->BKH", held_BKR.astype(jnp.float32), pool_BRH)
+    anchor_BKH = jnp.einsum("BKY,BYH->BKH", held_BKY.astype(jnp.float32), held_BYH)
     anchor_BKH += tail_BKUH.sum(2)
     anchor_BKH /= jnp.maximum(jnp.linalg.norm(anchor_BKH, axis=-1, keepdims=True), 1e-30)
-    like_BKR = jnp.einsum("BRH,BKH->BKR", pool_BRH, anchor_BKH)
+    like_BKY = jnp.einsum("BYH,BKH->BKY", held_BYH, anchor_BKH)
     like_BKU = jnp.einsum("BKUH,BKH->BKU", tail_BKUH, anchor_BKH)
-    return jnp.maximum(1.0 - jnp.concatenate([like_BKR, like_BKU], axis=-1), 0.0)
+    return jnp.maximum(1.0 - jnp.concatenate([like_BKY, like_BKU], axis=-1), 0.0)
 
 
-def _attention(cache, pool: Pool, layer: Slots, index, window) -> Float[Array, "B K S"]:
+def _attention(cache, slots: Slots, layer: LayerSlots, index, window) -> Float[Array, "B K S"]:
     """Attention from the remembered queries to pool and tail, the mean over queries and group."""
     tail, kv_heads = cache.tail, layer.owned.shape[1]
     q_BWNH, at_BW = tail.queries[index], tail.query_positions
     batch, observed, heads, head_dim = q_BWNH.shape
     q_BWKGH = q_BWNH.reshape(batch, observed, kv_heads, heads // kv_heads, head_dim)
-    where = index, layer.offset, layer.slots.shape[1]
-    k_BRH = cut(pool, pool.entries, *where)[..., :head_dim]
-    k_BRH = jnp.where(layer.owned.any(1)[..., None], k_BRH, 0).astype(q_BWNH.dtype)
+    k_BYH = of_layer(slots, slots.entries, index)[..., :head_dim]
+    k_BYH = jnp.where(layer.owned.any(1)[..., None], k_BYH, 0).astype(q_BWNH.dtype)
     einsum = jnp.einsum
-    s_pool = einsum("BWKGH,BRH->BKGWR", q_BWKGH, k_BRH, preferred_element_type=jnp.float32)
-    if pool.scales is not None:
-        scale_BR = cut(pool, pool.scales[:, 0], *where)
-        s_pool = s_pool * scale_BR[:, None, None, None]
+    s_held = einsum("BWKGH,BYH->BKGWY", q_BWKGH, k_BYH, preferred_element_type=jnp.float32)
+    if slots.scales is not None:
+        scale_BY = of_layer(slots, slots.scales[:, 0], index)
+        s_held = s_held * scale_BY[:, None, None, None]
     k_BKUH = tail.keys[index]
     s_tail = einsum("BWKGH,BKUH->BKGWU", q_BWKGH, k_BKUH, preferred_element_type=jnp.float32)
-    s_BKGWS = jnp.concatenate([s_pool, s_tail], axis=-1) * head_dim**-0.5
+    s_BKGWS = jnp.concatenate([s_held, s_tail], axis=-1) * head_dim**-0.5
     positions_BS, held_BKS = _held(cache, layer, None)
     distance_BWS = at_BW[..., None] - positions_BS[:, None]
     seen_BWS = (distance_BWS >= 0) & (at_BW >= 0)[..., None]
@@ -187,21 +189,21 @@ def _attention(cache, pool: Pool, layer: Slots, index, window) -> Float[Array, "
 _SCORERS = {"window": _attention, "key-diff": _key_diff}
 
 
-def _reuse(pool: Pool, cache: Cache, layer: Slots, index: int, keep_BKS) -> Pool:
+def _reuse(slots: Slots, cache: Cache, layer: LayerSlots, index: int, keep_BKS) -> Slots:
     """Free what is not kept, and write the tail's survivors into the layer's free slots."""
-    tail, slots = cache.tail, pool.owners.shape[1]
-    width = layer.slots.shape[1]
-    stays_BR = keep_BKS[:, :, :width].any(1)
-    free_BR = (layer.slots < slots) & ~stays_BR
+    tail = cache.tail
+    width = layer.numbers.shape[1]
+    stays_BY = keep_BKS[:, :, :width].any(1)
+    free_BY = (layer.numbers < slots.size) & ~stays_BY
     survives_BX = keep_BKS[:, :, width:].reshape(keep_BKS.shape[0], -1)
     count = survives_BX.shape[1]
     wanted_X = jnp.arange(1, count + 1)
     find = jax.vmap(lambda running: jnp.searchsorted(running, wanted_X))
     from_BX = find(jnp.cumsum(survives_BX, axis=1, dtype=jnp.int32))
-    to_BX = find(jnp.cumsum(free_BR, axis=1, dtype=jnp.int32))
+    to_BX = find(jnp.cumsum(free_BY, axis=1, dtype=jnp.int32))
     moves_BX = (from_BX < count) & (to_BX < width)
-    slot_BX = jnp.take_along_axis(layer.slots, jnp.minimum(to_BX, width - 1), axis=1)
-    slot_BX = jnp.where(moves_BX, slot_BX, slots)  # out of bounds, where it is dropped
+    slot_BX = jnp.take_along_axis(layer.numbers, jnp.minimum(to_BX, width - 1), axis=1)
+    slot_BX = jnp.where(moves_BX, slot_BX, slots.size)  # out of bounds, where it is dropped
     source_BX = jnp.minimum(from_BX, count - 1)
 
     def rows(arrays):
@@ -210,25 +212,25 @@ def _reuse(pool: Pool, cache: Cache, layer: Slots, index: int, keep_BKS) -> Pool
 
     tail_slots = tail.positions.shape[1]
     batch_B1 = jnp.arange(slot_BX.shape[0])[:, None]
-    freed_BR = jnp.where(free_BR, layer.slots, slots)
+    freed_BY = jnp.where(free_BY, layer.numbers, slots.size)
 
     def put(array, new, empty):
-        array = array.at[batch_B1, freed_BR].set(jnp.asarray(empty, array.dtype), mode="drop")
+        array = array.at[batch_B1, freed_BY].set(jnp.asarray(empty, array.dtype), mode="drop")
         return array.at[batch_B1, slot_BX].set(new.astype(array.dtype), mode="drop")
 
-    halves, scales = [rows(tail.keys), rows(tail.values)], pool.scales
+    halves, scales = [rows(tail.keys), rows(tail.values)], slots.scales
     if scales is not None:
         whole, found = zip(*map(quantized, halves), strict=True)
         halves = list(whole)
         scales = jnp.stack([put(scales[:, i], found[i], 0) for i in (0, 1)], axis=1)
-    entries = pool.entries.at[batch_B1, slot_BX].set(
-        jnp.concatenate(halves, axis=-1).astype(pool.entries.dtype), mode="drop"
+    entries = slots.entries.at[batch_B1, slot_BX].set(
+        jnp.concatenate(halves, axis=-1).astype(slots.entries.dtype), mode="drop"
     )
     position_BX = jnp.take_along_axis(tail.positions, source_BX % tail_slots, axis=1)
-    return pool.replace(
+    return slots.replace(
         entries=entries,
-        owners=put(pool.owners, source_BX // tail_slots, -1),
-        positions=put(pool.positions, position_BX, -1),
+        owners=put(slots.owners, source_BX // tail_slots, -1),
+        positions=put(slots.positions, position_BX, -1),
         scales=scales,
-        counts=pool.counts.at[:, index].set(keep_BKS.sum(-1, dtype=jnp.int32)),
+        counts=slots.counts.at[:, index].set(keep_BKS.sum(-1, dtype=jnp.int32)),
     )

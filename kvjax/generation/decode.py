@@ -12,10 +12,11 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax.cache.room import Ratio, entries_of_prompt
+from kvjax.cache.ratio import Ratio
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail, compact, forget
 from kvjax.compression.recompress import evict, make_room
+from kvjax.compression.room import entries_of_prompt
 from kvjax.config import Recompress
 from kvjax.generation.sampling import Sampling, Switches, Values, sample
 from kvjax.model_interface import Model
@@ -191,7 +192,7 @@ def decode_in_segments(
 ) -> tuple[Cache, Answer]:
     """The whole answer, with the cache compressed again before every segment but the first.
 
-    The outer loop's state holds the pool; in the inner one, `decode`, it is a constant.
+    The outer loop's state holds the slots; in the inner one, `decode`, they are a constant.
 
     Args:
       cache, ratio: from `open_answer`; the tail has room for a segment.
@@ -202,26 +203,26 @@ def decode_in_segments(
         return (current.count < current.tokens.shape[1]) & ~current.done.all()
 
     def segment(state):
-        pool, tail, next_positions, current = state
-        now = cache.replace(pool=pool, tail=tail, next_positions=next_positions)
+        slots, tail, next_positions, current = state
+        now = cache.replace(slots=slots, tail=tail, next_positions=next_positions)
         now, current = decode(model, now, current, rules, recompress.every)
 
         def compress_again(state):
-            pool, tail, _ = state
-            full = now.replace(pool=pool, tail=tail)
+            slots, tail, _ = state
+            full = now.replace(slots=slots, tail=tail)
             full = evict(full, ratio, recompress, model.config.sliding_windows)
-            return full.pool, full.tail, jnp.array(False)
+            return full.slots, full.tail, jnp.array(False)
 
-        # Once or not at all. A conditional would copy the pool, the state of a loop stays in place.
+        # Once or not at all: a conditional would copy the slots, a loop's state stays in place.
         more = unfinished(current)
-        state = lax.while_loop(lambda s: s[-1], compress_again, (now.pool, now.tail, more))
+        state = lax.while_loop(lambda s: s[-1], compress_again, (now.slots, now.tail, more))
         return *state[:2], now.next_positions, current
 
-    state = cache.pool, cache.tail, cache.next_positions, answer
-    pool, tail, next_positions, answer = lax.while_loop(
+    state = cache.slots, cache.tail, cache.next_positions, answer
+    slots, tail, next_positions, answer = lax.while_loop(
         lambda state: unfinished(state[-1]), segment, state
     )
-    return cache.replace(pool=pool, tail=tail, next_positions=next_positions), answer
+    return cache.replace(slots=slots, tail=tail, next_positions=next_positions), answer
 
 
 def close_answer(
@@ -246,6 +247,6 @@ def close_answer(
 def kept_entries(cache: Cache) -> Int[Array, "B L K"]:
     """Entries of the prompt that each row, layer and head keeps; answers' do not count."""
     counts = cache.counts
-    if cache.pool is not None and cache.pool.starts is not None:
-        counts = entries_of_prompt(cache.pool, cache.prompt_lengths)
+    if cache.slots is not None and not cache.slots.consecutive:
+        counts = entries_of_prompt(cache.slots, cache.prompt_lengths)
     return jnp.broadcast_to(counts, (cache.batch, *counts.shape[1:]))

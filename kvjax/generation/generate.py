@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kvjax.cache.origin import fingerprint
-from kvjax.cache.room import Ratio
+from kvjax.cache.ratio import Ratio
 from kvjax.cache.state import Cache, with_room
 from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.generation import decode

@@ -14,9 +14,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from kvjax import sharding
-from kvjax.cache.room import Ratio
-from kvjax.cache.split import reshard
-from kvjax.cache.state import Cache, with_room
+from kvjax.cache.ratio import Ratio
+from kvjax.cache.state import Cache, reshard, with_room
 from kvjax.cache.tail import Tail, remember, resized
 from kvjax.compression.recompress import evict
 from kvjax.config import CompressionConfig, Recompress

@@ -11,10 +11,10 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 from kvjax.cache.origin import fingerprint, owned
-from kvjax.cache.room import check_held
 from kvjax.cache.state import Cache, for_rows
 from kvjax.compression import scorers
 from kvjax.compression.capacity import check_prompt, most_kept
+from kvjax.compression.room import check_held
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
 from kvjax.generation.decode import Rules
 from kvjax.generation.programs import resize_program

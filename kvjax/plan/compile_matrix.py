@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
+from kvjax.cache.slots import page_size
 from kvjax.compile_for import TARGETS, TPUS, compile_for, devices, missing
 from kvjax.config import CompressionConfig
 from kvjax.generation import decode, prefill
 from kvjax.generation.programs import generate_program
 from kvjax.kernels import decode_attention, window_scores
+from kvjax.kernels.platform import assume
 from kvjax.kernels.shapes import SHAPES, Shape
 from kvjax.model_interface import ProbeRequest
 from kvjax.models.config import ModelConfig
@@ -33,7 +34,7 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.presets import preset
 from kvjax.plan import question_matrix
 
-KERNELS = ("pool_attention", "window_scores", "accumulated_scores")
+KERNELS = ("slot_attention", "paged_attention", "window_scores", "accumulated_scores")
 LAYERS = 4  # of the pool that attention reads one layer of
 WINDOW = 32
 WHOLE = Shape("llama-3-8b", 32, 8, 128, 1, 32_768, 1024)
@@ -74,16 +75,8 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
     b, n, k, h = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     dtype, wide = jnp.dtype(shape.dtype), jnp.int32
     on_tpu = target in TPUS
-    if kernel == "pool_attention":
-        module = decode_attention.tpu if on_tpu else decode_attention.gpu
-        if not module.supports((b, 1, n, h), dtype):
-            return None
-        slots = LAYERS * shape.slots
-        arrays = [array((b, 1, n, h), dtype), array((b, 1), wide), array((b, slots, 2 * h), dtype)]
-        arrays += [array((b, slots), jnp.int8), array((b, slots), wide)]
-        arrays += [array((b,), wide)] * 2
-        read = b * slots * 2 * h * dtype.itemsize
-        return partial(module.pool_attention, kv_heads=k), arrays, read
+    if kernel in ("slot_attention", "paged_attention"):
+        return _decoding(kernel, shape, on_tpu)
     tokens = min(shape.tokens, LONGEST) if kernel == "accumulated_scores" else shape.tokens
     queries = tokens if kernel == "accumulated_scores" else WINDOW
     module = window_scores.tpu if on_tpu else window_scores.gpu
@@ -96,6 +89,30 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
         arrays.insert(1, array((b, queries), wide))
     arrays.append(array((b,), wide))
     return getattr(module, kernel), arrays, b * tokens * k * h * dtype.itemsize
+
+
+def _decoding(kernel: str, shape: Shape, on_tpu: bool) -> tuple[Callable, list, int] | None:
+    """One layer's slots: consecutive ones, or in pages anywhere in the pool."""
+    array, dtype, wide = jax.ShapeDtypeStruct, jnp.dtype(shape.dtype), jnp.int32
+    b, n, k, h = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
+    module = decode_attention.tpu if on_tpu else decode_attention.gpu
+    with assume("tpu" if on_tpu else "gpu"):
+        page = page_size()
+    slots = -(-LAYERS * shape.slots // page) * page
+    table = array((b, -(-shape.slots // page)), wide)
+    pages = (table, page) if kernel == "paged_attention" else None
+    if not module.supports((b, 1, n, h), dtype, pages):
+        return None
+    arrays = [array((b, 1, n, h), dtype), array((b, 1), wide), array((b, slots, 2 * h), dtype)]
+    arrays += [array((b, slots), jnp.int8), array((b, slots), wide)]
+    arrays += [array((b,), wide)] * 2
+
+    def attend(*call):
+        *call, table = call
+        through = (table, page) if pages else None
+        return module.slot_attention(*call, kv_heads=k, pages=through)
+
+    return attend, [*arrays, table], b * slots * 2 * h * dtype.itemsize
 
 
 def compile_one(kernel: str, shape: Shape, target: str) -> dict[str, Any]:

@@ -64,11 +64,13 @@ def _pool_of_a_row(ask: Ask, tokens: int) -> int:
     model, config = ask.model, ask.compression
     shape = config, tokens, model.sliding_windows, model.num_kv_heads
     with assume(ask.topology.platform):
-        slots, packed = held_slots(*shape), packs(config) and not config.skips(tokens)
+        slots = held_slots(*shape, parts=ask.parts)
+        packed = packs(config) and not config.skips(tokens)
     entry = slot_bytes(config, tokens, model.head_dim, _WIDTH)
     if packed:
-        counts = 4 * model.num_layers * model.num_kv_heads
-        return -(-slots // ask.parts) * (entry + _OWNER_AND_POSITION) + counts
+        # Counts, lengths, and the table: the first page of each layer.
+        numbers = 4 * model.num_layers * (model.num_kv_heads + 2)
+        return slots // ask.parts * (entry + _OWNER_AND_POSITION) + numbers
     return slots // _mesh(ask).shape[HEADS] * (entry + _POSITION)
 
 

@@ -139,10 +139,13 @@ def _laid(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: str | None = None) -> jax.S
 
 def cache_axes(cache: Cache) -> Cache:
     """The letters of each of a cache's arrays, as `kvjax.sharding` reads them."""
-    pool = cache.pool
-    if pool is not None:
-        scales = pool.scales if pool.scales is None else "B2M"
-        pool = pool.replace(entries="BME", owners="BM", positions="BM", counts="B..", scales=scales)
+    slots = cache.slots
+    if slots is not None:
+        scales = slots.scales if slots.scales is None else "B2M"
+        slots = slots.replace(
+            entries="BME", owners="BM", positions="BM", scales=scales,
+            table="B..", lengths="B.", counts="B..",
+        )  # fmt: skip
     count = len(cache.tail.keys)
     tail = cache.tail.replace(
         keys=("BKUH",) * count, values=("BKUH",) * count, positions="BU", cursor=""
@@ -151,7 +154,7 @@ def cache_axes(cache: Cache) -> Cache:
         layers=tuple(
             layer.replace(keys="BKSH", values="BKSH", positions="BKS") for layer in cache.layers
         ),
-        pool=pool,
+        slots=slots,
         tail=tail,
         prompt_lengths="B",
         next_positions="B",

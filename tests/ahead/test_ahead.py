@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvjax.cache.slots import Pool
+from kvjax.cache.slots import Slots
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.compile_for import TARGETS, TPUS, collectives, compile_for, devices, missing
@@ -32,7 +32,7 @@ def target(request):
 def test_kernels_compile_without_hidden_copies(target, kernel, shape):
     row = compile_one(kernel, shape, target)
     assert row["result"] == "compiled"
-    if kernel == "pool_attention":
+    if kernel in ("slot_attention", "paged_attention"):
         # Queries and results beside the pool, which is small here.
         assert row["temporaries"] < 0.05 * row["reads"] + 2**19
 
@@ -50,8 +50,8 @@ def test_an_unknown_target_is_named():
         missing("v3")
 
 
-def decode_problem(head_dim: int):
-    """A few layers that decode 16 tokens from a pool that dwarfs everything else."""
+def decode_problem(head_dim: int, consecutive: bool):
+    """A few layers that decode 16 tokens from slots that dwarf everything else."""
     config = ModelConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -73,11 +73,15 @@ def decode_problem(head_dim: int):
     wide = array((batch, heads, tail, head_dim), half)
     cache = Cache(
         layers=(),
-        pool=Pool(
+        slots=Slots(
             entries=array((batch, slots, 2 * head_dim), half),
             owners=array((batch, slots), jnp.int8),
             positions=array((batch, slots), jnp.int32),
             counts=array((batch, layers, heads), jnp.int32),
+            lengths=array((batch, layers), jnp.int32),
+            table=array((batch, layers, 1 if consecutive else slots // layers // 128), jnp.int32),
+            consecutive=consecutive,
+            page=128,
         ),
         tail=Tail(
             keys=(wide,) * layers,
@@ -97,17 +101,18 @@ def decode_problem(head_dim: int):
     return model, cache, answer, rules
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("consecutive", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("name", ["v5e", "h200"])
-def test_the_decode_loop_copies_no_pool(name, head_dim):
+def test_the_decode_loop_copies_no_pool(name, head_dim, consecutive):
     """Temporaries under 5 % of the pool, and nothing of the pool's shape is copied."""
     if (reason := missing(name)) is not None:
         pytest.skip(reason)
-    model, cache, answer, rules = decode_problem(head_dim)
+    model, cache, answer, rules = decode_problem(head_dim, consecutive)
     compiled = compile_for(
         name, lambda m, c, a: decode.decode(m, c, a, rules, 15)[1].tokens, model, cache, answer
     )
-    pool = cache.pool.entries
+    pool = cache.slots.entries
     shape = ",".join(map(str, pool.shape))
     text = compiled.as_text()
     assert ("tpu_custom_call" if name in TPUS else "triton") in text

@@ -14,6 +14,7 @@ from synthetic import probe_of
 
 from kvjax import METHODS, CompressionConfig, ConfigError
 from kvjax.cache.padded import PaddedLayer
+from kvjax.cache.slots import in_pages
 from kvjax.compression import allocators
 from kvjax.compression.capacity import (
     capacity,
@@ -182,7 +183,7 @@ def check_capacity(config: CompressionConfig, windows: tuple[int | None, ...], k
         if regions is not None:
             assert of_layer.max() <= regions[layer][1] - regions[layer][0]
     packed = dataclasses.replace(config, layout="packed")
-    assert held_slots(packed, BUCKET, windows, HEADS) == slots
+    assert held_slots(packed, BUCKET, windows, HEADS) == in_pages(slots, regions, DEPTH, 16)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -280,7 +281,7 @@ def stored(config, lengths, tokens, windows=(None, None)):
     probes = [probe_of(i, len(lengths), tokens, 2, 2, 4, tokens) for i, _ in enumerate(windows)]
     call = jax.jit(compress, static_argnames=("config", "windows"))
     cache = call(keys, keys, probes, config, lengths=jnp.array(lengths), windows=windows)
-    return cache, (np.asarray(cache.pool.owners) >= 0).sum(1).tolist()
+    return cache, (np.asarray(cache.slots.owners) >= 0).sum(1).tolist()
 
 
 def test_a_small_profile_loses_nothing_of_a_short_prompt():
@@ -302,7 +303,7 @@ def test_sliding_windows_get_no_slots_that_they_cannot_fill():
     cache, held = stored(config, (32,), 32, (7, 20))
     assert held == [2 * (6 + 18)]
     assert cache.counts.tolist() == [[[6, 6], [18, 18]]]
-    assert cache.nbytes == 2 * (6 + 18) * 2 * 4 * 4
+    assert cache.nbytes == in_pages(2 * (6 + 18), None, 2, 16)[0] * 2 * 4 * 4
 
 
 def test_more_slots_than_an_index_counts_are_refused():

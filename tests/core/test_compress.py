@@ -133,7 +133,8 @@ def test_what_is_kept(method, budget, windows):
         (keys, values, _), cache = compressed(config, windows=windows)
     if method != "full":
         assert_stored(pools[-1], cache)
-        assert pools[-1].nbytes <= cache.nbytes
+        of_slot = pools[-1].nbytes // pools[-1].size  # what pages waste apart
+        assert pools[-1].room * of_slot <= cache.nbytes
     rows = make_rows(config, jnp.asarray(LENGTHS))
     for i, n in enumerate(LENGTHS):
         base, sinks, recent = (int(x[i]) for x in (rows.base, rows.sinks, rows.recent))
@@ -163,19 +164,17 @@ def test_what_is_kept(method, budget, windows):
 
 def packed_beside(pack_layer, pools: list, kept, index, layer, size, plan):
     """`_pack`, of the same choice in the packed layout too: `pools` has it after each layer."""
-    beside = Packing(pool=pools[-1] if pools and index else None)
+    beside = Packing(slots=pools[-1] if pools and index else None)
     packed = plan.replace(config=dataclasses.replace(plan.config, layout="packed"))
-    pools.append(pack_layer(beside, index, layer, size, packed).pool)
+    pools.append(pack_layer(beside, index, layer, size, packed).slots)
     return pack_layer(kept, index, layer, size, plan)
 
 
 def assert_stored(pool, padded):
     """The pool holds what `counts` says of each layer and head, and that is what was chosen."""
     owners, places, counts = map(np.asarray, (pool.owners, pool.positions, pool.counts))
-    of_layers = counts.sum(-1)
-    starts = of_layers.cumsum(1) - of_layers
-    if pool.regions is not None:
-        starts = np.broadcast_to([first for first, _ in pool.regions], starts.shape)
+    of_layers, starts = counts.sum(-1), np.asarray(pool.table[..., 0]) * pool.page
+    np.testing.assert_array_equal(pool.lengths, of_layers)
     for i, layer, head in np.ndindex(counts.shape):
         run = slice(starts[i, layer], starts[i, layer] + of_layers[i, layer])
         stored = places[i, run][owners[i, run] == head].tolist()

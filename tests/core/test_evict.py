@@ -8,11 +8,12 @@ from synthetic import probe_of
 
 import kvjax
 from kvjax import CompressionConfig, ConfigError, Recompress
-from kvjax.cache.room import allowed, check_held, loosen, slots_needed
+from kvjax.cache.ratio import allowed
 from kvjax.cache.slots import kept_mask
 from kvjax.cache.state import with_room
 from kvjax.compression.recompress import evict as evict_
 from kvjax.compression.recompress import make_room
+from kvjax.compression.room import add_pages, check_held, slots_needed
 
 B, T, U, LAYERS, N, K, H = 2, 40, 8, 2, 4, 2, 8
 LENGTHS = np.array([40, 29], np.int32)
@@ -37,8 +38,8 @@ def prompt_cache(
 
 
 def with_answer(cache, rule, tokens=U, seed=40):
-    """The loosened cache with `tokens` more in its tail, all but one in the second row."""
-    cache, ratio = loosen(with_room(cache, tokens), rule, N, tokens, 0.5)
+    """The cache with room and `tokens` more in its tail, all but one in the second row."""
+    cache, ratio = add_pages(with_room(cache, tokens), rule, N, tokens, 0.5)
     new = np.broadcast_to(np.arange(tokens), (B, tokens)) + LENGTHS[:, None]
     new = np.array(new)
     new[1] = np.where(np.arange(tokens) == tokens - 1, -1, new[1])
@@ -60,9 +61,13 @@ def with_answer(cache, rule, tokens=U, seed=40):
 
 def entries(cache, layer: int, row: int, tail: bool) -> dict:
     """(head, position) -> key and value, of the pool and, if asked, of the tail."""
-    pool, found = cache.pool, {}
-    start, end = (int(bound[row]) for bound in pool.bounds(layer))
-    for slot in range(start, end):
+    pool, found = cache.slots, {}
+    for number in range(int(pool.lengths[row, layer])):
+        index, offset = divmod(number, pool.page)
+        page = pool.table[row, layer, 0] + index
+        if not pool.consecutive:
+            page = pool.table[row, layer, index]
+        slot = int(page) * pool.page + offset
         if (owner := int(pool.owners[row, slot])) >= 0:
             place = owner, int(pool.positions[row, slot])
             assert place not in found
@@ -74,6 +79,18 @@ def entries(cache, layer: int, row: int, tail: bool) -> dict:
                 halves = [np.asarray(x[row, head, slot], np.float64) for x in both]
                 found[head, int(position)] = np.concatenate(halves)
     return found
+
+
+def assert_room(cache, slots: int):
+    """Layers may use so many slots together; pages are of one layer, and less than one is over."""
+    pool = cache.slots
+    assert pool.lengths.sum(1).tolist() == [slots] * B
+    pages = -(-np.asarray(pool.lengths) // pool.page)
+    assert pool.size <= (slots // pool.page + LAYERS) * pool.page
+    for row in range(B):
+        mine = [pool.table[row, layer, : pages[row, layer]].tolist() for layer in range(LAYERS)]
+        assert len({page for layer in mine for page in layer}) == pages[row].sum()
+        assert max(map(max, mine)) < pool.size // pool.page
 
 
 def attention(cache, held: dict, layer: int, row: int, sliding) -> dict:
@@ -140,11 +157,12 @@ def test_one_eviction_matches_float64(scorer, heads, sliding):
             for place, entry in found.items():
                 np.testing.assert_array_equal(entry, before[place])
             counts = [sum(head == p[0] for p in found) for head in range(K)]
-            assert after.pool.counts[row, layer].tolist() == counts
+            assert after.slots.counts[row, layer].tolist() == counts
             assert sum(counts) == min(K * rule.budget, len(found))
     assert (after.tail.positions == -1).all()
     assert int(after.tail.cursor) == 0
-    assert after.nbytes == cache.nbytes == B * LAYERS * K * 12 * 2 * H * 4
+    slots = -(-K * 12 // 16) * 16  # whole pages
+    assert after.nbytes == cache.nbytes == B * LAYERS * slots * 2 * H * 4
 
 
 def test_eviction_by_hand():
@@ -153,9 +171,9 @@ def test_eviction_by_hand():
     keys[0, :, 0] = [[1, 0], [0, 3], [3, 0], [0, 1]]
     config = CompressionConfig.named("streaming-llm", 3, sinks=2, recent=1, layout="packed")
     cache = kvjax.compress([jnp.asarray(keys)], [jnp.asarray(keys * 10)], [kvjax.Probe()], config)
-    assert np.flatnonzero(kept_mask(cache.pool, 0, 4)[0, 0]).tolist() == [0, 1, 3]
+    assert np.flatnonzero(kept_mask(cache.slots, 0, 4)[0, 0]).tolist() == [0, 1, 3]
     rule = Recompress(every=2, budget=4, window=1, sinks=0)
-    cache, _ = loosen(with_room(cache, 2), rule, 1)
+    cache, _ = add_pages(with_room(cache, 2), rule, 1)
     tail = cache.tail.replace(
         keys=(jnp.array([[[[1.0, 1], [0, 0]]]]),),
         values=(jnp.array([[[[5.0, 5], [6, 6]]]]),),
@@ -164,11 +182,12 @@ def test_eviction_by_hand():
         query_positions=jnp.array([[5]]),
     )
     after = evict(cache.replace(tail=tail, next_positions=jnp.array([6])), None, rule, (None,))
-    assert np.flatnonzero(kept_mask(after.pool, 0, 6)[0, 0]).tolist() == [1, 3, 4, 5]
+    assert np.flatnonzero(kept_mask(after.slots, 0, 6)[0, 0]).tolist() == [1, 3, 4, 5]
     # Position 0 lay in slot 0, which is written anew, with what the empty one did not take.
-    assert after.pool.positions[0].tolist() == [4, 1, 3, 5]
-    np.testing.assert_array_equal(after.pool.entries[0, 0], [1, 1, 5, 5])
-    np.testing.assert_array_equal(after.pool.entries[0, 1], [0, 3, 0, 30])
+    assert after.slots.positions[0, :4].tolist() == [4, 1, 3, 5]
+    assert (after.slots.owners[0, 4:] == -1).all()  # the rest of the page
+    np.testing.assert_array_equal(after.slots.entries[0, 0], [1, 1, 5, 5])
+    np.testing.assert_array_equal(after.slots.entries[0, 1], [0, 3, 0, 30])
 
 
 def test_the_ratio_by_hand():
@@ -208,7 +227,7 @@ def test_what_freed_slots_and_the_tail_hold_changes_nothing():
     cache, _ = with_answer(prompt_cache(), RULE)
     expected = evict(cache, None, RULE, (None,) * LAYERS)
     hole_BKU1 = (cache.tail.positions < 0)[:, None, :, None]
-    free = (cache.pool.owners < 0)[..., None]
+    free = (cache.slots.owners < 0)[..., None]
     assert bool(free.any())
     assert bool(hole_BKU1.any())
     stale = (cache.tail.query_positions < 0)[..., None, None]
@@ -221,23 +240,23 @@ def test_what_freed_slots_and_the_tail_hold_changes_nothing():
         values=poisoned(cache.tail.values, hole_BKU1),
         queries=poisoned(cache.tail.queries, stale),
     )
-    pool = cache.pool.replace(entries=jnp.where(free, jnp.nan, cache.pool.entries))
-    found = evict(cache.replace(tail=tail, pool=pool), None, RULE, (None,) * LAYERS)
-    filled = found.pool.owners >= 0
-    np.testing.assert_array_equal(found.pool.owners, expected.pool.owners)
-    np.testing.assert_array_equal(found.pool.positions, expected.pool.positions)
+    pool = cache.slots.replace(entries=jnp.where(free, jnp.nan, cache.slots.entries))
+    found = evict(cache.replace(tail=tail, slots=pool), None, RULE, (None,) * LAYERS)
+    filled = found.slots.owners >= 0
+    np.testing.assert_array_equal(found.slots.owners, expected.slots.owners)
+    np.testing.assert_array_equal(found.slots.positions, expected.slots.positions)
     np.testing.assert_array_equal(
-        np.where(filled[..., None], found.pool.entries, 0), np.where(
-            filled[..., None], expected.pool.entries, 0)
+        np.where(filled[..., None], found.slots.entries, 0), np.where(
+            filled[..., None], expected.slots.entries, 0)
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("method", ["snapkv", "ada-snapkv", "joint-snapkv", "prefixkv"])
-def test_loosening_moves_every_entry_and_adds_room(method, layout):
+def test_more_pages_hold_every_entry_and_add_room(method, layout):
     cache = prompt_cache(method, 0.25, layout)
     rule = Recompress(every=U, budget=T)
-    loose, _ = loosen(cache, rule, N)
+    loose, _ = add_pages(cache, rule, N)
     packed = prompt_cache(method, 0.25, "packed")
     for layer in range(LAYERS):
         for row in range(B):
@@ -245,11 +264,7 @@ def test_loosening_moves_every_entry_and_adds_room(method, layout):
             assert before.keys() == after.keys()
             for place, entry in before.items():
                 np.testing.assert_array_equal(entry, after[place])
-    assert loose.pool.owners.shape == (B, LAYERS * K * rule.budget)
-    ends = np.asarray(loose.pool.starts)
-    assert (np.diff(ends, axis=1) >= 0).all()
-    assert ends[:, 0].tolist() == [0, 0]
-    assert ends[:, -1].tolist() == [LAYERS * K * rule.budget] * B
+    assert_room(loose, LAYERS * K * rule.budget)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +284,7 @@ def test_wrong_settings_are_refused(changes, message):
 
 def test_a_budget_below_what_is_held_is_refused():
     with pytest.raises(ConfigError, match="budget=8, expected at least the 10 entries a head"):
-        loosen(prompt_cache(), Recompress(every=8, budget=8), N)
+        add_pages(prompt_cache(), Recompress(every=8, budget=8), N)
     with pytest.raises(ConfigError, match="budget=8, expected at least the 9 entries a head"):
         check_held(Recompress(every=8, budget=8), 4, 33)
     check_held(Recompress(every=8, budget=8), 4, 32)
@@ -289,8 +304,8 @@ def test_a_budget_of_what_is_held_is_enough(method, budget, layout):
     most = -(-int(cache.counts.sum((1, 2)).max()) // (LAYERS * K))
     rule = Recompress(every=U, budget=max(most, 4))
     assert cache.nbytes > B * LAYERS * K * rule.budget * 2 * H * 4
-    loose, _ = loosen(cache, rule, N)
-    assert loose.pool.owners.shape == (B, LAYERS * K * rule.budget)
+    loose, _ = add_pages(cache, rule, N)
+    assert_room(loose, LAYERS * K * rule.budget)
     for layer, row in np.ndindex(LAYERS, B):
         found = entries(loose, layer, row, False)
         held = np.argwhere(np.asarray(cache.kept_mask(T))[row, layer])
@@ -301,10 +316,10 @@ def test_a_second_rule_may_have_less_room():
     """What the first left empty is not held; layers need not be alike by then."""
     cache, _ = with_answer(prompt_cache(), Recompress(every=U, budget=30, window=4))
     cache = evict(cache, None, Recompress(every=U, budget=30, window=4), (None, 7))
-    counts = np.asarray(cache.pool.counts)
+    counts = np.asarray(cache.slots.counts)
     assert (counts[:, 0] > counts[:, 1]).all()
     most = -(-int(counts.sum((1, 2)).max()) // (LAYERS * K))
-    loose, _ = loosen(cache, Recompress(every=U, budget=most), N)
+    loose, _ = add_pages(cache, Recompress(every=U, budget=most), N)
     for layer, row in np.ndindex(LAYERS, B):
         before, after = (entries(c, layer, row, False) for c in (cache, loose))
         assert before.keys() == after.keys()
@@ -316,11 +331,11 @@ def test_a_second_rule_may_have_less_room():
 def test_sliding_windows_get_no_room_that_they_cannot_fill(layout):
     """A window of 7 sees 6 entries a head; what is left of the budget goes to the other layer."""
     cache, rule = prompt_cache("snapkv", 5, layout), Recompress(every=U, budget=20)
-    mixed, _ = loosen(cache, rule, N, windows=(None, 7))
-    assert np.diff(np.asarray(mixed.pool.starts)).tolist() == [[K * 34, K * 6]] * B
-    both, _ = loosen(cache, rule, N, windows=(7, 7))
-    assert both.pool.owners.shape == (B, 2 * K * 6)
-    assert np.diff(np.asarray(both.pool.starts)).tolist() == [[K * 6, K * 6]] * B
+    mixed, _ = add_pages(cache, rule, N, windows=(None, 7))
+    assert mixed.slots.lengths.tolist() == [[K * 34, K * 6]] * B
+    both, _ = add_pages(cache, rule, N, windows=(7, 7))
+    assert_room(both, 2 * K * 6)
+    assert both.slots.lengths.tolist() == [[K * 6, K * 6]] * B
     np.testing.assert_array_equal(both.counts, cache.counts)
 
 
@@ -330,11 +345,11 @@ def test_the_room_of_a_row_is_its_own():
     room = {}
     for lengths in ((5, 5), (5, 40)):
         cache = prompt_cache("prefixkv", 0.1, lengths=np.array(lengths, np.int32))
-        loose, _ = loosen(cache, rule, N, 30, 0.1)
-        ends = np.asarray(loose.pool.starts)
-        room[lengths] = ends[0].tolist()
+        loose, _ = add_pages(cache, rule, N, 30, 0.1)
+        sizes = np.asarray(loose.slots.lengths)
+        room[lengths] = sizes[0].tolist()
         held = np.asarray(cache.counts.sum((1, 2)))
-        assert ends[:, -1].tolist() == (held + LAYERS * K * (3 + 2)).tolist()
+        assert sizes.sum(1).tolist() == (held + LAYERS * K * (3 + 2)).tolist()
     assert room[5, 5] == room[5, 40]
 
 
@@ -354,4 +369,4 @@ def test_heads_that_may_not_evict_take_from_those_that_may():
     for layer in range(LAYERS):
         found = [head for head, _ in entries(loose, layer, 0, False)]
         assert [found.count(head) for head in range(K)] == loose.counts[0, layer].tolist()
-        assert len(found) == int(loose.pool.starts[0, layer + 1] - loose.pool.starts[0, layer])
+        assert len(found) == int(loose.slots.lengths[0, layer])

@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused(model, prompts, tmp_path):
         kvjax.load_cache(path, model)
     path.write_bytes(data)
     save_file(load_file(path), path)
-    with pytest.raises(ValueError, match="is not one of kvjax, expected format kvjax-cache-1"):
+    with pytest.raises(ValueError, match="is not one of kvjax, expected format kvjax-cache-2"):
         kvjax.load_cache(path, model)
     with pytest.raises(ValueError, match="expected a file that save_cache wrote"):
         kvjax.load_cache(tmp_path / "missing", model)

@@ -13,14 +13,14 @@ from synthetic import probe_of
 
 import kvjax
 from kvjax import METHODS, CompressionConfig
-from kvjax.cache import slots as pools
-from kvjax.cache.slots import empty_pool
+from kvjax.cache import packing
+from kvjax.cache.slots import empty_slots, grown, in_pages, kept_mask, of_layer, reshard_slots
 from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 QUICK = {"xla_backend_optimization_level": 0}
-put_layer = jax.jit(pools.put_layer, static_argnums=(1, 5), compiler_options=QUICK)
-kept_mask = jax.jit(pools.kept_mask, static_argnums=(1, 2), compiler_options=QUICK)
+put_layer = jax.jit(packing.put_layer, static_argnums=(1, 5), compiler_options=QUICK)
+mask_of = jax.jit(kept_mask, static_argnums=(1, 2), compiler_options=QUICK)
 COMPRESSING = [name for name in METHODS if name != "full"]
 
 
@@ -33,33 +33,37 @@ def test_put_by_hand():
     """The picture in kvjax/cache/slots.py: ten tokens, two layers, two heads."""
     keys = np.arange(1.0, 21).astype(np.float32).reshape(1, 10, 2, 1)  # 2 p + 1 and 2 p + 2
     kept = [([0, 3, 9], [0, 9]), ([9], [0, 9])]
-    pool = empty_pool(jnp.asarray(keys), 2, 9, None)
+    slots = empty_slots(jnp.asarray(keys), 2, 6, None, page=4)
     for layer, heads in enumerate(kept):
         keep = np.zeros((1, 2, 10), bool)
         for head, places in enumerate(heads):
             keep[0, head, places] = True
-        pool = put_layer(pool, layer, keys, -keys, keep, 6)
-    np.testing.assert_array_equal(pool.owners, [[0, 0, 0, 1, 1, 0, 1, 1, -1]])
-    np.testing.assert_array_equal(pool.positions, [[0, 3, 9, 0, 9, 9, 0, 9, -1]])
-    np.testing.assert_array_equal(pool.entries[0, :, 0], [1, 7, 19, 2, 20, 19, 2, 20, 0])
-    np.testing.assert_array_equal(pool.entries[..., 1], -pool.entries[..., 0])
-    np.testing.assert_array_equal(pool.counts, [[[3, 2], [1, 2]]])
-    bounds = [[int(bound[0]) for bound in pool.bounds(layer)] for layer in (0, 1)]
-    assert bounds == [[0, 5], [5, 8]]
-    assert pool.nbytes == 9 * 2 * 4
-    mask = np.asarray(kept_mask(pool, 0, 10))
+        slots = put_layer(slots, layer, keys, -keys, keep, 6)
+    np.testing.assert_array_equal(slots.owners, [[0, 0, 0, 1, 1, -1, -1, -1, 0, 1, 1, -1]])
+    np.testing.assert_array_equal(slots.positions, [[0, 3, 9, 0, 9, -1, -1, -1, 9, 0, 9, -1]])
+    expected = [1, 7, 19, 2, 20, 0, 0, 0, 19, 2, 20, 0]
+    np.testing.assert_array_equal(slots.entries[0, :, 0], expected)
+    np.testing.assert_array_equal(slots.entries[..., 1], -slots.entries[..., 0])
+    np.testing.assert_array_equal(slots.counts, [[[3, 2], [1, 2]]])
+    assert slots.table.tolist() == [[[0], [2]]]
+    assert slots.lengths.tolist() == [[5, 3]]
+    assert slots.nbytes == 12 * 2 * 4
+    mask = np.asarray(mask_of(slots, 0, 10))
     assert [np.flatnonzero(head).tolist() for head in mask[0]] == [[0, 3, 9], [0, 9]]
 
 
+PAGE = 4
+
+
 @partial(jax.jit, static_argnums=3, compiler_options=QUICK)
-def packed_layers(keys, values, keep, slots):
-    """A pool of all layers, and which tokens it says that each head holds."""
+def packed_layers(keys, values, keep, wanted):
+    """Slots of all layers, and which tokens they say that each head holds."""
     layers, _, heads, tokens = keep.shape
-    pool = empty_pool(keys[0], layers, slots, None)
+    slots = empty_slots(keys[0], layers, wanted, None, page=PAGE)
     for layer in range(layers):
         arrays = keys[layer], values[layer], keep[layer]
-        pool = pools.put_layer(pool, layer, *arrays, min(heads * tokens, slots))
-    return pool, [pools.kept_mask(pool, layer, tokens) for layer in range(layers)]
+        slots = packing.put_layer(slots, layer, *arrays, min(heads * tokens, wanted))
+    return slots, [kept_mask(slots, layer, tokens) for layer in range(layers)]
 
 
 @st.composite
@@ -96,19 +100,21 @@ def test_every_kept_entry_is_found_under_its_owner(keep, spare):
     pool, masks = jax.tree.map(np.asarray, packed_layers(dirty, values, keep, slots))
     np.testing.assert_array_equal(pool.counts, keep.sum(-1).swapaxes(0, 1))
     for row in range(batch):
-        at = 0
+        at, empty = 0, np.ones(pool.owners.shape[1], bool)
         for layer in range(layers):
+            at = -(-at // PAGE) * PAGE  # a page of its own
+            assert pool.table[row, layer, 0] * PAGE == at
             for head in range(heads):
                 places = np.flatnonzero(keep[layer, row, head])
                 run = slice(at, at + len(places))
-                at = run.stop
+                at, empty[run] = run.stop, False
                 assert (pool.owners[row, run] == head).all()
                 np.testing.assert_array_equal(pool.positions[row, run], places)
                 both = np.concatenate([keys, values], -1)[layer, row, places, head]
                 np.testing.assert_array_equal(pool.entries[row, run], both)
-        assert (pool.owners[row, at:] == -1).all()
-        assert (pool.positions[row, at:] == -1).all()
-        assert (pool.entries[row, at:] == 0).all()
+        assert (pool.owners[row, empty] == -1).all()
+        assert (pool.positions[row, empty] == -1).all()
+        assert (pool.entries[row, empty] == 0).all()
     np.testing.assert_array_equal(masks, keep)
 
 
@@ -117,25 +123,84 @@ def test_fixed_regions_hold_the_same():
     rng = np.random.default_rng(0)
     keep = rng.random((2, 3, 2, 8)) < 0.5
     keys, values = normal(0, 2, 3, 8, 2, 4), normal(1, 2, 3, 8, 2, 4)
-    regions = ((0, 16), (16, 32))
-    loose, fixed = (empty_pool(jnp.asarray(keys[0]), 2, 32, r) for r in (None, regions))
+    runs = ((0, 16), (16, 32))
+    behind, fixed = (empty_slots(jnp.asarray(keys[0]), 2, 32, r, page=PAGE) for r in (None, runs))
     for layer in range(2):
         arrays = keys[layer], values[layer], keep[layer]
-        loose, fixed = (put_layer(p, layer, *arrays, 16) for p in (loose, fixed))
+        behind, fixed = (put_layer(p, layer, *arrays, 16) for p in (behind, fixed))
     for layer in range(2):
-        np.testing.assert_array_equal(kept_mask(fixed, layer, 8), keep[layer])
+        np.testing.assert_array_equal(mask_of(fixed, layer, 8), keep[layer])
         for row in range(3):
             a, b = (
-                np.asarray(p.entries)[row, slice(*(int(x[row]) for x in p.bounds(layer)))]
-                for p in (loose, fixed)
+                np.asarray(p.entries)[row, first : first + int(p.lengths[row, layer])]
+                for p in (behind, fixed)
+                for first in [int(p.table[row, layer, 0]) * PAGE]
             )
             np.testing.assert_array_equal(a, b)
-    assert fixed.bounds(1)[0].tolist() == [16] * 3
+    assert fixed.table[:, 1, 0].tolist() == [4] * 3
 
 
 def test_owners_are_int8():
     with pytest.raises(ValueError, match="keys have 128 heads, expected at most 127"):
-        empty_pool(jnp.zeros((1, 2, 128, 4)), 1, 4, None)
+        empty_slots(jnp.zeros((1, 2, 128, 4)), 1, 4, None, page=4)
+
+
+# ---------------------------------------------------------------------------- growing
+def filled(kept=(5, 3), page=4):
+    """One row, a layer for each number of kept entries of one head; keys count from 0."""
+    tokens = max(kept)
+    keys = np.arange(len(kept) * tokens, dtype=np.float32).reshape(len(kept), 1, tokens, 1, 1)
+    slots = empty_slots(jnp.asarray(keys[0]), len(kept), sum(kept), None, page=page)
+    for layer, count in enumerate(kept):
+        keep = (np.arange(tokens) < count)[None, None]
+        slots = put_layer(slots, layer, keys[layer], -keys[layer], keep, tokens)
+    return slots
+
+
+def test_growing_by_hand():
+    """Layers of 5 and 3 entries in pages 0, 1 and 2; to 9 and 6 slots come pages 3 and 4."""
+    slots = filled()
+    assert slots.table.tolist() == [[[0], [2]]]
+    more = grown(slots, jnp.array([[9, 6]]), 5, 9)
+    assert more.table.tolist() == [[[0, 1, 3], [2, 4, 0]]]
+    assert more.lengths.tolist() == [[9, 6]]
+    assert more.size == 20
+    np.testing.assert_array_equal(more.entries[:, :16], slots.entries)
+    assert (more.owners[:, 16:] == -1).all()
+    for layer, count in enumerate((5, 3)):
+        held = of_layer(more, more.owners, layer)[0, : int(more.lengths[0, layer])]
+        assert (held >= 0).tolist() == [True] * count + [False] * (len(held) - count)
+    # A page that a layer gives up is free for another; none is added.
+    less = grown(more, jnp.array([[5, 10]]), 5, 10)
+    assert less.table.tolist() == [[[0, 1, 0], [2, 4, 3]]]
+    assert less.size == 20
+
+
+def test_shares_of_a_page_are_dealt_out():
+    """Four devices have a slot each of every page, and growing leaves the others' alone."""
+    slots = grown(filled(), jnp.array([[9, 6]]), 5, 9)
+    split = reshard_slots(slots, 4)
+    assert split.owners.reshape(4, 5).tolist() == slots.owners.reshape(5, 4).T.tolist()
+    again = grown(split, jnp.array([[9, 10]]), 6, 10)
+    whole = grown(slots, jnp.array([[9, 10]]), 6, 10)
+    back = reshard_slots(again, 1)
+    for name in ("entries", "owners", "positions", "table"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(whole, name))
+
+
+def test_pages_of_another_size_hold_the_same():
+    """A page of 4 cannot be dealt out to 3 devices: it becomes one of 18."""
+    for slots in (filled(), grown(filled(), jnp.array([[9, 6]]), 5, 9)):
+        split = reshard_slots(slots, 3)
+        assert split.page % 3 == 0
+        for layer in (0, 1):
+            expected = kept_mask(slots, layer, 5)
+            np.testing.assert_array_equal(kept_mask(split, layer, 5), expected)
+        one = reshard_slots(split, 1)
+        for layer, count in enumerate((5, 3)):
+            first = int(one.table[0, layer, 0]) * one.page
+            found = one.entries[0, first : first + count, 0]
+            np.testing.assert_array_equal(found, np.arange(count) + 5 * layer)
 
 
 # ---------------------------------------------------------------------------- generation
@@ -151,15 +216,21 @@ def prompts():
     return [rng.integers(3, 80, size).tolist() for size in (64, 41, 52)]
 
 
-def budget_bytes(model, rows, per_head, entry):
-    """Of `rows` prompts with `per_head` entries on average, each of `entry` bytes."""
-    return rows * model.config.num_layers * model.config.num_kv_heads * per_head * entry
+def budget_bytes(model, rows, per_head, entry, *, even=False):
+    """Of `rows` prompts with `per_head` entries on average, each of `entry` bytes, in pages of 16.
+
+    Layers that are not even begin pages wherever the one before them ends.
+    """
+    layers, each = model.config.num_layers, model.config.num_kv_heads * per_head
+    if even:
+        return rows * layers * -(-each // 16) * 16 * entry
+    return rows * in_pages(layers * each, None, layers, 16)[0] * entry
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_packed_holds_the_same_entries_in_exactly_the_budget(name):
-    """Of three prompts of 64, 41 and 52 tokens, in two layers of two heads."""
+    """Of three prompts of 64, 41 and 52 tokens, in two layers of two heads, in whole pages."""
     keys, values = (jnp.asarray(normal(seed, 2, 3, 64, 2, 8)) for seed in (0, 1))
     probes = [probe_of(seed, 3, 64, 4, 2, 8, 8) for seed in (2, 3)]
     call = jax.jit(kvjax.compress, static_argnames="config", compiler_options=QUICK)
@@ -175,7 +246,8 @@ def test_packed_holds_the_same_entries_in_exactly_the_budget(name):
         for layout in ("padded", "packed")
     )
     np.testing.assert_array_equal(packed.kept_mask(64), padded.kept_mask(64))
-    assert packed.nbytes == 3 * 2 * 2 * 16 * 2 * 8 * 4 <= padded.nbytes
+    slots = 2 * 2 * 16 if packed.slots.runs else 2 * (2 * 16 + 15) // 16 * 16
+    assert packed.nbytes == 3 * slots * 2 * 8 * 4
 
 
 @pytest.mark.parametrize(("name", "budget"), [("snapkv", 16), ("ada-prefixkv", 0.4)])
@@ -194,20 +266,21 @@ def test_packed_answers_as_padded(model, prompts, name, budget):
     np.testing.assert_allclose(packed.log_probs, padded.log_probs, atol=1e-5)
     np.testing.assert_array_equal(packed.kept, padded.kept)
     per_head = 16 if budget == 16 else int(0.4 * 64)
-    assert packed.cache_bytes == budget_bytes(model, 3, per_head, 2 * model.config.head_dim * 4)
+    entry = 2 * model.config.head_dim * 4
+    assert packed.cache_bytes == budget_bytes(model, 3, per_head, entry, even=name == "snapkv")
 
 
 # ---------------------------------------------------------------------------- int8
 def test_quantized_by_hand():
     x = jnp.array([[[254.0, -127.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
-    whole, scale = pools.quantized(x)
+    whole, scale = packing.quantized(x)
     np.testing.assert_array_equal(whole, [[[127, -64, 0, 0], [0, 0, 0, 0]]])  # halves to even
     np.testing.assert_array_equal(scale, [[2.0, 0.0]])
 
 
 def test_quantized_is_off_by_half_a_scale_at_most():
     x = normal(0, 3, 50, 16) * np.exp(normal(1, 3, 50, 1))
-    whole, scale = pools.quantized(jnp.asarray(x))
+    whole, scale = packing.quantized(jnp.asarray(x))
     error = np.abs(np.asarray(whole) * np.asarray(scale)[..., None] - x)
     assert (error <= np.asarray(scale)[..., None] * 0.5001).all()
     assert np.abs(np.asarray(whole)).max(-1).min() == 127
@@ -232,9 +305,11 @@ def test_quantized_caches_answer_nearly_alike(model, prompts, name):
     assert 0 < max(second) < 0.02
     head_dim = model.config.head_dim
     assert rough.cache_bytes == budget_bytes(model, 3, 16, 2 * head_dim + 8)
-    pool = exact.cache.pool
-    stored = rough.cache.pool.entries.reshape(*pool.entries.shape[:2], 2, head_dim)
-    whole = (stored * rough.cache.pool.scales.swapaxes(1, 2)[..., None]).reshape(pool.entries.shape)
+    pool = exact.cache.slots
+    stored = rough.cache.slots.entries.reshape(*pool.entries.shape[:2], 2, head_dim)
+    whole = (stored * rough.cache.slots.scales.swapaxes(1, 2)[..., None]).reshape(
+        pool.entries.shape
+    )
     np.testing.assert_allclose(whole, pool.entries, atol=float(jnp.abs(pool.entries).max()) / 250)
 
 
@@ -250,7 +325,7 @@ def test_int8_of_a_row_is_its_own():
         prompt = ([*x[:, rows, :tokens]] for x in (keys, values))
         probes = [kvjax.Probe(queries=queries[rows])] * 2
         n = jnp.array(lengths)[rows]
-        pool = call(*prompt, probes, config, lengths=n, windows=windows).pool
+        pool = call(*prompt, probes, config, lengths=n, windows=windows).slots
         assert pool.entries.dtype == jnp.int8
         arrays = pool.owners, pool.positions, pool.entries, pool.scales.swapaxes(1, 2)
         filled = np.asarray(pool.owners) >= 0
@@ -294,9 +369,9 @@ def test_what_empty_slots_hold_changes_nothing(model, prompts, name, quantize):
     """NaN everywhere that no entry lies."""
     config = CompressionConfig.named(name, 16, layout="packed", quantize=quantize)
     cache = kvjax.compress_prompt(model, [prompts[0], prompts[1][:10]], config)
-    empty = np.asarray(cache.pool.owners < 0)
-    assert empty.sum() == (16 - 10) * model.config.num_layers * model.config.num_kv_heads
-    pool = cache.pool
+    empty = np.asarray(cache.slots.owners < 0)
+    assert empty.sum() == empty.size - int(cache.counts.sum()) > 0
+    pool = cache.slots
     if quantize:
         dirty = pool.replace(scales=jnp.where(empty[:, None], jnp.nan, pool.scales))
     else:
@@ -304,7 +379,7 @@ def test_what_empty_slots_hold_changes_nothing(model, prompts, name, quantize):
     question = [[5, 6, 7]] * 2
     clean, same = (
         kvjax.generate(model, question, cache=c, max_new_tokens=6, eos_ids=())
-        for c in (cache, cache.replace(pool=dirty))
+        for c in (cache, cache.replace(slots=dirty))
     )
     assert clean.tokens == same.tokens
     assert clean.log_probs == same.log_probs

@@ -1,4 +1,4 @@
-"""Attention to a packed pool: reference against float64, TPU kernel against the reference."""
+"""Attention to slots: reference against float64, TPU kernel against the reference."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from kvjax.kernels import decode_attention
-from kvjax.kernels.decode_attention import packed, pool_attention, tpu
+from kvjax.kernels.decode_attention import packed, paged_attention, tpu
 from kvjax.kernels.decode_attention.by_head import block_size, owned
 
 
@@ -98,6 +98,16 @@ def quantized(case):
     return case | {"entries": entries, "scales": of_slots}, case | {"entries": exact}
 
 
+def pool_attention(start, end, evicted=None, region=None, **case):
+    """The public call for a layer that lies at [start, end): consecutive pages of one slot."""
+    if evicted is not None:
+        evicted = evicted[0] - start[:, None], evicted[1] - start[:, None, None]
+    return paged_attention(
+        **case, table=start[:, None], lengths=end - start, evicted=evicted, page=1,
+        consecutive=True, run=region,
+    )  # fmt: skip
+
+
 OWNERS = ["any", "runs", "one head", "one slot", "empty layer", "holes"]
 
 
@@ -108,7 +118,7 @@ def test_reference_matches_float64(owners, window, block, monkeypatch):
     monkeypatch.setattr(packed, "BLOCK", block)
     case = make_case(3, tokens=2, owners=owners)
     for evicted in (None, make_dead(0, case, 2)):
-        out, lse = packed.pool_attention(
+        out, lse = packed.slot_attention(
             **jax.tree.map(jnp.asarray, case),
             kv_heads=2,
             window=window,
@@ -123,7 +133,7 @@ def test_reference_matches_float64(owners, window, block, monkeypatch):
 def test_reference_of_int8_entries_matches_float64(block, monkeypatch):
     monkeypatch.setattr(packed, "BLOCK", block)
     case, exact = quantized(make_case(3, tokens=2))
-    out, lse = packed.pool_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2)
+    out, lse = packed.slot_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2)
     expected = oracle(exact, 2)
     np.testing.assert_allclose(out, expected[0], atol=2e-6)
     np.testing.assert_allclose(lse, expected[1], atol=2e-6)
@@ -132,8 +142,8 @@ def test_reference_of_int8_entries_matches_float64(block, monkeypatch):
 def test_reference_with_a_fixed_region():
     case = make_case(5, slots=30)
     case["start"][:], case["end"][:] = 10, [25, 18]
-    expected = packed.pool_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2)
-    out = packed.pool_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2, region=(10, 26))
+    expected = packed.slot_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2)
+    out = packed.slot_attention(**jax.tree.map(jnp.asarray, case), kv_heads=2, region=(10, 26))
     for a, b in zip(out, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
@@ -155,8 +165,8 @@ def test_tpu_kernel_matches_the_reference(name):
     heads, kv_heads, head_dim = SHAPES[name]
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "slots": 400}
     case = jax.tree.map(jnp.asarray, make_case(7, **shape))
-    expected = packed.pool_attention(**case, kv_heads=kv_heads)
-    out = tpu.pool_attention(**case, kv_heads=kv_heads, tile=128, interpret=True)
+    expected = packed.slot_attention(**case, kv_heads=kv_heads)
+    out = tpu.slot_attention(**case, kv_heads=kv_heads, tile=128, interpret=True)
     np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
     np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
 
@@ -168,8 +178,8 @@ def test_tpu_kernel_masks(owners, window, tokens):
     case = jax.tree.map(jnp.asarray, make_case(11, owners=owners, **shape))
     evicted = jax.tree.map(jnp.asarray, make_dead(5, case, 2)) if tokens > 1 else None
     call = {**case, "kv_heads": 2, "window": window, "evicted": evicted}
-    expected = packed.pool_attention(**call)
-    out = tpu.pool_attention(**call, tile=128, interpret=True)
+    expected = packed.slot_attention(**call)
+    out = tpu.slot_attention(**call, tile=128, interpret=True)
     np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
     np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
 
@@ -178,8 +188,8 @@ def test_tpu_kernel_masks(owners, window, tokens):
 def test_tpu_kernel_with_int8_entries(owners):
     case, _ = quantized(make_case(19, head_dim=64, slots=300, owners=owners))
     case = jax.tree.map(jnp.asarray, case)
-    expected = packed.pool_attention(**case, kv_heads=2)
-    out = tpu.pool_attention(**case, kv_heads=2, tile=128, interpret=True)
+    expected = packed.slot_attention(**case, kv_heads=2)
+    out = tpu.slot_attention(**case, kv_heads=2, tile=128, interpret=True)
     np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
     np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
 
@@ -189,8 +199,8 @@ def test_tpu_kernel_scales_scores_in_float32(head_dim):
     case = jax.tree.map(jnp.asarray, make_case(13, head_dim=head_dim, slots=200))
     half = case | {name: case[name].astype("bfloat16") for name in ("q", "entries")}
     exact = case | {name: half[name].astype(jnp.float32) for name in ("q", "entries")}
-    expected = packed.pool_attention(**exact, kv_heads=2)
-    out = tpu.pool_attention(**half, kv_heads=2, tile=128, interpret=True)
+    expected = packed.slot_attention(**exact, kv_heads=2)
+    out = tpu.slot_attention(**half, kv_heads=2, tile=128, interpret=True)
     np.testing.assert_allclose(out[1], expected[1], atol=5e-6)
 
 
@@ -199,8 +209,8 @@ def test_tpu_kernel_in_half_precision(dtype):
     case = jax.tree.map(jnp.asarray, make_case(13, head_dim=64, slots=200))
     half = case | {"q": case["q"].astype(dtype), "entries": case["entries"].astype(dtype)}
     exact = case | {name: half[name].astype(jnp.float32) for name in ("q", "entries")}
-    expected = packed.pool_attention(**exact, kv_heads=2)
-    out = tpu.pool_attention(**half, kv_heads=2, tile=128, interpret=True)
+    expected = packed.slot_attention(**exact, kv_heads=2)
+    out = tpu.slot_attention(**half, kv_heads=2, tile=128, interpret=True)
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(out[0], expected[0], atol=8 * eps)
 
@@ -208,9 +218,9 @@ def test_tpu_kernel_in_half_precision(dtype):
 def test_tpu_kernel_has_no_races():
     """Mosaic's interpreter, which simulates the copies and their semaphores."""
     case = jax.tree.map(jnp.asarray, make_case(17, head_dim=64, slots=300))
-    expected = packed.pool_attention(**case, kv_heads=2)
+    expected = packed.slot_attention(**case, kv_heads=2)
     interpret = pltpu.InterpretParams(detect_races=True)
-    run = partial(tpu.pool_attention, kv_heads=2, tile=128, interpret=interpret)
+    run = partial(tpu.slot_attention, kv_heads=2, tile=128, interpret=interpret)
     out = jax.jit(run)(**case)
     np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
@@ -252,7 +262,7 @@ def both(case, **rules):
     case, rules = jax.tree.map(jnp.asarray, (case, rules))
     call = partial(pool_attention, **case, kv_heads=2, **rules)
     yield jax.jit(partial(call, implementation="xla"))()
-    yield tpu.pool_attention(**case, kv_heads=2, tile=128, interpret=True, **rules)
+    yield tpu.slot_attention(**case, kv_heads=2, tile=128, interpret=True, **rules)
 
 
 @pytest.mark.parametrize("owners", OWNERS)
@@ -271,8 +281,8 @@ def test_many_rows_with_a_window_and_evicted_slots(many):
     expected = oracle(case, 2, 30, evicted)
     rules = {"evicted": jax.tree.map(jnp.asarray, evicted)}
     case, rules = jax.tree.map(jnp.asarray, (case, rules))
-    xla = packed.pool_attention(**case, kv_heads=2, window=30, **rules)
-    mosaic = tpu.pool_attention(**case, kv_heads=2, window=30, tile=128, interpret=True, **rules)
+    xla = packed.slot_attention(**case, kv_heads=2, window=30, **rules)
+    mosaic = tpu.slot_attention(**case, kv_heads=2, window=30, tile=128, interpret=True, **rules)
     for out, lse in (xla, mosaic):
         np.testing.assert_allclose(out, expected[0], atol=5e-6)
         np.testing.assert_allclose(lse, expected[1], atol=5e-6)
@@ -296,7 +306,7 @@ def test_many_rows_in_a_fixed_region(many):
     expected = oracle(case, 2)
     for module, rules in ((packed, {}), (tpu, {"tile": 128, "interpret": True})):
         arrays = jax.tree.map(jnp.asarray, case)
-        out, lse = module.pool_attention(**arrays, kv_heads=2, region=(20, 250), **rules)
+        out, lse = module.slot_attention(**arrays, kv_heads=2, region=(20, 250), **rules)
         np.testing.assert_allclose(out, expected[0], atol=5e-6)
         np.testing.assert_allclose(lse, expected[1], atol=5e-6)
 
@@ -358,33 +368,120 @@ def test_scores_of_many_rows_never_span_a_layer():
     assert many - few < 1.1 * 8 * 8 * (131_072 - 8192)
 
 
-# ---------------------------------------------------------------------------- over a mesh
-@pytest.mark.parametrize("with_dead", [False, True])
-@pytest.mark.parametrize("owners", ["any", "one slot", "empty layer"])
-def test_slots_split_over_a_mesh(owners, with_dead):
-    """Over four devices, of which some hold nothing of the layer."""
-    case = make_case(5, owners=owners, tokens=2)
-    evicted = make_dead(6, case, 2) if with_dead else None
-    case, evicted = jax.tree.map(jnp.asarray, (case, evicted))
-    expected = pool_attention(**case, kv_heads=2, evicted=evicted)
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((4,), ("slots",), auto, devices=jax.devices()[:4])
-    split, whole = jax.P(None, "slots"), jax.P()
-    specs = {name: whole for name in case} | dict.fromkeys(
-        ("entries", "owners", "positions"), split
+# ---------------------------------------------------------------------------- pages
+def paged(seed, case, page, *, shared=False):
+    """The case's layer in pages anywhere in larger pools, or in one that both rows share.
+
+    Pages that are not the layer's hold NaN and owners that would be seen.
+    """
+    rng = np.random.default_rng(seed)
+    start, end = case["start"], case["end"]
+    batch, lengths = len(start), end - start
+    pages = -(-max(lengths.max(), 1) // page) + 1
+    total = (batch * pages if shared else pages) + 3
+    if shared:
+        table = rng.permutation(total)[: batch * pages].reshape(batch, pages)
+    else:
+        table = np.stack([rng.permutation(total)[:pages] for _ in range(batch)])
+    pools = 1 if shared else batch
+    width = case["entries"].shape[2]
+    found = {
+        "entries": np.full((pools, total * page, width), np.nan, np.float32),
+        "owners": rng.integers(0, 2, (pools, total * page)).astype(np.int8),
+        "positions": np.zeros((pools, total * page), np.int32),
+    }
+    if "scales" in case:
+        found["entries"] = np.zeros((pools, total * page, width), np.int8)
+        found["scales"] = np.full((pools, 2, total * page), np.nan, np.float32)
+    for row in range(batch):
+        number = np.arange(lengths[row])
+        at = table[row, number // page] * page + number % page
+        pool, here = 0 if shared else row, slice(start[row], end[row])
+        for name in ("entries", "owners", "positions"):
+            found[name][pool, at] = case[name][row, here]
+        if "scales" in case:
+            found["scales"][pool][:, at] = case["scales"][row][:, here]
+    return found | {
+        "q": case["q"],
+        "query_positions": case["query_positions"],
+        "table": table.astype(np.int32),
+        "lengths": lengths.astype(np.int32),
+    }
+
+
+def through_pages(case, evicted, page, implementation, **rules):
+    """What a platform's kernel finds through the table."""
+    call = {name: jnp.asarray(x) for name, x in case.items()}
+    table, lengths = call.pop("table"), call.pop("lengths")
+    run = {"kv_heads": 2, "evicted": evicted, **rules}
+    if implementation == "pallas":
+        more = {"tile": 128, "interpret": True, "pages": (table, page)}
+        zero = jnp.zeros_like(lengths)
+        return tpu.slot_attention(**call, start=zero, end=lengths, **run, **more)
+    return paged_attention(**call, table=table, lengths=lengths, page=page, **run)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("page", "implementation"), [(4, "xla"), (16, "xla"), (16, "pallas")])
+@pytest.mark.parametrize("owners", ["any", "one slot", "empty layer", "holes"])
+def test_pages_match_float64(owners, page, implementation, shared, monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", 32)
+    case = make_case(43, tokens=2, owners=owners, head_dim=64, slots=300)
+    evicted = make_dead(9, case, 2)
+    expected = oracle(case, 2, 30, evicted)
+    start = case["start"]
+    evicted = evicted[0] - start[:, None], evicted[1] - start[:, None, None]
+    gone = jax.tree.map(jnp.asarray, evicted)
+    found = through_pages(
+        paged(3, case, page, shared=shared), gone, page, implementation, window=30
     )
-
-    def run(case, evicted):
-        return pool_attention(**case, kv_heads=2, evicted=evicted, axis="slots")
-
-    program = jax.jit(
-        jax.shard_map(run, mesh=mesh, in_specs=(specs, whole), out_specs=whole, check_vma=False)
-    )
-    for got, wanted in zip(program(case, evicted), expected, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=2e-6)
+    np.testing.assert_allclose(found[0], expected[0], atol=5e-6)
+    np.testing.assert_allclose(found[1], expected[1], atol=5e-6)
 
 
-def test_a_split_pool_has_no_region():
-    case = jax.tree.map(jnp.asarray, make_case(0))
-    with pytest.raises(ValueError, match="expected None with axis='slots'"):
-        pool_attention(**case, kv_heads=2, region=(0, 40), axis="slots")
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_pages_of_int8_entries(implementation):
+    case, exact = quantized(make_case(47, head_dim=64, slots=200))
+    expected = oracle(exact, 2)
+    found = through_pages(paged(5, case, 32), None, 32, implementation)
+    np.testing.assert_allclose(found[0], expected[0], atol=5e-6)
+    np.testing.assert_allclose(found[1], expected[1], atol=5e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_many_rows_through_pages(implementation, shared, many):
+    case = ragged(53, "any")
+    expected = oracle(case, 2)
+    found = through_pages(paged(7, case, 16, shared=shared), None, 16, implementation)
+    np.testing.assert_allclose(found[0], expected[0], atol=5e-6)
+    np.testing.assert_allclose(found[1], expected[1], atol=5e-6)
+
+
+def test_copies_of_pages_have_no_races():
+    """Two tiles' copies and their semaphores, simulated by Mosaic's interpreter."""
+    case = paged(11, make_case(59, head_dim=64, slots=400, owners="holes"), 32)
+    call = {name: jnp.asarray(x) for name, x in case.items()}
+    table, lengths = call.pop("table"), call.pop("lengths")
+    expected = paged_attention(**call, table=table, lengths=lengths, page=32, kv_heads=2)
+    interpret = pltpu.InterpretParams(detect_races=True)
+
+    def run(table, lengths, call):
+        bounds = {"start": jnp.zeros_like(lengths), "end": lengths}
+        rules = {"kv_heads": 2, "tile": 128, "interpret": interpret}
+        return tpu.slot_attention(**call, **bounds, **rules, pages=(table, 32))
+
+    out = jax.jit(run)(table, lengths, call)
+    np.testing.assert_allclose(out[0], expected[0], atol=5e-6)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    assert interpreter.races is not None
+    assert not interpreter.races.races_found
+
+
+def test_a_pool_is_of_a_row_or_of_all():
+    case = {name: jnp.asarray(x) for name, x in paged(1, make_case(1), 4).items()}
+    for name in ("q", "query_positions", "table", "lengths"):
+        case[name] = jnp.concatenate([case[name]] * 2)
+    with pytest.raises(ValueError, match="entries have 2 pools, expected q's 4 or 1"):
+        paged_attention(**case, page=4, kv_heads=2)

@@ -14,8 +14,8 @@ from synthetic import probe_of
 
 import kvjax
 from kvjax import METHODS, CompressionConfig, Recompress, compress, probe_request, sharding
-from kvjax.cache.slots import empty_pool, reshard_slots
-from kvjax.cache.split import put_layer
+from kvjax.cache.packing import put_layer
+from kvjax.cache.slots import empty_slots, reshard_slots
 from kvjax.cache.state import with_room
 from kvjax.compile_for import collectives
 from kvjax.generation import decode, prefill
@@ -247,14 +247,14 @@ def skewed_cache(placed):
 def test_a_skewed_allocation_leaves_devices_even(mesh):
     expected = skewed_cache(None)
     cache = skewed_cache(sharding.fitted(mesh, HEADS, 4))
-    np.testing.assert_array_equal(cache.pool.counts, expected.pool.counts)
-    np.testing.assert_array_equal(cache.pool.counts[0, 0, 0], 38)
-    shards = cache.pool.owners.addressable_shards
+    np.testing.assert_array_equal(cache.slots.counts, expected.slots.counts)
+    np.testing.assert_array_equal(cache.slots.counts[0, 0, 0], 38)
+    shards = cache.slots.owners.addressable_shards
     assert {shard.data.shape for shard in shards} == {(1, 2 * 64 // 4)}
     # Each layer's 64 entries are 16 a device, and in the same order as on one device.
     assert all((np.asarray(shard.data) >= 0).all() for shard in shards)
     for name in ("entries", "owners", "positions"):
-        one, other = (getattr(reshard_slots(c.pool, 1), name) for c in (expected, cache))
+        one, other = (getattr(reshard_slots(c.slots, 1), name) for c in (expected, cache))
         np.testing.assert_array_equal(other, one)
     first_layer = [np.asarray(shard.data)[0, :16] for shard in shards]
     assert sum((owners == 0).sum() for owners in first_layer) == 2 * 38
@@ -265,11 +265,11 @@ def test_counts_say_what_the_split_pool_stores(mesh):
     """Also of entries that have no slot, as in one device's pool: the pool is 10 slots short."""
     rng = np.random.default_rng(0)
     keep = rng.random((2, 2, 4, 32)) < np.array([0.4, 0.2]).reshape(1, 2, 1, 1)
-    slots = int(keep.sum((0, 2, 3)).max()) - 10
+    slots = (int(keep.sum((0, 2, 3)).max()) - 10) // 4 * 4
     keys, values = (rng.normal(size=(2, 2, 32, 4, 4)).astype(np.float32) for _ in (0, 1))
 
     def fill(keys, values, keep):
-        pool = empty_pool(keys[0], 2, slots, None, False, sharding.parts())
+        pool = empty_slots(keys[0], 2, slots, None, page=4, parts=sharding.parts())
         for layer in (0, 1):
             pool = put_layer(pool, layer, keys[layer], values[layer], keep[layer], 100)
         return pool
@@ -309,7 +309,7 @@ def test_a_decode_step_moves_no_keys_and_values(sharded):
     step = collectives(compiled.as_text(), "decode")
     rows, kv_heads, layers = 4 // 2, sharded.config.num_kv_heads, sharded.config.num_layers
     tail = rows * kv_heads // min(kv_heads, 4) * 64 * HEAD_DIM * 4  # one layer's keys of a device
-    pool = cache.pool.entries.addressable_shards[0].data.nbytes
+    pool = cache.slots.entries.addressable_shards[0].data.nbytes
     assert step
     assert max(size for _, size in step) < min(tail, pool) / 4
     # Beside plain head sharding: a query to all devices, what they found back, once a layer.

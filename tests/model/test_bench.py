@@ -57,7 +57,7 @@ def test_synthetic_caches_are_like_real_ones(name, settings, owners):
     real = kvjax.compress_prompt(model, prompts, config)
     assert made.nbytes == real.nbytes
     made_shapes, real_shapes = (
-        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((c.layers, c.pool))]
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((c.layers, c.slots))]
         for c in (made, real)
     )
     assert made_shapes == real_shapes
@@ -65,7 +65,7 @@ def test_synthetic_caches_are_like_real_ones(name, settings, owners):
     if settings["layout"] == "packed":
         counts = np.asarray(made.counts[0, 0])
         assert (counts[0] == counts[-1]) == (owners == "even")
-        assert made.pool.bounds(1)[0][0] == counts.sum()
+        assert int(made.slots.lengths[0, 1]) == counts.sum()
     timing = decode.attention(shape, made, 1, jnp.float32, loops=1)
     assert timing.median > 0
 

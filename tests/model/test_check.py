@@ -131,12 +131,12 @@ def test_answers_agree_up_to_a_near_tie():
 
 def test_a_wrong_kernel_is_named(monkeypatch):
     """An owner is overlooked: every head sees every slot."""
-    right = decode_attention.pool_attention
+    right = decode_attention.paged_attention
 
     def wrong(*, owners, **arguments):
         return right(owners=jnp.where(owners > 0, 0, owners), **arguments)
 
-    monkeypatch.setattr(decode_attention, "pool_attention", wrong)
+    monkeypatch.setattr(decode_attention, "paged_attention", wrong)
     monkeypatch.setattr(kernels, "POOLS", kernels.POOLS[:1])
     with pytest.raises(Failed, match=r"xla, 1 tokens, H 64: error .*, expected at most 3"):
         kernels.pool("float32", small=True)
@@ -147,18 +147,20 @@ def test_the_oracle_by_hand():
     q = np.full((1, 1, 1, 1), np.log(3.0))
     case = {
         "query_positions": np.array([[5]]),
-        "entries": np.array([[[1.0, 4.0], [0.0, 8.0], [np.nan, np.nan]]]),
-        "owners": np.array([[0, 0, -1]]),
-        "positions": np.array([[0, 5, -1]]),
-        "start": np.array([0]),
-        "end": np.array([3]),
+        # The second page comes first; of the first one only slot 0 is the layer's.
+        "entries": np.array([[[np.nan, np.nan], [9.0, 9.0], [1.0, 4.0], [0.0, 8.0]]]),
+        "owners": np.array([[-1, 0, 0, 0]]),
+        "positions": np.array([[-1, 1, 0, 5]]),
+        "table": np.array([[1, 0]]),
+        "lengths": np.array([3]),
+        "page": 2,
     }
-    out, lse = oracle.pool_attention(q, **case, kv_heads=1)
+    out, lse = oracle.paged_attention(q, **case, kv_heads=1)
     np.testing.assert_allclose([out.item(), lse.item()], [5.0, np.log(4.0)])
-    out, lse = oracle.pool_attention(q, **case, kv_heads=1, window=5)
+    out, lse = oracle.paged_attention(q, **case, kv_heads=1, window=5)
     np.testing.assert_allclose([out.item(), lse.item()], [8.0, 0.0])
     evicted = np.array([[1]]), np.array([[[2]]])
-    out, lse = oracle.pool_attention(q, **case, kv_heads=1, evicted=evicted)
+    out, lse = oracle.paged_attention(q, **case, kv_heads=1, evicted=evicted)
     np.testing.assert_allclose([out.item(), lse.item()], [4.0, np.log(3.0)])
     k = np.array([1.0, 0.0]).reshape(1, 2, 1, 1)
     args = np.repeat(q, 2, 1), k, np.array([2])
@@ -250,7 +252,7 @@ def test_kernel_parts_compile(target, recorder, monkeypatch):
     monkeypatch.setattr(kernels, "platform", lambda: platform)
     # Only shapes are needed: nothing is computed here.
     monkeypatch.setattr(kernels, "_note", lambda *_: None)
-    for name in ("pool_attention", "prefill_attention", "window_scores"):
+    for name in ("paged_attention", "prefill_attention", "window_scores"):
         monkeypatch.setattr(oracle, name, lambda *a, **k: (np.zeros(()), np.zeros(())))
     monkeypatch.setattr(kernels, "_log_sums", lambda arrays, _: np.zeros(
         (2, kernels.HEADS, arrays["q"].shape[1])))  # fmt: skip

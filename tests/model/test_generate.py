@@ -123,10 +123,10 @@ def test_nan_in_every_empty_slot_changes_nothing(model, prompts, step_tokens, na
         )
         for layer in cache.layers
     )
-    pool = cache.pool
+    pool = cache.slots
     if pool is not None:
         pool = pool.replace(entries=poison(pool.entries, pool.owners >= 0))
-    poisoned = cache.replace(layers=layers, tail=tail, pool=pool)
+    poisoned = cache.replace(layers=layers, tail=tail, slots=pool)
     for part in (poisoned.tail.keys, pool or [layer.keys for layer in layers]):
         assert any(bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(part))
     np.testing.assert_array_equal(

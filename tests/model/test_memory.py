@@ -65,13 +65,16 @@ def test_int8_holds_half_of_that():
     for quantize in (None, "int8"):
         config = CompressionConfig.named("ada-snapkv", 1024, quantize=quantize)
         arrays = prompt_arrays(config, batch=1, tokens=8192, **LLAMA)
-        sizes.append(nbytes(jax.eval_shape(run(config), *arrays).pool))
+        sizes.append(nbytes(jax.eval_shape(run(config), *arrays).slots))
     assert sizes[0] / sizes[1] == pytest.approx((512 + 5) / (256 + 8 + 5), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "ada-snapkv", "ada-prefixkv", "h2o"])
 def test_compilers_count_the_same_bytes(name):
-    """A slot's key and value, 5 bytes of owner and position, and next to nothing else."""
+    """A slot's key and value, 5 bytes of owner and position, and next to nothing else.
+
+    Where a layer's size follows from scores, half a page more for each layer.
+    """
     config = CompressionConfig.named(name, 128, layout="packed")
     shape = {"layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "dtype": jnp.float32}
     arrays = prompt_arrays(config, batch=2, tokens=512, **shape)

@@ -118,7 +118,7 @@ def test_what_the_cache_holds_after_the_answer(model, prompts, name):
     new = 1 + 3 * EVERY  # the first token is the prompt's; the last segment is whole
     out = answer(model, prompts, config, rule, new, return_cache=True)
     cache = out.cache
-    counts, fed = np.asarray(cache.pool.counts), new - 1
+    counts, fed = np.asarray(cache.slots.counts), new - 1
     lengths = np.array([len(row) for row in prompts])
     assert cache.next_positions.tolist() == (lengths + new).tolist()  # the last one is fed too
     assert (cache.tail.positions >= 0).sum(-1).tolist() == [1, 1, 1]
@@ -133,10 +133,10 @@ def test_what_the_cache_holds_after_the_answer(model, prompts, name):
         entry = entry + 2 * 4 if name == "int8" else entry * 4
         assert cache.nbytes == 3 * 2 * 2 * 20 * entry
     for layer in range(2):
-        start, end = (np.asarray(bound) for bound in cache.pool.bounds(layer))
+        start, end = (np.asarray(bound) for bound in cache.slots.bounds(layer))
         for row, slots in enumerate(zip(start, end, strict=True)):
-            owners = np.asarray(cache.pool.owners[row, slice(*slots)])
-            positions = np.asarray(cache.pool.positions[row, slice(*slots)])
+            owners = np.asarray(cache.slots.owners[row, slice(*slots)])
+            positions = np.asarray(cache.slots.positions[row, slice(*slots)])
             assert [(owners == head).sum() for head in (0, 1)] == counts[row, layer].tolist()
             for head in (0, 1):
                 mine = positions[owners == head]
@@ -201,7 +201,7 @@ def test_two_thousand_tokens_at_a_budget_of_256(long_model):
     compiled = kvjax.compilations()
     short = answer(long_model, prompt, config, rule, 2000, return_cache=True)
     assert kvjax.compilations() == compiled + 1
-    pool = short.cache.pool
+    pool = short.cache.slots
     assert short.cache_bytes == short.cache.nbytes == 2 * 2 * 256 * 2 * 8 * 4
     assert len(short.tokens[0]) == 2000
     assert int(pool.positions.max()) > 2400
@@ -246,7 +246,7 @@ def test_a_question_after_four_compressions_is_answered(tiny, method, rule, leas
     if not ratio:
         assert first.cache_bytes == first.cache.nbytes
         heads = model.config.num_layers * model.config.num_kv_heads
-        assert (first.cache.pool.counts.sum((1, 2)) <= heads * rule.budget).all()
+        assert (first.cache.slots.counts.sum((1, 2)) <= heads * rule.budget).all()
     asked = [list(item.question) for item in items]
     out = answer(model, asked, config, cache=first.cache, new=len(items[0].answer))
     right = [found == list(item.answer) for found, item in zip(out.tokens, items, strict=True)]

@@ -72,7 +72,7 @@ def test_groups_of_rows(model, images, cache, monkeypatch):
     grouped = kvjax.compress_prompt(model, ROWS, config, images=images)
     assert np.array_equal(grouped.rotary_shift, cache.rotary_shift)
     assert np.array_equal(grouped.kept_mask(32), cache.kept_mask(32))
-    np.testing.assert_allclose(grouped.pool.entries, cache.pool.entries, atol=1e-5)
+    np.testing.assert_allclose(grouped.slots.entries, cache.slots.entries, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_what_the_ratio_evicted_does_not_come_back(model, ratio_cache):
     room = Recompress(every=4, budget=64)
     opened, _, held = decode.open_answer(model, cache, room, 4, 1.0, asked=True)
     expected = kept + 40 - 40 * (prompt - kept) // prompt
-    np.testing.assert_array_equal(opened.pool.counts, expected)
+    np.testing.assert_array_equal(opened.slots.counts, expected)
     np.testing.assert_array_equal(held.kept, kept)
     assert int(opened.tail.cursor) == 0  # what survives of the question is among the entries
 
@@ -111,7 +111,7 @@ def test_a_stop_string_that_never_comes_changes_nothing(model, prompts):
     assert stopped.cache_bytes == plain.cache_bytes == plain.cache.nbytes
     assert int(stopped.cache.tail.cursor) == int(plain.cache.tail.cursor) == 1
     np.testing.assert_array_equal(stopped.cache.counts, plain.cache.counts)
-    np.testing.assert_array_equal(stopped.cache.pool.positions, plain.cache.pool.positions)
+    np.testing.assert_array_equal(stopped.cache.slots.positions, plain.cache.slots.positions)
 
 
 def test_a_stream_hands_out_nothing_after_a_stop(model, prompts):
@@ -161,7 +161,7 @@ def test_answers_do_not_count_as_entries_of_the_prompt(model, prompts):
     second = ask(model, QUESTION, cache=first.cache, recompress=RULE, return_cache=True)
     lengths = np.array([64, 41])
     assert first.cache.counts.sum() > second.kept.sum()
-    positions = np.asarray(first.cache.pool.positions)
+    positions = np.asarray(first.cache.slots.positions)
     before = (positions >= 0) & (positions < lengths[:, None])
     assert second.kept.sum((1, 2)).tolist() == before.sum(1).tolist()
 
@@ -195,7 +195,7 @@ def test_what_a_stream_hands_on_between_chunks(model, prompts):
     cache = kvjax.compress_prompt(model, prompts, ADA)
     entries = with_room(cache, 8).without_tail()
     assert entries.tail.keys == entries.tail.values == ()
-    assert entries.pool is cache.pool
+    assert entries.slots is cache.slots
 
 
 def test_tails_grow_by_doubling():
@@ -256,7 +256,7 @@ def test_two_hundred_questions_hold_one_document(model, prompts):
     cache = kvjax.compress_prompt(model, prompts[:1], ADA)
     questions = [[3 + row % 70, 9, 11] for row in range(200)]
     out = ask(model, questions, cache=cache, max_new_tokens=2, return_cache=True)
-    assert out.cache.pool.entries.shape[0] == 1
+    assert out.cache.slots.entries.shape[0] == 1
     assert out.cache_bytes == cache.nbytes
     assert out.full_cache_bytes == 2 * 2 * 2 * 64 * 8 * 4
     assert len(out.tokens) == 200
@@ -267,7 +267,7 @@ def test_rows_that_share_a_document_are_evicted_apart(model, prompts):
     """Slow: compiled for two rows and for one, under a rule."""
     cache = kvjax.compress_prompt(model, prompts[:1], ADA)
     out = ask(model, QUESTION, cache=cache, recompress=RULE, return_cache=True)
-    assert out.cache.pool.entries.shape[0] == 2
+    assert out.cache.slots.entries.shape[0] == 2
     for row in range(2):
         alone = ask(model, QUESTION[row : row + 1], cache=cache, recompress=RULE)
         assert alone.tokens[0] == out.tokens[row]

@@ -5,6 +5,7 @@ anywhere, owners in any order, NaN in empty slots. B batch, T tokens, W queries,
 K KV heads, H head dim, M slots.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ SCORES = ATTENTION
 PREFILL = {"gpu": "cudnn", "tpu": "splash", "cpu": "xla"}
 # Heads of the small problems, N and K; two widths of head take turns.
 HEADS, KV_HEADS, HEAD_DIMS = 8, 2, (64, 128)
+PAGE = 128  # slots of a page, as on a TPU
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"window": 100, "power": 2, "group": "max"},
@@ -36,7 +38,7 @@ POOLS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (1, ("window", "evicted")),
     (5, ("evicted",)),
     (130, ("window", "evicted")),
-    (130, ("region",)),
+    (130, ("run",)),
 )
 
 
@@ -52,9 +54,10 @@ def _precision(dtype: Any) -> Any:
 
 # ---------------------------------------------------------------------------- the pool
 def pool_problem(rng: np.random.Generator, tokens: int, head_dim: int, slots: int, dtype: Any):
-    """One layer of two rows in a pool: arguments of `pool_attention` by name."""
-    batch = 2
-    start, end = rng.integers(0, slots // 3, batch), rng.integers(slots // 2, slots + 1, batch)
+    """One layer of two rows in pages of a pool: arguments of `paged_attention` by name."""
+    batch, slots = 2, -(-slots // PAGE) * PAGE
+    pages = slots // PAGE
+    table = np.stack([rng.permutation(pages)[: pages - 1] for _ in range(batch)])
     owners = rng.integers(-1, KV_HEADS, (batch, slots))
     positions = np.where(owners >= 0, rng.integers(0, 400, owners.shape), -1)
     entries: Any = rng.normal(size=(batch, slots, 2 * head_dim)).astype(np.float32)
@@ -64,8 +67,8 @@ def pool_problem(rng: np.random.Generator, tokens: int, head_dim: int, slots: in
         "query_positions": 300 + rng.integers(0, 100, (batch, 1)) + np.arange(tokens),
         "owners": owners.astype(np.int8),
         "positions": positions,
-        "start": start,
-        "end": end,
+        "table": table,
+        "lengths": rng.integers(slots // 2, (pages - 1) * PAGE + 1, batch),
     }
     if dtype == jnp.int8:
         halves = np.nan_to_num(entries.reshape(batch, slots, 2, head_dim), nan=1.0)
@@ -81,7 +84,7 @@ def _evicted(rng: np.random.Generator, tokens: int, slots: int) -> tuple[np.ndar
 
 
 def pool(dtype: str, small: bool = False) -> dict[str, Any]:
-    """`pool_attention` of entries in this dtype; queries of int8 entries are bf16."""
+    """`paged_attention` of entries in this dtype; queries of int8 entries are bf16."""
     slots = 300 if small else 3000
     wide = "bfloat16" if dtype == "int8" else dtype
     cases = {}
@@ -89,14 +92,18 @@ def pool(dtype: str, small: bool = False) -> dict[str, Any]:
         rng = np.random.default_rng(index)
         head_dim = HEAD_DIMS[index % 2]
         case = pool_problem(rng, tokens, head_dim, slots, jnp.dtype(dtype))
-        static: dict[str, Any] = {"kv_heads": KV_HEADS}
+        static: dict[str, Any] = {"kv_heads": KV_HEADS, "page": PAGE}
         static["window"] = 150 if "window" in options else None
         case["evicted"] = _evicted(rng, tokens, slots) if "evicted" in options else None
         arrays = _arrays(case, wide, entries=dtype)
-        region: dict[str, Any] = {"region": (0, slots)} if "region" in options else {}
-        call = partial(_by_name, decode_attention.pool_attention, **static, **region)
+        if "run" in options:
+            case["table"] = np.broadcast_to(np.arange(case["table"].shape[1]), case["table"].shape)
+        run: dict[str, Any] = {}
+        if "run" in options:
+            run = {"consecutive": True, "run": (0, case["table"].shape[1] * PAGE)}
+        call = partial(_by_name, decode_attention.paged_attention, **static, **run)
         name = ", ".join([f"{tokens} tokens", f"H {head_dim}", *options])
-        cases[name] = call, arrays, partial(oracle.pool_attention, **static)
+        cases[name] = call, arrays, partial(oracle.paged_attention, **static)
     return _compare(cases, ATTENTION, wide)
 
 
@@ -201,16 +208,18 @@ def _loaded_pool(shape: Shape, tokens: int):
     owners = np.full(shape.slots, -1)
     owners[: counts.sum()] = np.repeat(np.arange(shape.kv_heads), counts)
     slots, head_dim, dtype = 4 * shape.slots, shape.head_dim, shape.dtype
+    page = math.gcd(shape.slots, PAGE)
     arrays = {
         "q": jax.random.normal(keys[0], (rows, tokens, shape.heads, head_dim), dtype),
         "query_positions": jnp.broadcast_to(shape.tokens + jnp.arange(tokens), (rows, tokens)),
         "entries": jax.random.normal(keys[1], (rows, slots, 2 * head_dim), dtype),
         "owners": jnp.broadcast_to(jnp.asarray(np.tile(owners, 4), jnp.int8), (rows, slots)),
         "positions": jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32) // 4, (rows, slots)),
-        "start": jnp.full((rows,), shape.slots, jnp.int32),
-        "end": jnp.full((rows,), 2 * shape.slots, jnp.int32),
+        "table": jnp.full((rows, 1), shape.slots // page, jnp.int32),
+        "lengths": jnp.full((rows,), shape.slots, jnp.int32),
     }
-    return partial(_by_name, decode_attention.pool_attention, kv_heads=shape.kv_heads), arrays
+    static: dict[str, Any] = {"kv_heads": shape.kv_heads, "page": page, "consecutive": True}
+    return partial(_by_name, decode_attention.paged_attention, **static), arrays
 
 
 def _loaded_scores(shape: Shape):

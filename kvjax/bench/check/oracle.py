@@ -12,15 +12,20 @@ import numpy as np
 Found = tuple[np.ndarray, np.ndarray]
 
 
-def pool_attention(
-    q, query_positions, entries, owners, positions, start, end, *, kv_heads, window=None,
+def paged_attention(
+    q, query_positions, entries, owners, positions, table, lengths, *, page, kv_heads, window=None,
     evicted=None, scales=None,
 ) -> Found:  # fmt: skip
     """Output `[B, T, N, H]` and log-sum-exp `[B, T, N]`; see `kernels.decode_attention`."""
     heads, head_dim = q.shape[2:]
     owner_N = np.arange(heads) // (heads // kv_heads)
+    place_BM = (np.asarray(table)[..., None] * page + np.arange(page)).reshape(len(table), -1)
+    owners, positions = (np.take_along_axis(x, place_BM, axis=1) for x in (owners, positions))
+    entries = np.take_along_axis(entries, place_BM[..., None], axis=1)
+    if scales is not None:
+        scales = np.take_along_axis(scales, place_BM[:, None], axis=2)
     slot_M = np.arange(owners.shape[1])
-    inside_BM = (slot_M >= start[:, None]) & (slot_M < end[:, None])
+    inside_BM = slot_M < np.asarray(lengths)[:, None]
     mine_BNM = inside_BM[:, None] & (owners[:, None] == owner_N[:, None])
     seen_BTNM = mine_BNM[:, None] & _near(query_positions, positions, window)[:, :, None]
     if evicted is not None:

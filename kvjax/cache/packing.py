@@ -1,0 +1,209 @@
+"""Packing: a layer's kept entries on their way into slots.
+
+B batch, T prompt tokens, K KV heads, H head dim, E = 2 H, M slots, Y slots of a layer, P devices,
+R slots of a layer as every device sees them, C slots written at once on a device.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int8
+
+from kvjax import sharding
+from kvjax.cache.slots import Slots
+from kvjax.sharding import GROUP, HEADS, REST
+
+
+def quantized(
+    x: Float[Array, "B Y H"],
+) -> tuple[Int8[Array, "B Y H"], Float[Array, "B Y"]]:
+    """Whole numbers from -127 to 127 and what they are to be multiplied with, one a vector.
+
+    An entry is off by at most half its scale, that is max |x| / 254.
+    """
+    scale_BY = jnp.abs(x).max(-1).astype(jnp.float32) / 127
+    whole = jnp.round(x.astype(jnp.float32) / jnp.where(scale_BY > 0, scale_BY, 1.0)[..., None])
+    return whole.astype(jnp.int8), scale_BY
+
+
+def first_page(slots: Slots, layer: int) -> Int[Array, " B"]:
+    """Where the next layer to be packed begins: behind the pages of those before it."""
+    if slots.runs is not None:
+        return slots.table[:, layer, 0]
+    pages_BL = -(-slots.lengths[:, :layer] // slots.page)
+    return pages_BL.sum(-1, dtype=jnp.int32)
+
+
+def stored(slots: Slots, layer: int, keep: Bool[Array, "B K T"], room: int) -> Int[Array, "B K"]:
+    """How many of the entries that a layer's heads keep have a slot there."""
+    if slots.runs is not None:
+        first, end = slots.runs[layer]
+        space_B = jnp.asarray(end - first, jnp.int32)
+    else:
+        space_B = slots.size - first_page(slots, layer) * slots.page
+    ends_BK = jnp.cumsum(keep.sum(-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
+    ends_BK = jnp.minimum(ends_BK, jnp.minimum(room, space_B)[..., None])
+    return jnp.diff(ends_BK, axis=-1, prepend=0)
+
+
+def with_layer(slots: Slots, layer: int, counts: Int[Array, "B K"], **arrays: Any) -> Slots:
+    """The slots with one more layer's entries, `arrays`, and what the table says of it."""
+    first_B = first_page(slots, layer)
+    return slots.replace(
+        table=slots.table.at[:, layer, 0].set(first_B),
+        lengths=slots.lengths.at[:, layer].set(counts.sum(-1, dtype=jnp.int32)),
+        counts=slots.counts.at[:, layer].set(counts),
+        **arrays,
+    )
+
+
+def put_layer(
+    slots: Slots,
+    layer: int,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    keep: Bool[Array, "B K T"],
+    room: int,
+) -> Slots:
+    """Write one layer's kept entries into the pages behind those of the layers before it.
+
+    `room` is at least the most entries that the layer's heads keep together. Were it less, the last
+    heads' last ones would be lost, and `counts` would say so: it counts what is stored.
+
+    Where slots are split over a mesh, a device gathers what its own heads keep; nothing but that,
+    and counts, goes to the others.
+    """
+    if slots.parts > 1:
+        return _put_on_devices(slots, layer, keys, values, keep, room)
+    counts_BK = stored(slots, layer, keep, room)
+    batch, tokens, kv_heads, head_dim = keys.shape
+    running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
+    wanted_Y = jnp.arange(1, room + 1, dtype=jnp.int32)
+    found_BY = jax.vmap(lambda running: jnp.searchsorted(running, wanted_Y))(running_BX)
+    found_BY = found_BY.astype(jnp.int32)
+    filled_BY = wanted_Y <= counts_BK.sum(-1, keepdims=True, dtype=jnp.int32)
+    found_BY = jnp.minimum(found_BY, kv_heads * tokens - 1)
+    owner_BY, position_BY = found_BY // tokens, found_BY % tokens
+    # Rows are taken from [B, T * K, H] as it lies: no transposed copy of the prompt.
+    row_BY1 = (position_BY * kv_heads + owner_BY)[..., None]
+    halves = [
+        jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BY1, axis=1) for x in (keys, values)
+    ]
+    new = [
+        jnp.where(filled_BY, owner_BY, -1).astype(jnp.int8),
+        jnp.where(filled_BY, position_BY, -1),
+    ]
+    old = [slots.owners, slots.positions]
+    if slots.scales is not None:
+        whole, scales = zip(*map(quantized, halves), strict=True)
+        halves = list(whole)
+        new += [jnp.where(filled_BY, scale, 0.0) for scale in scales]
+        old += [slots.scales[:, 0], slots.scales[:, 1]]
+    new.append(jnp.where(filled_BY[..., None], jnp.concatenate(halves, axis=-1), 0))
+    old.append(slots.entries)
+    owners, positions, *scales, entries = _written(slots, layer, old, new, filled_BY)
+    stacked = jnp.stack(scales, axis=1) if scales else None
+    return with_layer(
+        slots, layer, counts_BK, entries=entries, owners=owners, positions=positions, scales=stacked
+    )
+
+
+def _written(slots: Slots, layer: int, old: list[Array], new: list[Array], filled_BY: Array):
+    """Arrays of slots with a layer's rows in their place."""
+    if slots.runs is not None:
+        first, end = slots.runs[layer]
+        return [
+            lax.dynamic_update_slice_in_dim(a, b[:, : end - first], first, axis=1)
+            for a, b in zip(old, new, strict=True)
+        ]
+    start_B = first_page(slots, layer) * slots.page
+    # What is not filled goes out of bounds, where it is dropped.
+    slot_BY = start_B[:, None] + jnp.arange(filled_BY.shape[1], dtype=jnp.int32)
+    slot_BY = jnp.where(filled_BY, slot_BY, slots.size)
+    rows_B1 = jnp.arange(filled_BY.shape[0])[:, None]
+    return [
+        a.at[rows_B1, slot_BY].set(b, mode="drop", unique_indices=False)
+        for a, b in zip(old, new, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------- over a mesh
+def _put_on_devices(slots: Slots, layer: int, keys, values, keep, room: int) -> Slots:
+    keep = sharding.constrain(keep, "BKT")
+    counts_BK = sharding.constrain(stored(slots, layer, keep, room), "B.")
+    start_B = first_page(slots, layer) * slots.page
+    body = partial(_put_here, room=room, parts=slots.parts)
+    arrays = [slots.entries, slots.owners, slots.positions]
+    arrays += [] if slots.scales is None else [slots.scales]
+    letters = "BME,BM,BM" + ",B2M" * (slots.scales is not None)
+    rest = [keys, values, keep, counts_BK, start_B]
+    found = sharding.by_device(body, f"BTKH,BTKH,BKT,B.,B,{letters}->{letters}", *rest, *arrays)
+    entries, owners, positions, *scales = found
+    return with_layer(
+        slots,
+        layer,
+        counts_BK,
+        entries=entries,
+        owners=owners,
+        positions=positions,
+        scales=scales[0] if scales else None,
+    )
+
+
+def _put_here(keys, values, keep, counts_BK, start_B, *slots, room: int, parts: int):
+    """One device's part: its heads' kept entries out, its slots of all heads' in."""
+    batch, tokens, heads, head_dim = keys.shape
+    first_head = lax.axis_index(HEADS) * heads
+    ends_BK = jnp.cumsum(counts_BK, axis=1, dtype=jnp.int32)
+    own_B1 = lax.dynamic_slice_in_dim(ends_BK - counts_BK, first_head, 1, axis=1)
+    mine_B1 = lax.dynamic_slice_in_dim(counts_BK, first_head, heads, axis=1).sum(1, keepdims=True)
+    # Rows of slots, one slot a device: a page begins with a whole row.
+    rows = -(-room // parts)
+    place_BR = jnp.arange(rows * parts, dtype=jnp.int32) - own_B1
+    valid_BR = (place_BR >= 0) & (place_BR < mine_B1)
+    running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
+    found_BR = jax.vmap(jnp.searchsorted)(running_BX, place_BR + 1).astype(jnp.int32)
+    found_BR = jnp.minimum(found_BR, heads * tokens - 1)
+    head_BR, position_BR = found_BR // tokens, found_BR % tokens
+    row_BR1 = (position_BR * heads + head_BR)[..., None]
+    halves = [
+        jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BR1, axis=1) for x in (keys, values)
+    ]
+    entries_BRE = jnp.where(valid_BR[..., None], jnp.concatenate(halves, axis=-1), 0)
+    entries_BCE = _to_slots(entries_BRE, rows)
+    code_BR = (first_head + head_BR) * tokens + position_BR + 1
+    code_BC = _to_slots(jnp.where(valid_BR, code_BR, 0), rows) - 1
+    return _written_here(slots, entries_BCE, code_BC, start_B // parts, tokens)
+
+
+def _to_slots(x: Array, rows: int) -> Array:
+    """Sum over the KV heads' devices of `[B, rows x P, ...]`, this device's slot of each row."""
+    sizes = [lax.axis_size(axis) for axis in (HEADS, GROUP, REST)]
+    x = x.reshape(x.shape[0], rows, sizes[0], sizes[1] * sizes[2], *x.shape[2:])
+    x = lax.psum_scatter(x, HEADS, scatter_dimension=2)
+    return lax.dynamic_index_in_dim(x, lax.axis_index((GROUP, REST)), axis=2, keepdims=False)
+
+
+def _written_here(slots, entries_BCE, code_BC, first_B, tokens: int):
+    """This device's slots with a layer's entries from slot `first_B` on; code -1 is no entry."""
+    filled_BC = code_BC >= 0
+    new = [
+        jnp.where(filled_BC, code_BC // tokens, -1).astype(jnp.int8),
+        jnp.where(filled_BC, code_BC % tokens, -1),
+    ]
+    if len(slots) > 3:
+        halves = jnp.split(entries_BCE, 2, axis=-1)
+        (k_BCH, k_BC), (v_BCH, v_BC) = map(quantized, halves)
+        entries_BCE = jnp.concatenate([k_BCH, v_BCH], axis=-1)
+        new.append(jnp.stack([k_BC, v_BC], axis=-1))
+    new = [entries_BCE, *new]
+    # What is not filled goes out of bounds, where it is dropped.
+    slot_BC = first_B[:, None] + jnp.arange(code_BC.shape[1], dtype=jnp.int32)
+    slot_BC = jnp.where(filled_BC, slot_BC, slots[1].shape[1])
+    rows_B1 = jnp.arange(code_BC.shape[0])[:, None]
+    old = [*slots[:3], *(x.swapaxes(1, 2) for x in slots[3:])]
+    out = [a.at[rows_B1, slot_BC].set(b, mode="drop") for a, b in zip(old, new, strict=True)]
+    return (*out[:3], *(x.swapaxes(1, 2) for x in out[3:]))
