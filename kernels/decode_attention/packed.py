@@ -50,14 +50,14 @@ def slot_attention(
         pool = *pool, scales[:, 0], scales[:, 1]
     if q.shape[1] > 1 and _many(q.shape, region):
         return _by_head(q, pool, rules, region, pages)
-    seen = partial(_seen, rules, q.shape[2])
+    visible = partial(_visible, rules, q.shape[2])
     if region is not None:
         first, last = region
         pool = tuple(x[:, first:last] for x in pool)
         slots_BM = jnp.broadcast_to(jnp.arange(first, last), pool[1].shape)
-        found = _partial(q, pool, slots_BM, (start, end), seen)
+        found = _partial(q, pool, slots_BM, (start, end), visible)
     else:
-        found = _blocks(q, pool, (start, end), seen, pages)
+        found = _blocks(q, pool, (start, end), visible, pages)
     return _divided(*found)
 
 
@@ -89,8 +89,8 @@ def _by_head(q_BTNH, pool, rules, region, pages):
 
     def attend(block):
         q_BRH, rows_BR4, first_B, end_B = block
-        seen = partial(_seen_by_row, rows_BR4, window, evicted is not None)
-        return _divided(*_blocks(q_BRH[:, :, None], pool, (first_B, end_B), seen, pages))
+        visible = partial(_visible_by_row, rows_BR4, window, evicted is not None)
+        return _divided(*_blocks(q_BRH[:, :, None], pool, (first_B, end_B), visible, pages))
 
     each = apart(blocks.q), apart(blocks.rows), blocks.first.T, blocks.end.T
     o_XBR1H, lse_XBR1 = lax.map(attend, each)
@@ -102,7 +102,7 @@ def _by_head(q_BTNH, pool, rules, region, pages):
     return together(o_XBR1H[:, :, :, 0]), together(lse_XBR1)[..., 0]
 
 
-def _blocks(q_BTNH, pool, bounds, seen, pages):
+def _blocks(q_BTNH, pool, bounds, visible, pages):
     """Online softmax over as many blocks as the longest row needs."""
     start, end = bounds
     block, first, read = _reader(pool, start, pages)
@@ -110,7 +110,7 @@ def _blocks(q_BTNH, pool, bounds, seen, pages):
     def step(index, carry):
         peak, total, o_BTNH = carry
         held, slots_BM = read(first + index * block)
-        part = _partial(q_BTNH, held, slots_BM, bounds, seen)
+        part = _partial(q_BTNH, held, slots_BM, bounds, visible)
         top = jnp.maximum(peak, part[0])
         safe = jnp.where(top == -jnp.inf, 0.0, top)
         old, new = jnp.exp(peak - safe), jnp.exp(part[0] - safe)
@@ -179,10 +179,10 @@ def in_order(array: Array, pages) -> Array:
     return taken.reshape(table_BR.shape[0], -1, *array.shape[2:])
 
 
-def _partial(q_BTNH, pool, slots_BM, bounds, seen):
+def _partial(q_BTNH, pool, slots_BM, bounds, visible):
     """(peak, sum of exponentials, weighted sum) over some slots; -inf, 0, 0 where none is seen.
 
-    `seen(slots_BM, owners_BM, positions_BM)` says which rows see which of the slots that are held.
+    `visible(slots_BM, owners_BM, positions_BM)` says which rows see which of these slots.
     """
     entries_BME, owners_BM, positions_BM, *scales_BM = pool
     start, end = bounds
@@ -203,43 +203,43 @@ def _partial(q_BTNH, pool, slots_BM, bounds, seen):
     s_BTNM = s_BTNM * head_dim**-0.5
     if scales_BM:
         s_BTNM = s_BTNM * scales_BM[0][:, None, None]
-    seen_BTNM = mine_BM[:, None, None] & seen(slots_BM, owners_BM, positions_BM)
-    s_BTNM = jnp.where(seen_BTNM, s_BTNM, -jnp.inf)
+    visible_BTNM = mine_BM[:, None, None] & visible(slots_BM, owners_BM, positions_BM)
+    s_BTNM = jnp.where(visible_BTNM, s_BTNM, -jnp.inf)
     peak_BTN = s_BTNM.max(-1)
     p_BTNM = jnp.exp(s_BTNM - jnp.where(peak_BTN == -jnp.inf, 0.0, peak_BTN)[..., None])
     total_BTN = p_BTNM.sum(-1)
     if scales_BM:
-        p_BTNM = jnp.where(seen_BTNM, p_BTNM * scales_BM[1][:, None, None], 0.0)
+        p_BTNM = jnp.where(visible_BTNM, p_BTNM * scales_BM[1][:, None, None], 0.0)
     o_BTNH = jnp.einsum(
         "BTNM,BMH->BTNH", p_BTNM.astype(v_BMH.dtype), v_BMH, preferred_element_type=jnp.float32
     )
     return peak_BTN, total_BTN, o_BTNH
 
 
-def _seen(rules, heads, slots_BM, owners_BM, positions_BM):
+def _visible(rules, heads, slots_BM, owners_BM, positions_BM):
     """Which query heads of which tokens see which slots, by position and owner."""
     query_positions, _, _, kv_heads, window, evicted = rules
     distance_BTM = query_positions[..., None] - positions_BM[:, None]
-    seen_BTM = distance_BTM >= 0
+    visible_BTM = distance_BTM >= 0
     if window is not None:
-        seen_BTM &= distance_BTM < window
+        visible_BTM &= distance_BTM < window
     if evicted is not None:
         owner_BM = jnp.maximum(owners_BM, 0).astype(jnp.int32)
         first_BM = jnp.take_along_axis(evicted[0], owner_BM, axis=1)
         last_BTM = jnp.take_along_axis(evicted[1], owner_BM[:, None], axis=2)
-        seen_BTM &= ~((slots_BM >= first_BM)[:, None] & (slots_BM[:, None] < last_BTM))
+        visible_BTM &= ~((slots_BM >= first_BM)[:, None] & (slots_BM[:, None] < last_BTM))
     head_N = jnp.arange(heads) // (heads // kv_heads)
-    return seen_BTM[:, :, None] & (owners_BM[:, None, None] == head_N[:, None])
+    return visible_BTM[:, :, None] & (owners_BM[:, None, None] == head_N[:, None])
 
 
-def _seen_by_row(rows_BR4, window, evicts, slots_BM, owners_BM, positions_BM):
+def _visible_by_row(rows_BR4, window, evicts, slots_BM, owners_BM, positions_BM):
     """The same for rows of one KV head, `[B, R, 1, M]`."""
     owner_BR1, at_BR1, first_BR1, last_BR1 = (rows_BR4[..., i : i + 1] for i in range(4))
     distance_BRM = at_BR1 - positions_BM[:, None]
-    seen_BRM = (owners_BM[:, None] == owner_BR1) & (distance_BRM >= 0)
+    visible_BRM = (owners_BM[:, None] == owner_BR1) & (distance_BRM >= 0)
     if window is not None:
-        seen_BRM &= distance_BRM < window
+        visible_BRM &= distance_BRM < window
     if evicts:
         slot_B1M = slots_BM[:, None]
-        seen_BRM &= (slot_B1M < first_BR1) | (slot_B1M >= last_BR1)
-    return seen_BRM[:, :, None]
+        visible_BRM &= (slot_B1M < first_BR1) | (slot_B1M >= last_BR1)
+    return visible_BRM[:, :, None]

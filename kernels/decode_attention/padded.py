@@ -80,10 +80,10 @@ def padded_attention(
 
 
 def _whole(q, query_positions, k, v, positions, window, evicted):
-    seen_BKTS = seen(positions[:, :, None], query_positions[:, None, :, None], window)
+    visible_BKTS = in_sight(positions[:, :, None], query_positions[:, None, :, None], window)
     if evicted is not None:
-        seen_BKTS = seen_BKTS & ~evicted.mask()
-    return decode_attention(q, k, v, positions >= 0, seen_BKTS)
+        visible_BKTS = visible_BKTS & ~evicted.mask()
+    return decode_attention(q, k, v, positions >= 0, visible_BKTS)
 
 
 def _blocks(q, query_positions, evicted, k, v, positions, window, block, blocks):
@@ -114,7 +114,7 @@ def _merged(found, part):
     return out * old_BTN[..., None] + more * new_BTN[..., None], lse
 
 
-def seen(key_positions: Array, query_positions: Array, window: int | None) -> Array:
+def in_sight(key_positions: Array, query_positions: Array, window: int | None) -> Array:
     """Whether a query sees a key, by their true positions."""
     visible = key_positions <= query_positions
     return visible if window is None else visible & (query_positions - key_positions < window)

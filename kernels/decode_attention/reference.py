@@ -34,8 +34,8 @@ def decode_attention(
     s_BKSGT = jnp.einsum("BKSH,BKGTH->BKSGT", k, q_BKGTH, preferred_element_type=jnp.float32)
     s_BKGTS = s_BKSGT.transpose(0, 1, 3, 4, 2)
     s_BKGTS = s_BKGTS * head_dim**-0.5  # in fp32, not in q's dtype
-    seen_BKTS = filled[:, :, None] & visible
-    s_BKGTS = jnp.where(seen_BKTS[:, :, None], s_BKGTS, -jnp.inf)
+    visible_BKTS = filled[:, :, None] & visible
+    s_BKGTS = jnp.where(visible_BKTS[:, :, None], s_BKGTS, -jnp.inf)
     peak_BKGT = s_BKGTS.max(-1)
     anchor_BKGT = jnp.where(peak_BKGT == -jnp.inf, 0.0, peak_BKGT)
     p_BKGTS = jnp.exp(s_BKGTS - anchor_BKGT[..., None])

@@ -236,16 +236,16 @@ def _kernel(
         rows_R4 = rows_ref[0]
         distance_RC = rows_R4[:, 1:2] - positions_ref[0]
         # No row's head is -1.
-        seen_RC = (owners_1C == rows_R4[:, 0:1]) & (distance_RC >= 0)
+        visible_RC = (owners_1C == rows_R4[:, 0:1]) & (distance_RC >= 0)
         if window is not None:
-            seen_RC &= distance_RC < window
+            visible_RC &= distance_RC < window
         if evicts:
-            seen_RC &= (slot_1C < rows_R4[:, 2:3]) | (slot_1C >= rows_R4[:, 3:4])
+            visible_RC &= (slot_1C < rows_R4[:, 2:3]) | (slot_1C >= rows_R4[:, 3:4])
         slot_C1 = first + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
         inside_C1 = (slot_C1 >= start) & (slot_C1 < end)
         _accumulate(
-            q_ref[0], tile_ref, None if scales_ref is None else scales_ref[0], seen_RC, inside_C1,
-            (peak_ref, total_ref, acc_ref), scale=scale, apart=apart,
+            q_ref[0], tile_ref, None if scales_ref is None else scales_ref[0], visible_RC,
+            inside_C1, (peak_ref, total_ref, acc_ref), scale=scale, apart=apart,
         )  # fmt: skip
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -272,7 +272,7 @@ def _fetched(tiles: tpu_pages.Tiles, step, first, end, tile: int):
     return tiles.buffer.at[half]
 
 
-def _accumulate(q_RW, tile_ref, scales_2C, seen_RC, inside_C1, state, *, scale, apart):
+def _accumulate(q_RW, tile_ref, scales_2C, visible_RC, inside_C1, state, *, scale, apart):
     """Add a tile's slots to the online softmax of a block's rows."""
     peak_ref, total_ref, acc_ref = state
     head_dim = tile_ref.shape[-1] // 2
@@ -283,14 +283,14 @@ def _accumulate(q_RW, tile_ref, scales_2C, seen_RC, inside_C1, state, *, scale, 
         q_RW, k_CW, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
     s_RC = s_RC if scales_2C is None else s_RC * scales_2C[0:1]
-    s_RC = jnp.where(seen_RC, s_RC, _NOTHING)
+    s_RC = jnp.where(visible_RC, s_RC, _NOTHING)
     old_R1 = peak_ref[:, :1]
     peak_R1 = jnp.maximum(old_R1, s_RC.max(axis=1, keepdims=True))
-    p_RC = jnp.where(seen_RC, jnp.exp(s_RC - peak_R1), 0.0)
+    p_RC = jnp.where(visible_RC, jnp.exp(s_RC - peak_R1), 0.0)
     decay_R1 = jnp.exp(old_R1 - peak_R1)
     total_ref[...] = total_ref[...] * decay_R1 + p_RC.sum(axis=1, keepdims=True)
     if scales_2C is not None:
-        p_RC = jnp.where(seen_RC, p_RC * scales_2C[1:2], 0.0)
+        p_RC = jnp.where(visible_RC, p_RC * scales_2C[1:2], 0.0)
     # 0 * NaN would be NaN: slots of other layers are zeros by selection, and so is every NaN,
     # as empty slots hold anything. (A NaN in a held key still shows, through its score.)
     clean_CW = jnp.where(inside_C1 & (v_CW == v_CW), v_CW, 0)

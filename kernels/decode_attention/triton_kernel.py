@@ -88,18 +88,18 @@ def slot_attention_kernel(
         v = tl.load(base + H, mask=mask, other=0).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         distance = position[:, None] - slot_position[None, :]
-        seen = held[None, :] & (owner[:, None] == slot_owner[None, :]) & (distance >= 0)
+        visible = held[None, :] & (owner[:, None] == slot_owner[None, :]) & (distance >= 0)
         if WINDOW > 0:
-            seen = seen & (distance < WINDOW)
+            visible = visible & (distance < WINDOW)
         if EVICTS:
             before = number[None, :] < evicted_first[:, None]
-            seen = seen & (before | (number[None, :] >= evicted_last[:, None]))
+            visible = visible & (before | (number[None, :] >= evicted_last[:, None]))
         if QUANTIZED:
             of_keys = scales_ptr + 2 * pool * M + slot
             s = s * tl.load(of_keys, mask=held, other=0.0)[None, :]
-        s = tl.where(seen, s, -1e30)
+        s = tl.where(visible, s, -1e30)
         top = tl.maximum(peak, tl.max(s, 1))
-        p = tl.where(seen, tl.exp(s - top[:, None]), 0.0)
+        p = tl.where(visible, tl.exp(s - top[:, None]), 0.0)
         decay = tl.exp(peak - top)
         total = total * decay + tl.sum(p, 1)
         if QUANTIZED:

@@ -22,14 +22,6 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 IGNORED = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
 # Words that once meant several things, or nothing at first reading.
 RETIRED = {"look", "looked", "see", "seen", "known", "dealt", "settled", "dead", "loose", "loosen"}
-# What still bears one; nothing may be added.
-LEFT = {
-    "kernels/decode_attention/packed.py": {"_seen", "_seen_by_row", "seen"},
-    "kernels/decode_attention/padded.py": {"seen"},
-    "kvjax/cache/room.py": {"look", "loosen"},
-}
-# Files with slow tests that do not say why; nothing may be added.
-SILENT = {"test_pool.py", "test_sharding.py"}
 
 
 # ---------------------------------------------------------------------------- trees
@@ -206,7 +198,7 @@ def retired(file: Path) -> Iterator[str]:
 
 def test_retired_names_stay_away():
     found = {file.relative_to(ROOT).as_posix(): set(retired(file)) for file in CODE}
-    assert {file: names for file, names in found.items() if names} == LEFT
+    assert {file: names for file, names in found.items() if names} == {}
 
 
 def test_retired_names_are_noticed(tmp_path):
@@ -236,4 +228,4 @@ def test_a_slow_test_says_why():
                 ast.unparse(mark).startswith("pytest.mark.slow") for mark in node.decorator_list
             ):
                 silent |= {file.name} if "Slow: " not in (ast.get_docstring(node) or "") else set()
-    assert silent == SILENT
+    assert silent == set()

@@ -230,7 +230,10 @@ def budget_bytes(model, rows, per_head, entry, *, even=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPRESSING)
 def test_packed_holds_the_same_entries_in_exactly_the_budget(name):
-    """Of three prompts of 64, 41 and 52 tokens, in two layers of two heads, in whole pages."""
+    """Of three prompts of 64, 41 and 52 tokens, in two layers of two heads, in whole pages.
+
+    Slow: each method compresses in two programs of its own.
+    """
     keys, values = (jnp.asarray(normal(seed, 2, 3, 64, 2, 8)) for seed in (0, 1))
     probes = [probe_of(seed, 3, 64, 4, 2, 8, 8) for seed in (2, 3)]
     call = jax.jit(kvjax.compress, static_argnames="config", compiler_options=QUICK)
@@ -347,6 +350,7 @@ def test_int8_of_a_row_is_its_own():
     [("mistral", "prefixkv"), ("qwen25-sharded", "ada-prefixkv")],
 )
 def test_packed_answers_as_padded_under_sliding_windows(name, method, prompts):
+    """Slow: two programs a model."""
     model = load_decoder(FIXTURES / name, progress=False)
     outs = [
         kvjax.generate(
@@ -387,6 +391,7 @@ def test_what_empty_slots_hold_changes_nothing(model, prompts, name, quantize):
 
 @pytest.mark.slow
 def test_turns_streams_and_scores(model, prompts):
+    """Slow: an answer, a stream, a second turn and a score, each a program."""
     config = CompressionConfig.named("ada-snapkv", 16, layout="packed")
     call = {"max_new_tokens": 10, "eos_ids": ()}
     first = kvjax.generate(model, prompts, config, return_cache=True, **call)

@@ -122,7 +122,10 @@ def test_every_method_keeps_the_same_on_a_mesh(name, prefilled):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "ada-snapkv", "prefixkv", "joint-kvzip"])
 def test_a_mesh_answers_as_one_device(name, mesh, prompts):
-    """The same entries and tokens, with fewer KV heads (2) than chips along `model` (4)."""
+    """The same entries and tokens, with fewer KV heads (2) than chips along `model` (4).
+
+    Slow: a whole answer on eight devices, for each method.
+    """
     model = make_model(2, layers=2)
     one = answers(model, prompts, method(name), return_cache=True)
     assert_same(one, answers(model, prompts, method(name), mesh=mesh, return_cache=True))
@@ -131,12 +134,14 @@ def test_a_mesh_answers_as_one_device(name, mesh, prompts):
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "kv_heads"), [(12, 6), (3, 1)])
 def test_heads_that_do_not_divide_the_mesh(heads, kv_heads, mesh, prompts):
+    """Slow: a model and two answers for each division."""
     model = make_model(kv_heads, heads)
     config = CompressionConfig.named("ada-snapkv", BUDGET)
     assert_same(answers(model, prompts, config), answers(model, prompts, config, mesh=mesh))
 
 
 def test_int8_entries_and_a_batch_that_does_not_divide(mesh, prompts):
+    """Slow: whole answers on a mesh."""
     model = make_model(4)
     config = dataclasses.replace(CompressionConfig.named("snapkv", BUDGET), quantize="int8")
     one = answers(model, prompts[:3], config)
@@ -145,6 +150,7 @@ def test_int8_entries_and_a_batch_that_does_not_divide(mesh, prompts):
 
 @pytest.mark.slow
 def test_groups_of_rows(mesh, prompts, monkeypatch):
+    """Slow: whole answers on a mesh."""
     monkeypatch.setattr(prefill, "PREFILL_TOKENS", 64)
     model = make_model(4)
     config = CompressionConfig.named("snapkv", BUDGET)
@@ -153,6 +159,7 @@ def test_groups_of_rows(mesh, prompts, monkeypatch):
 
 @pytest.mark.slow
 def test_compressing_while_decoding(mesh, prompts):
+    """Slow: the loop around the decode loop, on a mesh."""
     model = make_model(2)
     rule = {"recompress": Recompress(every=3, budget=BUDGET + 4)}
     config = CompressionConfig.named("ada-snapkv", BUDGET)
@@ -162,7 +169,10 @@ def test_compressing_while_decoding(mesh, prompts):
 
 
 def test_a_stream_and_a_saved_cache(mesh, prompts, tmp_path):
-    """What a mesh saved is asked on one device and, again, on the mesh."""
+    """What a mesh saved is asked on one device and, again, on the mesh.
+
+    Slow: the stages of a stream apart, on a mesh.
+    """
     model = make_model(4)
     sharded = sharding.place(model, mesh)
     config = CompressionConfig.named("ada-snapkv", BUDGET)
