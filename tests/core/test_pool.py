@@ -14,7 +14,16 @@ from synthetic import probe_of
 import kvjax
 from kvjax import METHODS, CompressionConfig
 from kvjax.cache import packing
-from kvjax.cache.slots import empty_slots, grown, in_pages, kept_mask, of_layer, reshard_slots
+from kvjax.cache.slots import (
+    empty_slots,
+    grown,
+    in_pages,
+    kept_mask,
+    of_layer,
+    page_size,
+    reshard_slots,
+)
+from kvjax.kernels.platform import assume
 from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
@@ -186,6 +195,19 @@ def test_shares_of_a_page_are_dealt_out():
     back = reshard_slots(again, 1)
     for name in ("entries", "owners", "positions", "table"):
         np.testing.assert_array_equal(getattr(back, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_pages_waste_less_than_a_hundredth(platform, parts):
+    """Of 1,024 entries for each of 8 heads; nothing where the layers are even."""
+    layers, even = 32, tuple((8192 * layer, 8192 * layer + 8192) for layer in range(32))
+    with assume(platform):
+        page = page_size(parts)
+    assert in_pages(layers * 8192, even, layers, page)[0] == layers * 8192
+    assert in_pages(layers * 8192, None, layers, page)[0] < 1.01 * layers * 8192
+    # Of a small model it is more: 2 layers of 2 heads with 16 entries take 3 pages of 16 a layer.
+    assert in_pages(2 * 32, None, 2, 16)[0] == 96
 
 
 def test_pages_of_another_size_hold_the_same():
