@@ -123,7 +123,7 @@ def evaluate(
 
 # ---------------------------------------------------------------------------- questions
 def _questions(
-    settings: EvalSettings, model: Model, tokenizer: Any, workers: Workers
+    settings: EvalSettings, model: Model | None, tokenizer: Any, workers: Workers
 ) -> Iterator[Question]:
     for name in settings.tasks:
         for length in settings.lengths:
@@ -147,6 +147,7 @@ def _questions(
                     context, rest = as_tokens(document, ask, tokenizer, chat, model)
                     size = len(context)
                     if document.images:
+                        assert model is not None  # `as_tokens` has looked
                         pictures = by_prompt(list(document.images), list(context), model)
                         size = len(prepare_inputs(model, [context], pictures).rows[0])
                     yield Question(name, length, document, ask, context, rest, size)
