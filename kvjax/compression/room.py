@@ -105,9 +105,9 @@ def add_pages(
     total = slots_needed(slots.room, layers * kv_heads, rule, new, fraction)
     caps = [total if w is None else kv_heads * max(w - 1, 1) for w in windows or [None] * layers]
     total = min(total, max(sum(caps), slots.room))
-    most, alike = _most(slots, rule, total, caps)
-    pages = layers * -(-most // slots.page) if alike else total // slots.page + layers
     dense = cache.slots is not None and slots.consecutive
+    most, alike = _most(slots, rule, total, caps, packed=dense)
+    pages = layers * -(-most // slots.page) if alike else total // slots.page + layers
     # With every page in its table a layer can be looked at.
     slots = grown(slots, slots.lengths, 0, max(most, slots.most or slots.room))
     slots = slots if dense else compacted(slots)
@@ -134,14 +134,16 @@ def add_pages(
     return cache.replace(layers=(), slots=slots, tail=tail, keep_ratio=False), ratio
 
 
-def _most(slots: Slots, rule: Recompress, total: int, caps: Sequence[int]) -> tuple[int, bool]:
+def _most(
+    slots: Slots, rule: Recompress, total: int, caps: Sequence[int], *, packed: bool
+) -> tuple[int, bool]:
     """Most slots that a layer may use of `total`, and whether all may use so many.
 
     Layers that are alike are alike again where a budget has room for all slots of each, or where
     all hold the same, as they do in slots that were just packed.
     """
     layers, same = slots.counts.shape[1], len(set(caps)) == 1
-    most, packed = slots.most or slots.room, slots.consecutive
+    most = slots.most or slots.room
     if slots.alike:
         width = total // layers
         if rule.budget is not None and same and (width >= most or packed):

@@ -186,7 +186,13 @@ def check_capacity(config: CompressionConfig, windows: tuple[int | None, ...], k
     assert held_slots(packed, BUCKET, windows, HEADS) == in_pages(slots, regions, DEPTH, 16)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        f if f in ("uniform", "prefix") else pytest.param(f, marks=pytest.mark.slow)
+        for f in FAMILIES
+    ],
+)
 def test_capacity_holds_every_head_of_every_length(family):
     @settings(max_examples=30, deadline=None, derandomize=True)
     @given(cases(family), st.sampled_from(SCORES))

@@ -312,6 +312,21 @@ def test_a_budget_of_what_is_held_is_enough(method, budget, layout):
         assert sorted(found) == list(map(tuple, held.tolist()))
 
 
+def test_padded_layers_that_differ_keep_what_they_hold():
+    """PrefixKV kept 46 entries of one layer and 50 of the other, side by side in equal buffers."""
+    cache = prompt_cache("snapkv", 25, "padded", lengths=np.array([T, T], np.int32))
+    first = cache.layers[0]  # each head loses its last two
+    mask = jnp.arange(first.positions.shape[2]) < 23
+    first = first.replace(positions=jnp.where(mask, first.positions, -1))
+    cache = cache.replace(layers=(first, *cache.layers[1:]))
+    assert cache.counts[0].sum(-1).tolist() == [46, 50]
+    roomy, _ = add_pages(cache, Recompress(every=U, budget=24), N)
+    np.testing.assert_array_equal((roomy.slots.owners >= 0).sum(1), [96] * B)
+    for layer, row in np.ndindex(LAYERS, B):
+        held = np.argwhere(np.asarray(cache.kept_mask(T))[row, layer])
+        assert sorted(entries(roomy, layer, row, False)) == list(map(tuple, held.tolist()))
+
+
 def test_a_second_rule_may_have_less_room():
     """What the first left empty is not held; layers need not be alike by then."""
     cache, _ = with_answer(prompt_cache(), Recompress(every=U, budget=30, window=4))

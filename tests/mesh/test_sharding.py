@@ -103,7 +103,14 @@ def prefilled(mesh, prompts):
     return [(model, *run(model, tokens, lengths)[1:], jnp.asarray(lengths)) for model in models]
 
 
-@pytest.mark.parametrize("name", METHODS)
+# One of each way to divide a budget and of each kind of scores; the others are slow.
+QUICK = ("full", "ada-snapkv", "prefixkv", "kv-compress", "joint-kvzip", "expected-attention")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
 def test_every_method_keeps_the_same_on_a_mesh(name, prefilled):
     """Scores, allocation and packing alone: a small program a method."""
 

@@ -273,7 +273,7 @@ RULES = {
 }
 
 TestLife = Machine.TestCase  # slow: half a minute, as a life takes many programs
-TestLife.settings = settings(max_examples=8, stateful_step_count=8, **RULES)
+TestLife.settings = settings(max_examples=4, stateful_step_count=8, **RULES)
 
 
 @pytest.mark.slow
