@@ -167,7 +167,7 @@ def collectives(text: str, loop: str | None = None) -> list[tuple[str, int]]:
       Bytes are those of what one device has afterwards.
     """
     found = []
-    for line in text.splitlines() if loop is None else _body(text, loop):
+    for line in text.splitlines() if loop is None else loop_body(text, loop):
         if match := _COLLECTIVE.search(line):
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             sizes = [
@@ -181,8 +181,13 @@ def collectives(text: str, loop: str | None = None) -> list[tuple[str, int]]:
     return found
 
 
-def _body(text: str, loop: str) -> list[str]:
-    """Lines of the body of the loop of this name, and of all that it calls."""
+def loop_body(text: str, loop: str) -> list[str]:
+    """Lines of a program's text that one pass through a loop runs, called parts included.
+
+    Args:
+      text: of a compiled program (`as_text()`).
+      loop: the `jax.named_scope` that the loop is under.
+    """
     blocks: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():

@@ -64,6 +64,22 @@ def test_put_by_hand():
 PAGE = 4
 
 
+@pytest.mark.parametrize("runs", [None, ((0, 4), (4, 8))])
+def test_counts_say_what_is_stored(runs):
+    """Two layers of six entries in eight slots: what has no slot is not counted."""
+    keys = np.arange(12, dtype=np.float32).reshape(1, 6, 2, 1)
+    slots = empty_slots(jnp.asarray(keys), 2, 5, runs, page=4)
+    slots = slots.replace(**{name: getattr(slots, name)[:, :8] for name in ("owners", "positions")})
+    slots = slots.replace(entries=slots.entries[:, :8])
+    keep = np.zeros((1, 2, 6), bool)
+    keep[0, 0, :4] = keep[0, 1, 4:] = True
+    for layer in (0, 1):
+        slots = put_layer(slots, layer, keys, keys, keep, 6)
+    expected = [[[4, 2], [0, 0]]] if runs is None else [[[4, 0], [4, 0]]]
+    assert slots.counts.tolist() == expected
+    assert int((slots.owners >= 0).sum()) == int(slots.counts.sum())
+
+
 @partial(jax.jit, static_argnums=3, compiler_options=QUICK)
 def packed_layers(keys, values, keep, wanted):
     """Slots of all layers, and which tokens they say that each head holds."""
