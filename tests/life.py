@@ -158,7 +158,7 @@ def evicted(cache: Cache, rows: tuple[Row, ...], least: int, sinks: int = 0):
         seen.held = held
 
 
-def reshard(cache: Cache, rows: tuple[Row, ...]):
+def gone_for_good(cache: Cache, rows: tuple[Row, ...]):
     """A cache that evicted for good what the ratio had masked, and more where it has no room."""
     for row, seen in enumerate(rows):
         seen.settle()

@@ -41,7 +41,7 @@ def supports(q_shape: tuple[int, ...], dtype: jnp.dtype, pages=None) -> bool:
     """
     dtype = jnp.dtype(dtype)
     fits = q_shape[-1] % 16 == 0 and dtype in (jnp.bfloat16, jnp.float32, jnp.int8)
-    return fits and (pages is None or tpu_pages.supports(q_shape[-1], dtype, *pages))
+    return fits and (pages is None or tpu_pages.supports(dtype, pages[0].shape, pages[1]))
 
 
 def slot_attention(

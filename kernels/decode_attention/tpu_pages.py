@@ -4,20 +4,21 @@ The table lies in scalar memory. Two tiles have room: while one is multiplied, t
 are copied beside it.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int
 
 # Bytes of the table in scalar memory, which has a megabyte on the chips that kvjax is for.
 MOST_TABLE = 2**18
 
 
-def supports(head_dim: int, dtype: jnp.dtype, table: Int[Array, "B R"], page: int) -> bool:
-    """Whether pages of this size and such a table can be fetched."""
+def supports(dtype: jnp.dtype, table_shape: tuple[int, ...], page: int) -> bool:
+    """Whether pages of this size and a table of this shape can be fetched."""
     rows = 32 // jnp.dtype(dtype).itemsize  # of a tile in memory: 8 of fp32, 32 of int8
-    return page % rows == 0 and 2048 % page == 0 and table.size * 4 <= MOST_TABLE
+    return page % rows == 0 and 2048 % page == 0 and math.prod(table_shape) * 4 <= MOST_TABLE
 
 
 class Tiles:

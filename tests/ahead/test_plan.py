@@ -71,7 +71,7 @@ def test_fewer_kv_heads_than_chips_are_repeated():
     """16 chips and 8 KV heads: two chips have each head's tail, the pool is split over all."""
     sixteen = {"model": "llama-3-70b", "topology": "v5e-256", "data": 16, "parts": 16, "batch": 32}
     found = held.held(ask(**sixteen))
-    assert found.slots == 2 * (1024 * 80 * 8 // 16 * (512 + 5) + 4 * 80 * (8 + 2))
+    assert found.pool == 2 * (1024 * 80 * 8 // 16 * (512 + 5) + 4 * 80 * (8 + 2))
     assert found.tail == 2 * 128 * (80 * 2 * 128 * 2 + 4)
 
 
@@ -102,7 +102,7 @@ def test_shapes_say_what_the_stages_make(method):
     axes = program.cache_axes(cache)
     sizes = jax.tree.map(size, cache, axes)
     found = held.held(one)
-    assert sum(jax.tree.leaves((sizes.slots, sizes.layers))) == found.slots
+    assert sum(jax.tree.leaves((sizes.slots, sizes.layers))) == found.pool
     assert sum(jax.tree.leaves(sizes.tail)) == found.tail + 4  # the cursor
 
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from life import Life, agree, born, budgeted, digest, evicted, likely, reshard
+from life import Life, agree, born, budgeted, digest, evicted, gone_for_good, likely
 from oracle import Oracle, Row
 
 import kvjax
@@ -156,7 +156,7 @@ class Machine(RuleBasedStateMachine):
         for step, (_, state) in enumerate(_steps(self.model, request, NEW)):
             # A step runs what the one before has drawn, and from the third on it evicts before.
             if step == 0 and life.cache.keep_ratio:
-                reshard(state.cache, rows)
+                gone_for_good(state.cache, rows)
             elif step < 2:
                 agree(state.cache, rows)
             else:
