@@ -153,10 +153,10 @@ MUTANTS = (
         ("test_pool.py", "test_evict.py"),
     ),
     Mutant(
-        "slots: the last page counts with what the layer may not use of it",
+        "slots: what a layer may not use is written to, too",
         "kvjax/cache/slots.py",
-        "mine_BY = jnp.arange(number_BY.shape[1]) < size_B[:, None]",
-        "mine_BY = jnp.arange(number_BY.shape[1]) <= size_B[:, None]",
+        "numbers=jnp.where(mine_BY, number_BY, slots.size),",
+        "numbers=number_BY,",
         ("test_evict.py", "test_recompress.py"),
     ),
     Mutant(
