@@ -252,14 +252,14 @@ MUTANTS = (
         "models/layers.py",
         "return (1 - blend) * frequencies / scaling.factor + blend * frequencies",
         "return blend * frequencies / scaling.factor + (1 - blend) * frequencies",
-        ("test_parity.py",),
+        ("test_rope.py",),
     ),
     Mutant(
         "rope: linear scaling turns faster",
         "models/layers.py",
         "        return frequencies / scaling.factor",
         "        return frequencies * scaling.factor",
-        ("test_parity.py",),
+        ("test_rope.py",),
     ),
 )
 
