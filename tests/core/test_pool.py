@@ -287,7 +287,7 @@ def test_packed_holds_the_same_entries_in_exactly_the_budget(name):
         for layout in ("padded", "packed")
     )
     np.testing.assert_array_equal(packed.kept_mask(64), padded.kept_mask(64))
-    slots = 2 * 2 * 16 if packed.slots.runs else 2 * (2 * 16 + 15) // 16 * 16
+    slots = 2 * 2 * 16 if packed.slots.runs else in_pages(2 * 2 * 16, None, 2, 16)[0]
     assert packed.nbytes == 3 * slots * 2 * 8 * 4
 
 
