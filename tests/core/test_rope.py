@@ -11,6 +11,7 @@ from kvjax.models.layers import rope_frequencies
 # Four pairs of a head of 8: 10,000 ** -(0, 1/4, 1/2, 3/4).
 PLAIN = [1.0, 0.1, 0.01, 0.001]
 CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
     vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1,
     head_dim=8, rope_theta=10_000.0, max_position_embeddings=8192,
 )  # fmt: skip
