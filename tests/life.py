@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from oracle import Oracle, Row
 
+from kvjax.cache.slots import pages_of
 from kvjax.cache.state import Cache
 
 # Log-probabilities, keys and values of float32 and float64 differ by less.
@@ -58,8 +59,8 @@ def _of_pool(cache: Cache, row: int, index: int) -> Stored:
     pool = cache.slots
     mine = row if len(pool.owners) > 1 else 0
     number = np.arange(int(pool.lengths[mine, index]))
-    pages = np.asarray(pool.table[mine, index])
-    page = pages[0] + number // pool.page if pool.consecutive else pages[number // pool.page]
+    pages = np.asarray(pages_of(pool, index)[mine])
+    page = pages[0] + number // pool.page if pool.table is None else pages[number // pool.page]
     lies = page * pool.page + number % pool.page
     owners, positions = np.asarray(pool.owners[mine]), np.asarray(pool.positions[mine])
     # No layer holds what is not its own, and none of its own lies elsewhere.

@@ -10,20 +10,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention import gpu, packed, tpu
+from kvjax.kernels.decode_attention.packed import in_order
 from kvjax.kernels.decode_attention.padded import Evicted, padded_attention
-from kvjax.kernels.decode_attention.parts import over_tokens
 from kvjax.kernels.decode_attention.reference import decode_attention, merge
 from kvjax.kernels.platform import Platform, platform
 
-__all__ = ["Evicted", "decode_attention", "merge", "padded_attention", "paged_attention"]
+__all__ = [
+    "Evicted",
+    "decode_attention",
+    "in_order",
+    "merge",
+    "padded_attention",
+    "paged_attention",
+]
 
 Implementation = Literal["xla", "pallas", "triton"]
 
 _BY_PLATFORM: dict[Platform, Implementation] = {"tpu": "pallas", "gpu": "triton"}
 _MODULES: dict[str, Any] = {"xla": packed, "pallas": tpu, "triton": gpu}
-# Rows (new tokens x query heads, of a whole batch) that are ordered by KV head at once: what they
-# need on the way, 1 to 2 KB each, takes 250 MB at most.
-MOST_ROWS = 2**17
 
 
 def paged_attention(
@@ -90,19 +94,13 @@ def paged_attention(
     if consecutive:
         start = table[:, 0] * page
         evicted = evicted and (evicted[0] + start[:, None], evicted[1] + start[:, None, None])
-    module = _module(implementation, q, entries, None if consecutive else (table, page))
-    rules: dict[str, Any] = {
-        "kv_heads": kv_heads, "window": window, "scales": scales, "region": run,
-        "pages": None if consecutive else (table, page),
-    }  # fmt: skip
-
-    def attend(q, query_positions, last):
-        gone = None if evicted is None else (evicted[0], last)
-        pool = entries, owners, positions, start, start + lengths
-        return module.slot_attention(q, query_positions, *pool, evicted=gone, **rules)
-
-    queries = q, query_positions, None if evicted is None else evicted[1]
-    return over_tokens(attend, queries, max(1, MOST_ROWS // (q.shape[0] * heads)))
+    pages = None if consecutive else (table, page)
+    module = _module(implementation, q, entries, pages)
+    pool = entries, owners, positions, start, start + lengths
+    return module.slot_attention(
+        q, query_positions, *pool, kv_heads=kv_heads, window=window, evicted=evicted, scales=scales,
+        region=run, pages=pages,
+    )  # fmt: skip
 
 
 def _module(implementation: str | None, q: Array, entries: Array, pages) -> Any:

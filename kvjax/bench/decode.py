@@ -90,8 +90,6 @@ def _slots(model, config, batch, prompt, dtype, owners) -> Slots:
         positions=jnp.broadcast_to(
             jnp.asarray(np.where(place_M < 0, -1, place_M % prompt), jnp.int32), shape
         ),
-        table=jnp.broadcast_to(jnp.arange(layers)[:, None] * pages, slots.table.shape),
-        lengths=jnp.full(slots.lengths.shape, each, jnp.int32),
         counts=jnp.broadcast_to(jnp.asarray(counts_LK, jnp.int32), (batch, *counts_LK.shape)),
     )
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import sharding
 from kvjax.cache.ratio import evicted_ranges
-from kvjax.cache.slots import Slots
+from kvjax.cache.slots import Slots, pages_of
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.kernels.decode_attention import Evicted, merge, padded_attention, paged_attention
@@ -79,7 +79,7 @@ def _attend(q, positions, cache: Cache, layer: int, window: int | None):
     else:
         body = partial(_attend_slots, **rules, layout=_layout(slots, layer))
         letters = "BR,B,B.,BME,BM,BM" + ",B2M" * (slots.scales is not None)
-        rest = [slots.table[:, layer], slots.lengths[:, layer], slots.counts[:, layer]]
+        rest = [pages_of(slots, layer), slots.lengths[:, layer], slots.counts[:, layer]]
         rest += [slots.entries, slots.owners, slots.positions]
         rest += [slots.scales] if slots.scales is not None else []
     # What rows share lies on every device of the data axis.
@@ -99,7 +99,7 @@ def _layout(slots: Slots, layer: int) -> dict:
     run = None
     if slots.runs is not None:
         run = slots.runs[layer][0] // parts, slots.runs[layer][1] // parts
-    return {"page": slots.page // parts, "consecutive": slots.consecutive, "run": run}
+    return {"page": slots.page // parts, "consecutive": slots.table is None, "run": run}
 
 
 def _attend_padded(*arrays, window, keep_ratio):

@@ -26,8 +26,8 @@ from kvjax.model_interface import Model
 
 _FORMAT = "kvjax-cache-2"
 _BEFORE = "kvjax-cache-1"
-_SLOTS = ("entries", "owners", "positions", "table", "lengths", "counts", "scales")
-_STATIC = ("runs", "consecutive", "room", "most", "alike", "page")
+_SLOTS = ("entries", "owners", "positions", "counts", "table", "sizes", "scales")
+_STATIC = ("runs", "room", "most", "alike", "page")
 
 
 def save_cache(
@@ -175,8 +175,10 @@ def _converted(
         firsts = np.cumsum(sizes, axis=1) - sizes
     runs = facts["regions"] and tuple(map(tuple, facts["regions"]))
     total, runs = in_pages(old["owners"].shape[1], runs, layers, page)
-    pages = -(-sizes // page)
-    table = np.cumsum(pages, axis=1) - pages
+    used = -(-counts.sum(-1) // page)
+    begins = (np.cumsum(used, axis=1) - used) * page
+    if runs:
+        begins = np.tile([first for first, _ in runs], (batch, 1))
     new = {
         "entries": np.zeros((batch, total, old["entries"].shape[2]), old["entries"].dtype),
         "owners": np.full((batch, total), -1, np.int8),
@@ -186,20 +188,16 @@ def _converted(
     for row, layer in np.ndindex(batch, layers):
         source = firsts[row, layer] + np.arange(int(sizes[row, layer]))
         source = source[old["owners"][row, source] >= 0]
-        target = table[row, layer] * page + np.arange(len(source))
+        target = begins[row, layer] + np.arange(len(source))
         for name in ("entries", "owners", "positions"):
             new[name][row, target] = old[name][row, source]
         if "scales" in old:
             new["scales"][row, :, target] = old["scales"][row, :, source]
     if "scales" not in old:
         del new["scales"]
-    new |= {
-        "table": table[..., None].astype(np.int32),
-        "lengths": counts.sum(-1, dtype=np.int32),
-        "counts": counts,
-    }
+    new["counts"] = counts
     kept = {name: x for name, x in arrays.items() if not name.startswith("pool.")}
-    static = {"runs": runs, "consecutive": True, "page": page}
+    static = {"runs": runs, "page": page}
     static |= {"room": old["owners"].shape[1], "alike": runs is not None}
     static |= {"most": int(sizes.max())}
     return kept | {f"slots.{name}": x for name, x in new.items()}, facts | {"slots": static}

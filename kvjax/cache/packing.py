@@ -5,7 +5,6 @@ R slots of a layer as every device sees them, C slots written at once on a devic
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from kvjax import sharding
-from kvjax.cache.slots import Slots
+from kvjax.cache.slots import Slots, first_page
 from kvjax.sharding import GROUP, HEADS, REST
 
 
@@ -29,14 +28,6 @@ def quantized(
     return whole.astype(jnp.int8), scale_BY
 
 
-def first_page(slots: Slots, layer: int) -> Int[Array, " B"]:
-    """Where the next layer to be packed begins: behind the pages of those before it."""
-    if slots.runs is not None:
-        return slots.table[:, layer, 0]
-    pages_BL = -(-slots.lengths[:, :layer] // slots.page)
-    return pages_BL.sum(-1, dtype=jnp.int32)
-
-
 def stored(slots: Slots, layer: int, keep: Bool[Array, "B K T"], room: int) -> Int[Array, "B K"]:
     """How many of the entries that a layer's heads keep have a slot there."""
     if slots.runs is not None:
@@ -47,17 +38,6 @@ def stored(slots: Slots, layer: int, keep: Bool[Array, "B K T"], room: int) -> I
     ends_BK = jnp.cumsum(keep.sum(-1, dtype=jnp.int32), axis=-1, dtype=jnp.int32)
     ends_BK = jnp.minimum(ends_BK, jnp.minimum(room, space_B)[..., None])
     return jnp.diff(ends_BK, axis=-1, prepend=0)
-
-
-def with_layer(slots: Slots, layer: int, counts: Int[Array, "B K"], **arrays: Any) -> Slots:
-    """The slots with one more layer's entries, `arrays`, and what the table says of it."""
-    first_B = first_page(slots, layer)
-    return slots.replace(
-        table=slots.table.at[:, layer, 0].set(first_B),
-        lengths=slots.lengths.at[:, layer].set(counts.sum(-1, dtype=jnp.int32)),
-        counts=slots.counts.at[:, layer].set(counts),
-        **arrays,
-    )
 
 
 def put_layer(
@@ -79,19 +59,10 @@ def put_layer(
     if slots.parts > 1:
         return _put_on_devices(slots, layer, keys, values, keep, room)
     counts_BK = stored(slots, layer, keep, room)
-    batch, tokens, kv_heads, head_dim = keys.shape
-    running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
-    wanted_Y = jnp.arange(1, room + 1, dtype=jnp.int32)
-    found_BY = jax.vmap(lambda running: jnp.searchsorted(running, wanted_Y))(running_BX)
-    found_BY = found_BY.astype(jnp.int32)
-    filled_BY = wanted_Y <= counts_BK.sum(-1, keepdims=True, dtype=jnp.int32)
-    found_BY = jnp.minimum(found_BY, kv_heads * tokens - 1)
-    owner_BY, position_BY = found_BY // tokens, found_BY % tokens
-    # Rows are taken from [B, T * K, H] as it lies: no transposed copy of the prompt.
-    row_BY1 = (position_BY * kv_heads + owner_BY)[..., None]
-    halves = [
-        jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BY1, axis=1) for x in (keys, values)
-    ]
+    place_Y = jnp.arange(room, dtype=jnp.int32)
+    filled_BY = place_Y < counts_BK.sum(-1, keepdims=True, dtype=jnp.int32)
+    place_BY = jnp.broadcast_to(place_Y, filled_BY.shape)
+    owner_BY, position_BY, halves = _gathered(keys, values, keep, place_BY)
     new = [
         jnp.where(filled_BY, owner_BY, -1).astype(jnp.int8),
         jnp.where(filled_BY, position_BY, -1),
@@ -105,10 +76,31 @@ def put_layer(
     new.append(jnp.where(filled_BY[..., None], jnp.concatenate(halves, axis=-1), 0))
     old.append(slots.entries)
     owners, positions, *scales, entries = _written(slots, layer, old, new, filled_BY)
-    stacked = jnp.stack(scales, axis=1) if scales else None
-    return with_layer(
-        slots, layer, counts_BK, entries=entries, owners=owners, positions=positions, scales=stacked
+    return slots.replace(
+        entries=entries,
+        owners=owners,
+        positions=positions,
+        scales=jnp.stack(scales, axis=1) if scales else None,
+        counts=slots.counts.at[:, layer].set(counts_BK),
     )
+
+
+def _gathered(keys, values, keep, place: Int[Array, "B Y"]):
+    """Head, position, and halves of the entries that are kept: those at these places among them.
+
+    Entries are counted head after head, each in the order of positions.
+    """
+    batch, tokens, heads, head_dim = keys.shape
+    running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
+    found_BY = jax.vmap(jnp.searchsorted)(running_BX, place + 1).astype(jnp.int32)
+    found_BY = jnp.minimum(found_BY, heads * tokens - 1)
+    head_BY, position_BY = found_BY // tokens, found_BY % tokens
+    # Rows are taken from [B, T * K, H] as it lies: no transposed copy of the prompt.
+    row_BY1 = (position_BY * heads + head_BY)[..., None]
+    halves = [
+        jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BY1, axis=1) for x in (keys, values)
+    ]
+    return head_BY, position_BY, halves
 
 
 def _written(slots: Slots, layer: int, old: list[Array], new: list[Array], filled_BY: Array):
@@ -142,20 +134,18 @@ def _put_on_devices(slots: Slots, layer: int, keys, values, keep, room: int) -> 
     rest = [keys, values, keep, counts_BK, start_B]
     found = sharding.by_device(body, f"BTKH,BTKH,BKT,B.,B,{letters}->{letters}", *rest, *arrays)
     entries, owners, positions, *scales = found
-    return with_layer(
-        slots,
-        layer,
-        counts_BK,
+    return slots.replace(
         entries=entries,
         owners=owners,
         positions=positions,
         scales=scales[0] if scales else None,
+        counts=slots.counts.at[:, layer].set(counts_BK),
     )
 
 
 def _put_here(keys, values, keep, counts_BK, start_B, *slots, room: int, parts: int):
     """One device's part: its heads' kept entries out, its slots of all heads' in."""
-    batch, tokens, heads, head_dim = keys.shape
+    tokens, heads = keys.shape[1:3]
     first_head = lax.axis_index(HEADS) * heads
     ends_BK = jnp.cumsum(counts_BK, axis=1, dtype=jnp.int32)
     own_B1 = lax.dynamic_slice_in_dim(ends_BK - counts_BK, first_head, 1, axis=1)
@@ -164,14 +154,7 @@ def _put_here(keys, values, keep, counts_BK, start_B, *slots, room: int, parts: 
     rows = -(-room // parts)
     place_BR = jnp.arange(rows * parts, dtype=jnp.int32) - own_B1
     valid_BR = (place_BR >= 0) & (place_BR < mine_B1)
-    running_BX = jnp.cumsum(keep.reshape(batch, -1), axis=-1, dtype=jnp.int32)
-    found_BR = jax.vmap(jnp.searchsorted)(running_BX, place_BR + 1).astype(jnp.int32)
-    found_BR = jnp.minimum(found_BR, heads * tokens - 1)
-    head_BR, position_BR = found_BR // tokens, found_BR % tokens
-    row_BR1 = (position_BR * heads + head_BR)[..., None]
-    halves = [
-        jnp.take_along_axis(x.reshape(batch, -1, head_dim), row_BR1, axis=1) for x in (keys, values)
-    ]
+    head_BR, position_BR, halves = _gathered(keys, values, keep, place_BR)
     entries_BRE = jnp.where(valid_BR[..., None], jnp.concatenate(halves, axis=-1), 0)
     entries_BCE = _to_slots(entries_BRE, rows)
     code_BR = (first_head + head_BR) * tokens + position_BR + 1

@@ -10,8 +10,8 @@ T prompt tokens, H head dim, E = 2 H (a slot's key and value side by side), Y sl
 
 Of layer 0, head 0 kept three entries and head 1 two. Which head a slot belongs to is data: shapes
 are the budget's, whatever an adaptive method decides. To a layer its slots are numbered through, in
-the order of its pages; a packed prompt's pages follow one another, so that a layer is a slice. To
-grow and to share are edits of the table.
+the order of its pages; a packed prompt's pages follow one another, so that a layer is a slice and
+no table is needed. To grow is to get a table.
 """
 
 from typing import Any, NamedTuple, no_type_check
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from kvjax.kernels.decode_attention import in_order
 from kvjax.kernels.platform import platform
 
 # Slots of a page: what a copy of a page moves is worth starting it, and less than one is empty at
@@ -46,14 +47,13 @@ class Slots(struct.PyTreeNode):
       owners: `[X, M]` int8, the KV head that an entry belongs to; -1 in an empty slot, whose entry
         may be anything.
       positions: `[X, M]` int32, the entry's position in the prompt; -1 in an empty slot.
-      table: `[B, L, R]` int32, the pages of each layer in order. Of `consecutive` pages only the
-        first (R = 1).
-      lengths: `[B, L]` int32, slots that a layer may use, from its first page on; the rest of its
-        last page stays empty.
       counts: `[B, L, K]` int32, entries of each layer and head.
-      runs: [first, end) slots of each layer, where its pages are consecutive and the same in every
-        row: a program then cuts slices. Else None.
-      consecutive: whether each layer's pages follow its first one.
+      table: `[B, L, R]` int32, the pages of each layer in order; None where they follow one
+        another, layer after layer, as far as counts say or where `runs` are.
+      sizes: `[B, L]` int32, slots that each layer of a table may use, from its first page on; the
+        rest of its last page stays empty. Else None: a layer has as many as it has entries.
+      runs: [first, end) slots of each layer, where there is no table and every row has the same: a
+        program then cuts slices. Else None.
       room: slots that a row's layers may use together, without what their last pages leave empty.
       most: slots that one layer may use at most, where that is known beforehand.
       alike: whether every layer of every row may use `most` slots.
@@ -68,12 +68,11 @@ class Slots(struct.PyTreeNode):
     entries: Float[Array, "X M E"] | Int8[Array, "X M E"]
     owners: Int8[Array, "X M"]
     positions: Int[Array, "X M"]
-    table: Int[Array, "B L R"]
-    lengths: Int[Array, "B L"]
     counts: Int[Array, "B L K"]
+    table: Int[Array, "B L R"] | None = None
+    sizes: Int[Array, "B L"] | None = None
     scales: Float[Array, "X 2 M"] | None = None
     runs: tuple[tuple[int, int], ...] | None = struct.field(pytree_node=False, default=None)
-    consecutive: bool = struct.field(pytree_node=False, default=True)
     room: int = struct.field(pytree_node=False, default=0)
     most: int | None = struct.field(pytree_node=False, default=None)
     alike: bool = struct.field(pytree_node=False, default=False)
@@ -85,6 +84,11 @@ class Slots(struct.PyTreeNode):
     def size(self) -> int:
         """Slots of a pool, on all devices."""
         return self.owners.shape[1]
+
+    @property
+    def lengths(self) -> Int[Array, "B L"]:
+        """Slots of each layer that may hold an entry, from its first page on."""
+        return self.counts.sum(-1, dtype=jnp.int32) if self.sizes is None else self.sizes
 
     @property
     def nbytes(self) -> int:
@@ -138,13 +142,10 @@ def empty_slots(
     slots, runs = in_pages(room, runs, layers, page)
     if kv_heads > jnp.iinfo(jnp.int8).max:
         raise ValueError(f"keys have {kv_heads} heads, expected at most 127 (owners are int8)")
-    firsts = [first // page for first, _ in runs] if runs else [0] * layers
     return Slots(
         entries=jnp.zeros((batch, slots, 2 * head_dim), jnp.int8 if quantize else like.dtype),
         owners=jnp.full((batch, slots), -1, jnp.int8),
         positions=jnp.full((batch, slots), -1, jnp.int32),
-        table=jnp.broadcast_to(jnp.array(firsts, jnp.int32)[:, None], (batch, layers, 1)),
-        lengths=jnp.zeros((batch, layers), jnp.int32),
         counts=jnp.zeros((batch, layers, kv_heads), jnp.int32),
         scales=jnp.zeros((batch, 2, slots), jnp.float32) if quantize else None,
         runs=runs,
@@ -165,7 +166,8 @@ def reshard_slots(slots: Slots, parts: int) -> Slots:
     if parts == slots.parts:
         return slots
     if slots.page % parts:
-        slots = repaged(reshard_slots(slots, 1), page_size(parts))
+        page, layers = page_size(parts), slots.counts.shape[1]
+        slots = repaged(reshard_slots(slots, 1), page, in_pages(slots.size, None, layers, page)[0])
     if slots.parts > 1 and parts > 1:
         slots = reshard_slots(slots, 1)
 
@@ -184,30 +186,31 @@ def reshard_slots(slots: Slots, parts: int) -> Slots:
 
 
 # ---------------------------------------------------------------------------- a layer
-def slot_numbers(slots: Slots, layer: int) -> Int[Array, "B Y"]:
-    """Where in its pool each of a layer's slots lies, through the table; no consecutive pages."""
-    page_BR1 = slots.table[:, layer, :, None]
-    return (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
+def first_page(slots: Slots, layer: int) -> Int[Array, " B"]:
+    """Where a layer begins whose pages lie behind those of the layers before it."""
+    if slots.runs is not None:
+        return jnp.full(slots.counts.shape[:1], slots.runs[layer][0] // slots.page, jnp.int32)
+    entries_BL = slots.counts[:, :layer].sum(-1, dtype=jnp.int32)
+    return (-(-entries_BL // slots.page)).sum(-1, dtype=jnp.int32)
+
+
+def pages_of(slots: Slots, layer: int) -> Int[Array, "B R"]:
+    """A layer's pages in order, or the first one alone where the others follow it."""
+    return first_page(slots, layer)[:, None] if slots.table is None else slots.table[:, layer]
 
 
 def of_layer(slots: Slots, array: Array, layer: int) -> Array:
     """What the slots of one layer hold, `[B, Y, ...]` of an array `[X, M, ...]`, in order.
 
     Args:
-      slots: on one device (`reshard_slots`), with known runs or with a whole table.
+      slots: on one device (`reshard_slots`), with known runs or with a table.
       array: `entries`, `owners`, `positions`, or a half of `scales`.
       layer: which.
     """
     if slots.runs is not None:
         first, end = slots.runs[layer]
         return array[:, first:end]
-    paged = array.reshape(array.shape[0], -1, slots.page, *array.shape[2:])
-    table_BR = slots.table[:, layer]
-    if paged.shape[0] == 1:
-        taken = paged[0][table_BR]
-    else:
-        taken = jax.vmap(lambda pages, at: pages[at])(paged, table_BR)
-    return taken.reshape(table_BR.shape[0], -1, *array.shape[2:])
+    return in_order(array, (pages_of(slots, layer), slots.page))
 
 
 class LayerSlots(NamedTuple):
@@ -227,8 +230,9 @@ class LayerSlots(NamedTuple):
 
 
 def layer_slots(slots: Slots, layer: int) -> LayerSlots:
-    """The slots of one layer, through its whole table; on one device."""
-    number_BY = slot_numbers(slots, layer)
+    """The slots of one layer, through its table; on one device."""
+    page_BR1 = pages_of(slots, layer)[..., None]
+    number_BY = (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
     size_B = slots.lengths[:, layer]
     mine_BY = jnp.arange(number_BY.shape[1]) < size_B[:, None]
     owner_BY = of_layer(slots, slots.owners, layer)
@@ -244,8 +248,8 @@ def layer_slots(slots: Slots, layer: int) -> LayerSlots:
 def kept_mask(slots: Slots, layer: int, tokens: int) -> Bool[Array, "B K T"]:
     """Which tokens each head of a layer holds."""
     slots = reshard_slots(slots, 1)
-    if slots.consecutive and slots.runs is None:  # a layer may be as long as the pool
-        start_B = slots.table[:, layer, 0] * slots.page
+    if slots.table is None and slots.runs is None:  # a layer may be as long as the pool
+        start_B = first_page(slots, layer) * slots.page
         number_BY = jnp.arange(slots.size) - start_B[:, None]
         owner_BY, position_BY = slots.owners, slots.positions
     else:
@@ -275,11 +279,12 @@ def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Sl
     page, have = slots.page, slots.size // slots.page
     pages = max(pages, have)
     wanted_BL = -(-sizes // page)
-    own_BL = jnp.minimum(_pages_of(slots), wanted_BL)
+    own_BL = jnp.minimum(_has_pages(slots), wanted_BL)
     width = max(-(-widest // page), 1)
     number_R = jnp.arange(width, dtype=jnp.int32)
-    if slots.consecutive:
-        old_BLR = slots.table[..., :1] + number_R
+    if slots.table is None:
+        firsts = [first_page(slots, layer) for layer in range(sizes.shape[1])]
+        old_BLR = jnp.stack(firsts, axis=1)[..., None] + number_R
     else:
         old_BLR = jnp.pad(slots.table, ((0, 0), (0, 0), (0, max(0, width - slots.table.shape[2]))))
         old_BLR = old_BLR[..., :width]
@@ -309,18 +314,18 @@ def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Sl
         positions=longer(slots.positions, 1, -1),
         scales=None if slots.scales is None else longer(slots.scales, 2, 0),
         table=table_BLR,
-        lengths=sizes,
+        sizes=sizes,
         runs=None,
-        consecutive=False,
     )
 
 
 def compacted(slots: Slots) -> Slots:
-    """The slots with each layer's entries in the first ones of it; on one device, a whole table."""
-    rows_B1 = jnp.arange(slots.table.shape[0])[:, None]
+    """The slots with each layer's entries in the first ones of it; on one device, with a table."""
+    batch, layers, _ = slots.counts.shape
+    rows_B1 = jnp.arange(batch)[:, None]
     arrays = [slots.entries, slots.owners, slots.positions]
     arrays += [] if slots.scales is None else [slots.scales[:, 0], slots.scales[:, 1]]
-    for layer in range(slots.table.shape[1]):
+    for layer in range(layers):
         here = layer_slots(slots, layer)
         order_BY = jnp.argsort(~here.owned.any(1), axis=1, stable=True)
         for index, x in enumerate(arrays):
@@ -333,46 +338,40 @@ def compacted(slots: Slots) -> Slots:
     return slots.replace(entries=entries, owners=owners, positions=positions, scales=stacked)
 
 
-def _pages_of(slots: Slots) -> Int[Array, "B L"]:
-    """Pages that each layer has, of which the first ones hold its entries."""
+def _has_pages(slots: Slots) -> Int[Array, "B L"]:
+    """How many pages each layer has, of which the first ones hold its entries."""
     if slots.runs is None:
         return -(-slots.lengths // slots.page)
     pages_L = jnp.array([(end - first) // slots.page for first, end in slots.runs], jnp.int32)
     return jnp.broadcast_to(pages_L, slots.lengths.shape)
 
 
-def repaged(slots: Slots, page: int, size: int | None = None) -> Slots:
-    """The same slots in other pages, one layer after the other; copies the pool, on one device.
+def repaged(slots: Slots, page: int, size: int) -> Slots:
+    """The same slots in other pages, one layer after the other; copies the pool.
+
+    Layers that may use more slots than they hold entries keep a table, the others need none.
 
     Args:
       slots: on one device.
       page: slots of a page.
-      size: of the pool, enough for whole pages of all layers' lengths; by default as many as it
-        has, with each layer's run where it has one.
+      size: of the pool, enough for whole pages of all layers' lengths.
     """
     batch, layers, _ = slots.counts.shape
-    total, runs = in_pages(slots.size, slots.runs, layers, page)
-    if size is not None:
-        total, runs = size, None
-    firsts_BL = jnp.zeros((batch, layers), jnp.int32)
-    if runs is not None:
-        firsts_BL += jnp.array([first // page for first, _ in runs], jnp.int32)
-    else:
-        pages_BL = -(-slots.lengths // page)
-        firsts_BL = jnp.cumsum(pages_BL, axis=1, dtype=jnp.int32) - pages_BL
+    pages_BL = -(-slots.lengths // page)
+    firsts_BL = jnp.cumsum(pages_BL, axis=1, dtype=jnp.int32) - pages_BL
     # Which layer each new slot is of, and which of its slots.
-    number_M = jnp.arange(total, dtype=jnp.int32)
+    number_M = jnp.arange(size, dtype=jnp.int32)
     find = jax.vmap(lambda firsts: jnp.searchsorted(firsts * page, number_M, side="right") - 1)
     layer_BM = find(firsts_BL)
     offset_BM = number_M - jnp.take_along_axis(firsts_BL, layer_BM, axis=1) * page
     filled_BM = offset_BM < jnp.take_along_axis(slots.lengths, layer_BM, axis=1)
-    old_BM = offset_BM // slots.page
-    if slots.consecutive:
-        page_BM = jnp.take_along_axis(slots.table[..., 0], layer_BM, axis=1) + old_BM
+    if slots.table is None:
+        old_BL = jnp.stack([first_page(slots, layer) for layer in range(layers)], axis=1)
+        page_BM = jnp.take_along_axis(old_BL, layer_BM, axis=1) + offset_BM // slots.page
     else:
         width = slots.table.shape[2]
-        flat = slots.table.reshape(batch, -1)
-        page_BM = jnp.take_along_axis(flat, layer_BM * width + jnp.minimum(old_BM, width - 1), 1)
+        place_BM = layer_BM * width + jnp.minimum(offset_BM // slots.page, width - 1)
+        page_BM = jnp.take_along_axis(slots.table.reshape(batch, -1), place_BM, axis=1)
     source_BM = jnp.where(filled_BM, page_BM * slots.page + offset_BM % slots.page, 0)
 
     def move(x: Array, empty: int) -> Array:
@@ -380,16 +379,18 @@ def repaged(slots: Slots, page: int, size: int | None = None) -> Slots:
         filled = filled_BM.reshape(at.shape)
         return jnp.where(filled, jnp.take_along_axis(x, at, axis=1), jnp.asarray(empty, x.dtype))
 
-    scales = slots.scales
+    scales, table = slots.scales, None
     if scales is not None:
         scales = move(scales.swapaxes(1, 2), 0).swapaxes(1, 2)
+    if slots.sizes is not None and slots.table is not None:
+        width = -(-slots.table.shape[2] * slots.page // page)
+        table = jnp.minimum(firsts_BL[..., None] + jnp.arange(width), size // page - 1)
     return slots.replace(
         entries=move(slots.entries, 0),
         owners=move(slots.owners, -1),
         positions=move(slots.positions, -1),
         scales=scales,
-        table=firsts_BL[..., None],
-        runs=runs,
-        consecutive=True,
+        table=table,
+        runs=None,
         page=page,
     )

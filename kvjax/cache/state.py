@@ -49,7 +49,7 @@ class Cache(struct.PyTreeNode):
     @property
     def shared(self) -> int:
         """Rows that hold one prompt's entries together; 1 where each has its own."""
-        held = self.slots.table if self.slots is not None else self.layers[0].positions
+        held = self.slots.counts if self.slots is not None else self.layers[0].positions
         return self.batch // held.shape[0]
 
     @property

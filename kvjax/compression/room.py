@@ -105,19 +105,15 @@ def add_pages(
     total = slots_needed(slots.room, layers * kv_heads, rule, new, fraction)
     caps = [total if w is None else kv_heads * max(w - 1, 1) for w in windows or [None] * layers]
     total = min(total, max(sum(caps), slots.room))
-    dense = cache.slots is not None and slots.consecutive
+    dense = cache.slots is not None and slots.table is None
     most, alike = _most(slots, rule, total, caps, packed=dense)
     pages = layers * -(-most // slots.page) if alike else total // slots.page + layers
-    # With every page in its table a layer can be looked at.
-    slots = grown(slots, slots.lengths, 0, max(most, slots.most or slots.room))
-    slots = slots if dense else compacted(slots)
+    slots = slots if dense else compacted(slots).replace(sizes=None)
     if pages * slots.page < slots.size:  # empty slots were more than the budget
-        slots = repaged(slots.replace(lengths=held_BL), slots.page, pages * slots.page)
-    slots = grown(slots, held_BL, 0, max(most, slots.most or slots.room))
-    wanted_BL, ratio = held_BL, None
+        slots = repaged(slots, slots.page, pages * slots.page)
+    wanted_BL = held_BL
     if rule.budget is None:
-        ratio = ratio_of(slots, cache.prompt_lengths)
-        most_BLK = allowed(ratio.kept, cache.prompt_lengths, new)
+        most_BLK = allowed(slots.counts, cache.prompt_lengths, new)
         wanted_BL = jnp.maximum(wanted_BL, most_BLK.sum(-1, dtype=jnp.int32))
         room_B = held_BL.sum(-1, dtype=jnp.int32) + _grown(layers * kv_heads, new, fraction)
     else:
@@ -127,6 +123,7 @@ def add_pages(
         wanted_BL = caps_BL = jnp.full_like(held_BL, most)
     sizes_BL = exact.spread(wanted_BL, caps_BL, room_B, held_BL)
     slots = grown(slots, sizes_BL, pages, most).replace(room=total, most=most, alike=alike)
+    ratio = ratio_of(slots, cache.prompt_lengths) if rule.budget is None else None
     tail = cache.tail
     if rule.queries and not tail.queries:
         tail = remember(tail, rule.queries, heads)
@@ -157,7 +154,7 @@ def _most(
 
 
 def slots_of(cache: Cache) -> Slots:
-    """The slots of a cache in the padded layout; its empty ones stay empty."""
+    """The slots of a cache in the padded layout, with a table; its empty ones stay empty."""
     batch, kv_heads = cache.layers[0].positions.shape[:2]
     sizes = [kv_heads * layer.positions.shape[2] for layer in cache.layers]
     ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
@@ -179,13 +176,14 @@ def slots_of(cache: Cache) -> Slots:
             flat = x.reshape(batch, -1, *x.shape[3:])
             widths = [(0, more if axis == 1 else 0) for axis in range(flat.ndim)]
             found.append(jnp.pad(flat, widths, constant_values=empty))
-    return slots.replace(
+    slots = slots.replace(
         entries=jnp.concatenate(entries, axis=1),
         owners=jnp.concatenate(owners, axis=1),
         positions=jnp.concatenate(positions, axis=1),
         counts=cache.counts,
-        lengths=jnp.broadcast_to(jnp.array(sizes, jnp.int32), (batch, len(sizes))),
     )
+    sizes_BL = jnp.broadcast_to(jnp.array(sizes, jnp.int32), (batch, len(sizes)))
+    return grown(slots, sizes_BL, 0, max(sizes))
 
 
 def entries_of_prompt(slots: Slots, lengths: Int[Array, " B"]) -> Int[Array, "B L K"]:

@@ -247,6 +247,6 @@ def close_answer(
 def kept_entries(cache: Cache) -> Int[Array, "B L K"]:
     """Entries of the prompt that each row, layer and head keeps; answers' do not count."""
     counts = cache.counts
-    if cache.slots is not None and not cache.slots.consecutive:
+    if cache.slots is not None and cache.slots.table is not None:
         counts = entries_of_prompt(cache.slots, cache.prompt_lengths)
     return jnp.broadcast_to(counts, (cache.batch, *counts.shape[1:]))

@@ -68,9 +68,8 @@ def _pool_of_a_row(ask: Ask, tokens: int) -> int:
         packed = packs(config) and not config.skips(tokens)
     entry = slot_bytes(config, tokens, model.head_dim, _WIDTH)
     if packed:
-        # Counts, lengths, and the table: the first page of each layer.
-        numbers = 4 * model.num_layers * (model.num_kv_heads + 2)
-        return slots // ask.parts * (entry + _OWNER_AND_POSITION) + numbers
+        counts = 4 * model.num_layers * model.num_kv_heads
+        return slots // ask.parts * (entry + _OWNER_AND_POSITION) + counts
     return slots // _mesh(ask).shape[HEADS] * (entry + _POSITION)
 
 

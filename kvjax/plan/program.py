@@ -144,7 +144,7 @@ def cache_axes(cache: Cache) -> Cache:
         scales = slots.scales if slots.scales is None else "B2M"
         slots = slots.replace(
             entries="BME", owners="BM", positions="BM", scales=scales,
-            table="B..", lengths="B.", counts="B..",
+            counts="B..",
         )  # fmt: skip
     count = len(cache.tail.keys)
     tail = cache.tail.replace(

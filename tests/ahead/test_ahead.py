@@ -78,9 +78,10 @@ def decode_problem(head_dim: int, consecutive: bool):
             owners=array((batch, slots), jnp.int8),
             positions=array((batch, slots), jnp.int32),
             counts=array((batch, layers, heads), jnp.int32),
-            lengths=array((batch, layers), jnp.int32),
-            table=array((batch, layers, 1 if consecutive else slots // layers // 128), jnp.int32),
-            consecutive=consecutive,
+            table=None
+            if consecutive
+            else array((batch, layers, slots // layers // 128), jnp.int32),
+            sizes=None if consecutive else array((batch, layers), jnp.int32),
             page=128,
         ),
         tail=Tail(

@@ -60,7 +60,7 @@ def test_llama_3_8b_on_eight_chips_by_hand():
     norms = 65 * 4096  # whole on every chip
     weights = 2 * ((2 * 128_256 * 4096 + 32 * layer) // 8 + norms)
     # 1024 entries x 32 layers x 8 heads over 8 chips: 128 keys, 128 values, owner, position.
-    pool = 1024 * 32 * (2 * 128 * 2 + 5) + 4 * 32 * (8 + 2)
+    pool = 1024 * 32 * (2 * 128 * 2 + 5) + 4 * 32 * 8
     tail = 128 * (32 * 2 * 128 * 2 + 4)
     assert held.held(ask()) == held.Held(weights, pool, tail)
     full = 8192 * 32 * (2 * 128 * 2 + 4)  # and a position for each head's slot
@@ -71,7 +71,7 @@ def test_fewer_kv_heads_than_chips_are_repeated():
     """16 chips and 8 KV heads: two chips have each head's tail, the pool is split over all."""
     sixteen = {"model": "llama-3-70b", "topology": "v5e-256", "data": 16, "parts": 16, "batch": 32}
     found = held.held(ask(**sixteen))
-    assert found.pool == 2 * (1024 * 80 * 8 // 16 * (512 + 5) + 4 * 80 * (8 + 2))
+    assert found.pool == 2 * (1024 * 80 * 8 // 16 * (512 + 5) + 4 * 80 * 8)
     assert found.tail == 2 * 128 * (80 * 2 * 128 * 2 + 4)
 
 
@@ -411,7 +411,7 @@ def test_two_committed_rows_by_hand():
 
     first = row("llama-3-8b", "v5e-8", "ada-snapkv")
     assert first["weights"] == 2_008_031_232
-    assert first["pool"] == 8 * (1024 * 32 * 517 + 4 * 32 * (8 + 2))
+    assert first["pool"] == 8 * (1024 * 32 * 517 + 1024)
     assert first["tail"] == 8 * 128 * (32 * 512 + 4)
     second = row("llava-1.5-7b", "v6e-1", "full")
     layer = 4 * 4096 * 4096 + 3 * 4096 * 11_008

@@ -9,7 +9,7 @@ from synthetic import probe_of
 import kvjax
 from kvjax import CompressionConfig, ConfigError, Recompress
 from kvjax.cache.ratio import allowed
-from kvjax.cache.slots import kept_mask
+from kvjax.cache.slots import first_page, kept_mask
 from kvjax.cache.state import with_room
 from kvjax.compression.recompress import evict as evict_
 from kvjax.compression.recompress import make_room
@@ -64,8 +64,9 @@ def entries(cache, layer: int, row: int, tail: bool) -> dict:
     pool, found = cache.slots, {}
     for number in range(int(pool.lengths[row, layer])):
         index, offset = divmod(number, pool.page)
-        page = pool.table[row, layer, 0] + index
-        if not pool.consecutive:
+        if pool.table is None:
+            page = first_page(pool, layer)[row] + index
+        else:
             page = pool.table[row, layer, index]
         slot = int(page) * pool.page + offset
         if (owner := int(pool.owners[row, slot])) >= 0:

@@ -16,11 +16,13 @@ from kvjax import METHODS, CompressionConfig
 from kvjax.cache import packing
 from kvjax.cache.slots import (
     empty_slots,
+    first_page,
     grown,
     in_pages,
     kept_mask,
     of_layer,
     page_size,
+    pages_of,
     reshard_slots,
 )
 from kvjax.kernels.platform import assume
@@ -54,7 +56,7 @@ def test_put_by_hand():
     np.testing.assert_array_equal(slots.entries[0, :, 0], expected)
     np.testing.assert_array_equal(slots.entries[..., 1], -slots.entries[..., 0])
     np.testing.assert_array_equal(slots.counts, [[[3, 2], [1, 2]]])
-    assert slots.table.tolist() == [[[0], [2]]]
+    assert [first_page(slots, layer).tolist() for layer in (0, 1)] == [[0], [2]]
     assert slots.lengths.tolist() == [[5, 3]]
     assert slots.nbytes == 12 * 2 * 4
     mask = np.asarray(mask_of(slots, 0, 10))
@@ -122,13 +124,14 @@ def test_every_kept_entry_is_found_under_its_owner(keep, spare):
     keys, values = (normal(seed, layers, batch, tokens, heads, 4) for seed in (0, 1))
     # What is not kept may hold anything.
     dirty = np.where(keep.swapaxes(2, 3)[..., None], keys, np.float32(np.nan))
-    pool, masks = jax.tree.map(np.asarray, packed_layers(dirty, values, keep, slots))
+    held, masks = packed_layers(dirty, values, keep, slots)
+    pool = jax.tree.map(np.asarray, held)
     np.testing.assert_array_equal(pool.counts, keep.sum(-1).swapaxes(0, 1))
     for row in range(batch):
         at, empty = 0, np.ones(pool.owners.shape[1], bool)
         for layer in range(layers):
             at = -(-at // PAGE) * PAGE  # a page of its own
-            assert pool.table[row, layer, 0] * PAGE == at
+            assert int(first_page(held, layer)[row]) * PAGE == at
             for head in range(heads):
                 places = np.flatnonzero(keep[layer, row, head])
                 run = slice(at, at + len(places))
@@ -159,10 +162,10 @@ def test_fixed_regions_hold_the_same():
             a, b = (
                 np.asarray(p.entries)[row, first : first + int(p.lengths[row, layer])]
                 for p in (behind, fixed)
-                for first in [int(p.table[row, layer, 0]) * PAGE]
+                for first in [int(first_page(p, layer)[row]) * PAGE]
             )
             np.testing.assert_array_equal(a, b)
-    assert fixed.table[:, 1, 0].tolist() == [4] * 3
+    assert first_page(fixed, 1).tolist() == [4] * 3
 
 
 def test_owners_are_int8():
@@ -185,7 +188,6 @@ def filled(kept=(5, 3), page=4):
 def test_growing_by_hand():
     """Layers of 5 and 3 entries in pages 0, 1 and 2; to 9 and 6 slots come pages 3 and 4."""
     slots = filled()
-    assert slots.table.tolist() == [[[0], [2]]]
     more = grown(slots, jnp.array([[9, 6]]), 5, 9)
     assert more.table.tolist() == [[[0, 1, 3], [2, 4, 0]]]
     assert more.lengths.tolist() == [[9, 6]]
@@ -228,15 +230,16 @@ def test_pages_waste_less_than_a_hundredth(platform, parts):
 
 def test_pages_of_another_size_hold_the_same():
     """A page of 4 cannot be dealt out to 3 devices: it becomes one of 18."""
-    for slots in (filled(), grown(filled(), jnp.array([[9, 6]]), 5, 9)):
+    more = grown(filled(), jnp.array([[9, 6]]), 5, 9)
+    for slots in (filled(), more):
         split = reshard_slots(slots, 3)
-        assert split.page % 3 == 0
-        for layer in (0, 1):
-            expected = kept_mask(slots, layer, 5)
-            np.testing.assert_array_equal(kept_mask(split, layer, 5), expected)
+        assert split.page == 18
+        np.testing.assert_array_equal(split.lengths, slots.lengths)
         one = reshard_slots(split, 1)
         for layer, count in enumerate((5, 3)):
-            first = int(one.table[0, layer, 0]) * one.page
+            for held in (split, one):
+                np.testing.assert_array_equal(kept_mask(held, layer, 5), kept_mask(slots, layer, 5))
+            first = int(pages_of(one, layer)[0, 0]) * one.page
             found = one.entries[0, first : first + count, 0]
             np.testing.assert_array_equal(found, np.arange(count) + 5 * layer)
 

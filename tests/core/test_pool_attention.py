@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.kernels import decode_attention
 from kvjax.kernels.decode_attention import packed, paged_attention, tpu
 from kvjax.kernels.decode_attention.by_head import block_size, owned
 
@@ -309,19 +308,6 @@ def test_many_rows_in_a_fixed_region(many):
         out, lse = module.slot_attention(**arrays, kv_heads=2, region=(20, 250), **rules)
         np.testing.assert_allclose(out, expected[0], atol=5e-6)
         np.testing.assert_allclose(lse, expected[1], atol=5e-6)
-
-
-def test_tokens_in_parts(monkeypatch):
-    """Seven tokens of a call in parts of two, with what each has evicted."""
-    case = make_case(41, tokens=7)
-    evicted = make_dead(3, case, 2)
-    case, evicted = jax.tree.map(jnp.asarray, (case, evicted))
-    expected = pool_attention(**case, kv_heads=2, evicted=evicted)
-    monkeypatch.setattr(decode_attention, "MOST_ROWS", 2 * 6 * 2)
-    for got, wanted in zip(
-        pool_attention(**case, kv_heads=2, evicted=evicted), expected, strict=True
-    ):
-        np.testing.assert_allclose(got, wanted, atol=2e-6)
 
 
 def test_bounds_of_what_a_head_owns():
