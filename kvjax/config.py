@@ -4,9 +4,9 @@ import dataclasses
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from kvjax.compression import allocators, scorers
+from kvjax.compression import allocators, row_budgets, scorers
 from kvjax.methods import METHODS, Settings
 
 
@@ -24,7 +24,7 @@ class CompressionConfig(Settings):
         included: an int, or a float in (0, 1] for that fraction of each row's prompt (rounded
         down, at least 2). None for `full`, and for a `profile` that is taken as it is.
       scorer, layers, heads, sinks, recent, keep_ratio, output_aware, chunk, epsilon: see
-        `kvjax.methods.Method`. "global" and "joint" divide a budget among layers and heads at
+        `kvjax.methods.Choices`. "global" and "joint" divide a budget among layers and heads at
         once, so they stand for both.
       window: observation window, in tokens, below the budget; None for min(32, budget // 2), and
         8 and 1 in place of 32 for "l2-window" and "tova", as in their papers.
@@ -150,6 +150,11 @@ class CompressionConfig(Settings):
         return self.scorer != "none" and not whole
 
     @property
+    def fraction(self) -> float:
+        """The budget as a fraction of the prompt; a profile's own where no budget is given."""
+        return row_budgets.fraction(self)
+
+    @property
     def default_window(self) -> int:
         """The scorer's observation window, where `window` is None and the budget allows it."""
         return scorers.SCORERS[self.scorer].window
@@ -179,13 +184,15 @@ class Recompress:
         while the answer grows, as PrefixKV does (for methods with `keep_ratio` and budgets that
         are fractions). A prompt so short that it keeps more than its fraction (at least 2 entries,
         and what is protected) grows by no more than the fraction of the answer and 2 a head.
-      scorer: "window", attention from the last queries (for an answer that goes on), or
-        "key-diff", keys unlike the others (for questions yet to come: what the answer does not
-        look at for a while is not forgotten).
+      scorer: "window", attention from the last queries (for an answer that goes on), "key-diff",
+        keys unlike the others (for questions yet to come: what the answer does not look at for a
+        while is not forgotten), or another that scores while decoding
+        (`kvjax.compression.scorers.decoding_scorers`).
       window: last tokens, which are always kept and whose queries "window" scores by; None for
         min(32, every, budget // 2).
       sinks: first positions always kept.
-      heads: "ada" or "uniform", how a layer's entries are divided among its heads.
+      heads: "ada" or "uniform", how a layer's entries are divided among its heads (any of
+        `kvjax.compression.allocators.HEADS` under which heads keep tokens of their own).
       floor: Ada-KV's alpha.
 
     Raises:
@@ -194,10 +201,10 @@ class Recompress:
 
     every: int
     budget: int | None = None
-    scorer: Literal["window", "key-diff"] = "window"
+    scorer: str = "window"
     window: int | None = None
     sinks: int = 4
-    heads: Literal["ada", "uniform"] = "ada"
+    heads: str = "ada"
     floor: float = 0.2
 
     def __post_init__(self):
@@ -208,7 +215,8 @@ class Recompress:
                 continue
             if not _whole(value, smallest):
                 _refuse(name, value, f"an integer of at least {smallest}")
-        for name, allowed in (("heads", ("ada", "uniform")), ("scorer", ("window", "key-diff"))):
+        heads = [name for name, row in allocators.HEADS.items() if not row.shared]
+        for name, allowed in (("heads", heads), ("scorer", scorers.decoding_scorers())):
             if (value := getattr(self, name)) not in allowed:
                 _refuse(name, value, f"one of {', '.join(allowed)}")
         if not (isinstance(self.floor, int | float) and 0 <= self.floor <= 1):
@@ -227,7 +235,8 @@ class Recompress:
     @property
     def queries(self) -> int:
         """Queries to remember; none where nothing is scored by them."""
-        return self.recent if self.budget is not None and self.scorer == "window" else 0
+        reads = self.budget is not None and scorers.SCORERS[self.scorer].decoding_queries
+        return self.recent if reads else 0
 
 
 def _refuse(name: str, value: Any, expected: str):

@@ -2,9 +2,15 @@
 
 JAX counts in 32 bits, and a row of 80 layers, 64 heads and 1M tokens has 5.4e9 entries. What a
 cache holds must fit int32, for a slot is an int32 index; what is only counted or multiplied on the
-way to it need not, and is exact here without int64.
+way to it need not, and is exact here without int64. Everything of kvjax is traced and run in 32
+bits, with JAX_ENABLE_X64=1 too (`in_32_bits`), so the programs are the same with it and without.
 """
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
@@ -16,6 +22,22 @@ _HALF = 16
 # budgets and profiles in millionths.
 THOUSAND = 1000
 MILLION = 1_000_000
+
+
+def in_32_bits() -> AbstractContextManager:
+    """Inside, JAX's default integers and floats have 32 bits, those of Python's numbers too."""
+    return jax.enable_x64(False)
+
+
+def always_32_bits[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """The function, `in_32_bits` as long as it runs; also where a caller's program is traced."""
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with in_32_bits():
+            return function(*args, **kwargs)
+
+    return inside
 
 
 def floor_of_product(t: Array, x: Array | int, n: Array | int, bits: int = 23) -> Array:

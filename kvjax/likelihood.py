@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import sharding
 from kvjax.cache.state import with_room
 from kvjax.config import CompressionConfig, check_config
+from kvjax.exact import always_32_bits
 from kvjax.generation import prefill
 from kvjax.generation.programs import Program
 from kvjax.generation.request import FULL, check_rows
@@ -25,7 +26,6 @@ from kvjax.generation.sampling import row_keys
 from kvjax.inputs.multimodal import ModelInputs, Pictures, by_prompt, prepare_inputs
 from kvjax.inputs.prompts import as_rows, pad
 from kvjax.model_interface import Images, Model
-from kvjax.precision import always_32_bits
 
 Document = tuple[list[int], int]  # tokens, prefix
 

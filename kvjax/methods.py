@@ -9,14 +9,23 @@ Recent = Literal["window", "half"] | int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The fields of `kvjax.config.CompressionConfig`, which documents and checks them.
+class Choices:
+    """What makes a method; its numbers are beside it in `Settings`.
 
-    They stand below it because scorers and allocators read them, and it knows those by name.
+    Attributes:
+      scorer: where an entry's importance comes from (`kvjax.compression.scorers`).
+      layers: how a row's budget is divided among its layers (`kvjax.compression.allocators`).
+      heads: how a layer's is divided among its heads; "shared": the same tokens in all heads.
+      sinks: first positions always kept.
+      recent: last positions always kept: the observation window, half of the budget, or a number.
+      keep_ratio: entries are masked while decoding so that the retained ratio stays (PrefixKV).
+      output_aware: half of a head's entries are chosen by importance alone, the others by
+        importance times what their values do to the output (CriticalKV).
+      chunk: tokens that are kept or evicted together, as far as the budget divides (ChunkKV); 1
+        for each on its own.
+      epsilon: added to expected attention before values weigh it.
     """
 
-    method: str = "custom"
-    budget: int | float | None = None
     scorer: str = "window"
     layers: str = "uniform"
     heads: str = "uniform"
@@ -26,6 +35,28 @@ class Settings:
     output_aware: bool = False
     chunk: int = 1
     epsilon: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Choices):
+    """One row of the table.
+
+    Attributes:
+      paper: the source.
+    """
+
+    paper: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Choices):
+    """The fields of `kvjax.config.CompressionConfig`, which documents and checks them.
+
+    They stand below it because scorers and allocators read them, and it knows those by name.
+    """
+
+    method: str = "custom"
+    budget: int | float | None = None
     window: int | None = None
     reduce: Literal["mean", "sum"] = "mean"
     pooling: Literal["max", "average", "avg", "none"] = "max"
@@ -42,47 +73,9 @@ class Settings:
     quantize: Literal["int8"] | None = None
 
     @property
-    def fraction(self) -> float:
-        """The budget as a fraction of the prompt; a profile's own where no budget is given."""
-        if self.budget is None:
-            return sum(self.profile) / len(self.profile) if self.profile else 1.0
-        return float(self.budget)
-
-    @property
     def default_window(self) -> int:
         """The scorer's observation window; only a CompressionConfig knows scorers."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row of the table.
-
-    Attributes:
-      scorer: where an entry's importance comes from (`kvjax.compression.scorers`).
-      layers: how a row's budget is divided among its layers (`kvjax.compression.allocators`).
-      heads: how a layer's is divided among its heads; "shared": the same tokens in all heads.
-      sinks: first positions always kept.
-      recent: last positions always kept: the observation window, half of the budget, or a number.
-      keep_ratio: entries are masked while decoding so that the retained ratio stays (PrefixKV).
-      output_aware: half of a head's entries are chosen by importance alone, the others by
-        importance times what their values do to the output (CriticalKV).
-      chunk: tokens that are kept or evicted together, as far as the budget divides (ChunkKV); 1
-        for each on its own.
-      epsilon: added to expected attention before values weigh it.
-      paper: the source.
-    """
-
-    scorer: str
-    layers: str = "uniform"
-    heads: str = "uniform"
-    sinks: int = 0
-    recent: Recent = "window"
-    keep_ratio: bool = False
-    output_aware: bool = False
-    chunk: int = 1
-    epsilon: float = 0.0
-    paper: str
 
 
 _SNAPKV = "SnapKV, Li et al. 2024 (arXiv 2404.14469)"

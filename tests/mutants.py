@@ -68,8 +68,8 @@ MUTANTS = (
     Mutant(
         "scorers: KeyDiff's mean holds keys that the layer cannot see",
         "kvjax/compression/scorers.py",
-        "unit_BTKH = jnp.where(can_BT[..., None, None], _unit(k_BTKH), 0.0)",
-        "unit_BTKH = _unit(k_BTKH)",
+        "anchor_BKH = unit(units.total(layer.can))",
+        "anchor_BKH = unit(units.total(jnp.ones_like(layer.can)))",
         ("test_scorers.py",),
     ),
     # ------------------------------------------------------------------------ allocators
@@ -127,30 +127,30 @@ MUTANTS = (
     Mutant(
         "slots: another head's keys are gathered",
         "kvjax/cache/packing.py",
-        "row_BY1 = (position_BY * kv_heads + owner_BY)[..., None]",
+        "row_BY1 = (position_BY * heads + head_BY)[..., None]",
         "row_BY1 = found_BY[..., None]",
-        ("test_pool.py",),
+        ("test_slots.py",),
     ),
     Mutant(
         "slots: counts say what a full layer has dropped",
         "kvjax/cache/packing.py",
         "ends_BK = jnp.minimum(ends_BK, jnp.minimum(room, space_B)[..., None])",
         "ends_BK = jnp.minimum(ends_BK, room)",
-        ("test_pool.py", "test_capacity.py"),
+        ("test_slots.py", "test_capacity.py"),
     ),
     Mutant(
         "slots: int8 wraps at the largest number of a vector",
         "kvjax/cache/packing.py",
         "scale_BY = jnp.abs(x).max(-1).astype(jnp.float32) / 127",
         "scale_BY = jnp.abs(x).max(-1).astype(jnp.float32) / 128",
-        ("test_pool.py",),
+        ("test_slots.py",),
     ),
     Mutant(
         "slots: a layer that grows gets the free page after its own",
         "kvjax/cache/slots.py",
         "before_BL[..., None] + number_R - own_BL[..., None]",
         "before_BL[..., None] + number_R - own_BL[..., None] + 1",
-        ("test_pool.py", "test_evict.py"),
+        ("test_slots.py", "test_evict.py"),
     ),
     Mutant(
         "slots: what a layer may not use is written to, too",
@@ -186,7 +186,7 @@ MUTANTS = (
         "kvjax/cache/attend.py",
         "before_XK = jnp.cumsum(counts_XK, axis=-1) - counts_XK",
         "before_XK = jnp.cumsum(counts_XK, axis=-1)",
-        ("test_pool.py", "test_life.py"),
+        ("test_packed.py", "test_life.py"),
     ),
     Mutant(
         "attend: a tail without holes ends with its shortest row",
@@ -206,8 +206,8 @@ MUTANTS = (
     Mutant(
         "recompress: the oldest of the recent tokens may go",
         "kvjax/compression/recompress.py",
-        "always_BS = positions_BS >= cache.next_positions[:, None] - recent_B1",
-        "always_BS = positions_BS > cache.next_positions[:, None] - recent_B1",
+        "always_BS = entries.positions >= cache.next_positions[:, None] - recent_B1",
+        "always_BS = entries.positions > cache.next_positions[:, None] - recent_B1",
         ("test_evict.py",),
     ),
     Mutant(

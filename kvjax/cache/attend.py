@@ -21,7 +21,7 @@ from kvjax.cache.slots import Slots, pages_of
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.kernels.decode_attention import Evicted, merge, padded_attention, paged_attention
-from kvjax.kernels.decode_attention.parts import over_tokens
+from kvjax.kernels.decode_attention.padded import over_tokens
 from kvjax.sharding import HEADS, MODEL, QUERY_HEADS, REST
 
 # Rows (new tokens x query heads, of a whole batch) that are attended at once. What they need on the

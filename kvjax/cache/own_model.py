@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.cache.attend import attend
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import write_layer, write_positions
-from kvjax.precision import always_32_bits
+from kvjax.exact import always_32_bits
 
 
 @always_32_bits

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from kvjax.cli.parser import build_parser
-from kvjax.precision import in_32_bits
+from kvjax.exact import in_32_bits
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.report import DEFAULTS, KINDS
 from kvjax.cli import calibrate, commands, convert, evaluate, inspect, plan, report
+from kvjax.compression.scorers import decoding_scorers
 from kvjax.methods import METHODS
 from kvjax.models.presets import PRESETS
 from kvjax.spelling import FORM
@@ -277,8 +278,8 @@ def _answer_flags(parser: Parser) -> None:
     )
     add(
         "--recompress-scorer",
-        choices=("window", "key-diff"),
-        help="what the last queries look at, or keys unlike the others (window)",
+        choices=decoding_scorers(),
+        help="what the last queries look at, keys unlike the others, or small keys (window)",
     )
     ends = group.add_mutually_exclusive_group()
     ends.add_argument(

@@ -23,10 +23,12 @@ from kvjax.compression import scorers
 from kvjax.compression.allocators import HeadInput, LayerInput, head_allocator, layer_allocator
 from kvjax.compression.capacity import capacity, layer_capacity, packs, pool_shape
 from kvjax.compression.row_budgets import Rows, eligible, largest, make_rows, protected
-from kvjax.compression.scorers import ScorerInput, output_aware, score
+from kvjax.compression.scorer_input import ScorerInput
+from kvjax.compression.scorers import output_aware, score
 from kvjax.config import CompressionConfig, check_config
+from kvjax.exact import always_32_bits
+from kvjax.methods import Settings
 from kvjax.model_interface import Probe, ProbeRequest
-from kvjax.precision import always_32_bits
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -268,21 +270,46 @@ def choose(
     """
     tokens = scores.shape[-1]
     held_BT = protected(rows, tokens, window)
-    open_BT = eligible(rows, tokens, window) & ~held_BT
+    can_BT = eligible(rows, tokens, window) & ~held_BT
+    held_B = held_BT.sum(-1, dtype=jnp.int32)
+    rest = size - (held_B if size.ndim == 1 else held_B[:, None])
+    return held_BT[:, None] | best(scores, rest, can_BT[:, None], held_B, config, output_norms)
+
+
+def best(
+    scores: Float[Array, "B K S"],
+    size: Int[Array, " B"] | Int[Array, "B K"],
+    can: Bool[Array, " B #K S"],
+    held: Int[Array, " B"],
+    config: Settings,
+    output_norms: Float[Array, "B K S"] | None = None,
+    total: Int[Array, " B"] | None = None,
+) -> Bool[Array, " B #K S"]:
+    """Each head's best entries of those that `can` be chosen; of a prompt, or while decoding.
+
+    Args:
+      scores: importance >= 0 of each entry.
+      size: entries to choose per head, on average, or of each head.
+      can: which entries may be chosen.
+      held: entries that each head keeps beside them.
+      config: says how the heads divide them.
+      output_norms: see `choose`.
+      total: entries of all heads together, where what one head lacks goes to the others.
+    """
     allocator = head_allocator(config)
     if allocator.shared:
         scores = scores.mean(1, keepdims=True)
         if output_norms is not None:
             output_norms = output_norms.mean(1, keepdims=True)
-    open_BKT = jnp.broadcast_to(open_BT[:, None], scores.shape)
-    held_B = held_BT.sum(-1, dtype=jnp.int32)
-    if size.ndim == 2:  # a layer allocator that gives every head its size
-        sizes_BK = size - held_B[:, None]
-    else:
-        sizes_BK = allocator.sizes(HeadInput(config, scores, open_BKT, size - held_B, held_B))
+    can_BKS = jnp.broadcast_to(can, scores.shape)
+    sizes_BK = size  # a layer allocator may give every head its size
+    if size.ndim == 1:
+        sizes_BK = allocator.sizes(HeadInput(config, scores, can_BKS, size, held))
+    if total is not None:
+        sizes_BK = exact.spread(sizes_BK, can_BKS.sum(-1, dtype=jnp.int32), total)
     if output_norms is None:
-        return held_BT[:, None] | exact.select_top(scores, sizes_BK, open_BKT)
-    first_BKT = exact.select_top(scores, sizes_BK // 2, open_BKT)
+        return exact.select_top(scores, sizes_BK, can_BKS)
+    first_BKS = exact.select_top(scores, sizes_BK // 2, can_BKS)
     weighed = output_aware(scores, output_norms)
-    rest_BKT = exact.select_top(weighed, sizes_BK - sizes_BK // 2, open_BKT & ~first_BKT)
-    return held_BT[:, None] | first_BKT | rest_BKT
+    rest_BKS = exact.select_top(weighed, sizes_BK - sizes_BK // 2, can_BKS & ~first_BKS)
+    return first_BKS | rest_BKS

@@ -6,22 +6,27 @@ The slots' shapes never change. A layer has pages of its own (`room.py`), filled
 that survive in the tail are scattered into the slots that others left, so the slots are never
 copied. Kept entries keep their true positions.
 
-B batch, L layers, K KV heads, N query heads, G = N // K, H head dim, Y slots of a layer, U slots of
-the tail, S = Y + U, W remembered queries, X = K U.
+Scores and choice are the prompt's own (`scorers.py`, `compress.best`).
+
+B batch, L layers, K KV heads, H head dim, Y slots of a layer, U slots of the tail, S = Y + U,
+X = K U.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from kvjax import exact
 from kvjax.cache.packing import quantized
 from kvjax.cache.ratio import Ratio, allowed, ratio_of
 from kvjax.cache.slots import LayerSlots, Slots, layer_slots, of_layer, reshard_slots
 from kvjax.cache.state import Cache, with_own_entries
-from kvjax.compression import allocators
+from kvjax.compression import scorers
+from kvjax.compression.compress import best
 from kvjax.compression.room import add_pages
+from kvjax.compression.scorer_input import HeldInput, HeldKeys
 from kvjax.config import Recompress
+from kvjax.methods import Settings
 
 
 def make_room(
@@ -116,77 +121,45 @@ def _by_ratio(cache, ratio, layer: LayerSlots, index: int, window) -> Bool[Array
 
 def _by_budget(cache, slots: Slots, rule, layer: LayerSlots, index, window) -> Bool[Array, "B K S"]:
     """The last tokens, the sinks, and what scores best of the others."""
-    positions_BS, held_BKS = _held(cache, layer, window)
-    scores_BKS = _SCORERS[rule.scorer](cache, slots, layer, index, window)
+    entries = _scorer_input(cache, slots, layer, index, window)
+    decoding = scorers.SCORERS[rule.scorer].decoding
+    assert decoding is not None  # `Recompress` takes no others
+    scores_BKS = decoding(entries)
     kv_heads = scores_BKS.shape[1]
     each_B1 = (layer.size // kv_heads)[:, None]
     recent_B1 = jnp.minimum(rule.recent, each_B1 // 2)
     sinks_B1 = jnp.minimum(rule.sinks, each_B1 - recent_B1)
-    always_BS = positions_BS >= cache.next_positions[:, None] - recent_B1
-    always_BS |= positions_BS < sinks_B1
-    kept_BKS = held_BKS & always_BS[:, None]
-    open_BKS = held_BKS & ~kept_BKS
+    always_BS = entries.positions >= cache.next_positions[:, None] - recent_B1
+    always_BS |= entries.positions < sinks_B1
+    kept_BKS = entries.can & always_BS[:, None]
     rest_B = layer.size - kept_BKS.sum((1, 2), dtype=jnp.int32)
-    sizes_BK = jnp.broadcast_to((rest_B // kv_heads)[:, None], scores_BKS.shape[:2])
-    if rule.heads == "ada":
-        sizes_BK = allocators.ada_heads(scores_BKS, open_BKS, rest_B // kv_heads, floor=rule.floor)
-    # A head that has less than its share leaves the rest to the others.
-    sizes_BK = exact.spread(sizes_BK, open_BKS.sum(-1, dtype=jnp.int32), rest_B)
-    return kept_BKS | exact.select_top(scores_BKS, sizes_BK, open_BKS)
+    held_B = (recent_B1 + sinks_B1)[:, 0]
+    divided = Settings(heads=rule.heads, floor=rule.floor)
+    can_BKS = entries.can & ~kept_BKS
+    return kept_BKS | best(scores_BKS, rest_B // kv_heads, can_BKS, held_B, divided, total=rest_B)
 
 
-def _key_diff(cache, slots: Slots, layer: LayerSlots, index, window) -> Float[Array, "B K S"]:
-    """KeyDiff (see `scorers.py`): 1 - cos to the mean direction of the keys that a head holds."""
-    tail_BKUH = cache.tail.keys[index].astype(jnp.float32)
-    head_dim = tail_BKUH.shape[-1]
+def _scorer_input(cache, slots: Slots, layer: LayerSlots, index: int, window) -> HeldInput:
+    """What a scorer sees of a layer."""
+    tail = cache.tail
+    head_dim = tail.keys[index].shape[-1]
     k_BYH = of_layer(slots, slots.entries, index)[..., :head_dim]
-    _, held_BKS = _held(cache, layer, window)
-    width = layer.numbers.shape[1]
-    held_BYH, tail_BKUH = (
-        x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
-        for x in (k_BYH.astype(jnp.float32), tail_BKUH)  # a scale of int8 has no direction
+    held_keys = HeldKeys(
+        slots=jnp.where(layer.owned.any(1)[..., None], k_BYH, 0),
+        owned=layer.owned,
+        tail=tail.keys[index],
+        scales=None if slots.scales is None else of_layer(slots, slots.scales[:, 0], index),
     )
-    held_BYH = jnp.where(layer.owned.any(1)[..., None], held_BYH, 0.0)
-    held_BKY, held_BKU = held_BKS[..., :width], held_BKS[..., width:]
-    tail_BKUH = jnp.where(held_BKU[..., None], tail_BKUH, 0.0)
-    anchor_BKH = jnp.einsum("BKY,BYH->BKH", held_BKY.astype(jnp.float32), held_BYH)
-    anchor_BKH += tail_BKUH.sum(2)
-    anchor_BKH /= jnp.maximum(jnp.linalg.norm(anchor_BKH, axis=-1, keepdims=True), 1e-30)
-    like_BKY = jnp.einsum("BYH,BKH->BKY", held_BYH, anchor_BKH)
-    like_BKU = jnp.einsum("BKUH,BKH->BKU", tail_BKUH, anchor_BKH)
-    return jnp.maximum(1.0 - jnp.concatenate([like_BKY, like_BKU], axis=-1), 0.0)
-
-
-def _attention(cache, slots: Slots, layer: LayerSlots, index, window) -> Float[Array, "B K S"]:
-    """Attention from the remembered queries to pool and tail, the mean over queries and group."""
-    tail, kv_heads = cache.tail, layer.owned.shape[1]
-    q_BWNH, at_BW = tail.queries[index], tail.query_positions
-    batch, observed, heads, head_dim = q_BWNH.shape
-    q_BWKGH = q_BWNH.reshape(batch, observed, kv_heads, heads // kv_heads, head_dim)
-    k_BYH = of_layer(slots, slots.entries, index)[..., :head_dim]
-    k_BYH = jnp.where(layer.owned.any(1)[..., None], k_BYH, 0).astype(q_BWNH.dtype)
-    einsum = jnp.einsum
-    s_held = einsum("BWKGH,BYH->BKGWY", q_BWKGH, k_BYH, preferred_element_type=jnp.float32)
-    if slots.scales is not None:
-        scale_BY = of_layer(slots, slots.scales[:, 0], index)
-        s_held = s_held * scale_BY[:, None, None, None]
-    k_BKUH = tail.keys[index]
-    s_tail = einsum("BWKGH,BKUH->BKGWU", q_BWKGH, k_BKUH, preferred_element_type=jnp.float32)
-    s_BKGWS = jnp.concatenate([s_held, s_tail], axis=-1) * head_dim**-0.5
-    positions_BS, held_BKS = _held(cache, layer, None)
-    distance_BWS = at_BW[..., None] - positions_BS[:, None]
-    seen_BWS = (distance_BWS >= 0) & (at_BW >= 0)[..., None]
-    if window is not None:
-        seen_BWS &= distance_BWS < window
-    seen = held_BKS[:, :, None, None] & seen_BWS[:, None, None]
-    s_BKGWS = jnp.where(seen, s_BKGWS, -jnp.inf)
-    peak = s_BKGWS.max(-1, keepdims=True)
-    p_BKGWS = jnp.exp(s_BKGWS - jnp.where(peak == -jnp.inf, 0.0, peak))
-    total = p_BKGWS.sum(-1, keepdims=True)
-    return (p_BKGWS / jnp.where(total > 0, total, 1.0)).mean((2, 3))
-
-
-_SCORERS = {"window": _attention, "key-diff": _key_diff}
+    positions_BS, filled_BKS = _held(cache, layer, None)
+    return HeldInput(
+        held_keys=held_keys,
+        filled=filled_BKS,
+        can=_held(cache, layer, window)[1],
+        positions=positions_BS,
+        queries=tail.queries[index] if tail.queries else None,
+        query_positions=tail.query_positions if tail.queries else None,
+        window=window,
+    )
 
 
 def _reuse(slots: Slots, cache: Cache, layer: LayerSlots, index: int, keep_BKS) -> Slots:

@@ -33,6 +33,13 @@ class Rows(struct.PyTreeNode):
     recent: Int[Array, " B"]
 
 
+def fraction(config: Settings) -> float:
+    """The budget as a fraction of the prompt; a profile's own where no budget is given."""
+    if config.budget is None:
+        return sum(config.profile) / len(config.profile) if config.profile else 1.0
+    return float(config.budget)
+
+
 def make_rows(config: Settings, lengths: Int[Array, " B"]) -> Rows:
     """Resolve `config` for prompts of these lengths.
 
@@ -44,7 +51,7 @@ def make_rows(config: Settings, lengths: Int[Array, " B"]) -> Rows:
     if isinstance(config.budget, int):
         base = jnp.minimum(min(config.budget, jnp.iinfo(jnp.int32).max), lengths)
     else:
-        part = floor_of_product(lengths, round(config.fraction * MILLION), MILLION)
+        part = floor_of_product(lengths, round(fraction(config) * MILLION), MILLION)
         base = jnp.minimum(lengths, jnp.maximum(part, 2))
     if config.window is None:
         window = jnp.minimum(config.default_window, base // 2)

@@ -1,64 +1,32 @@
-"""Scorers: how important is each entry of a prompt's cache.
+"""Scorers: how important is each entry of a cache.
 
-A scorer maps what attention left in the `Probe`, keys and values to fp32 importances `[B, K, T]`,
-all >= 0. B batch, T prompt tokens, W observation window, N query heads, K KV heads, G = N // K,
-H head dim.
+A scorer maps what attention left in the `Probe`, keys and values of a prompt to fp32 importances
+`[B, K, T]`, all >= 0; some can do the same for a cache while an answer is decoded, `[B, K, S]`.
+
+B batch, T prompt tokens, W observation window, N query heads, K KV heads, G = N // K, H head dim,
+S entries of a cache, slots and tail.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
-from kvjax.compression.row_budgets import Rows, eligible
+from kvjax.compression.row_budgets import eligible
+from kvjax.compression.scorer_input import HeldInput, ScorerInput, norms, unit
 from kvjax.kernels.window_scores import window_scores
 from kvjax.methods import Settings
-from kvjax.model_interface import Probe, ProbeRequest, Repeat
+from kvjax.model_interface import ProbeRequest, Repeat
 from kvjax.sharding import across_group, by_device
 
 # Tokens that expected attention looks at together: between keys and scores lies an array that is
 # G times as large as the keys, in fp32.
 BLOCK = 1024
-
-
-class ScorerInput(NamedTuple):
-    """One layer of a prompt, as its scorer sees it.
-
-    Attributes:
-      probe: what attention left.
-      keys, values: the layer's; keys after RoPE.
-      rows: each row's budget.
-      config: the settings.
-      key: random key, for "random": one for all rows, or `[B]`.
-      window: width of a sliding-window layer, or None.
-    """
-
-    probe: Probe
-    keys: Float[Array, "B T K H"]
-    values: Float[Array, "B T K H"]
-    rows: Rows
-    config: Settings
-    key: Key[Array, "*row"]
-    window: int | None
-
-    @property
-    def real(self) -> Bool[Array, "B 1 T"]:
-        """Which tokens are not padding."""
-        return (jnp.arange(self.keys.shape[1]) < self.rows.lengths[:, None])[:, None]
-
-    def read(self, name: str) -> Array:
-        """What the probe holds under `name`; ValueError where it holds nothing."""
-        found = getattr(self.probe, name)
-        if found is None:
-            scorer = self.config.scorer
-            raise ValueError(f"probe.{name} is None, expected {name} for scorer={scorer!r}")
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +44,9 @@ class Scorer:
       all_queries: whether it reads every query of the prompt, not only the last ones.
       window: observation window where the settings have none, in tokens.
       passes: cost of prefill with scoring, in prefills.
+      decoding: importances >= 0 `[B, K, S]` of a cache's entries while an answer is decoded; None
+        where it reads what only a prefill leaves.
+      decoding_queries: whether that reads the last queries.
     """
 
     function: Callable[[ScorerInput], Float[Array, "B K T"]]
@@ -86,6 +57,13 @@ class Scorer:
     all_queries: bool = False
     window: int = 32
     passes: str = "1"
+    decoding: Callable[[HeldInput], Float[Array, "B K S"]] | None = None
+    decoding_queries: bool = False
+
+
+def decoding_scorers() -> tuple[str, ...]:
+    """Names of the scorers that a cache can be compressed by while an answer is decoded."""
+    return tuple(name for name, row in SCORERS.items() if row.decoding is not None)
 
 
 def score(layer: ScorerInput) -> Float[Array, "B K T"]:
@@ -160,6 +138,35 @@ def _before(layer: ScorerInput, scores: Float[Array, "B X T"]) -> Float[Array, "
     return jnp.where(before_B1T, scores, 0.0)
 
 
+def _window_while_decoding(layer: HeldInput) -> Float[Array, "B K S"]:
+    """Attention from the last queries to all that the layer holds, the mean over a group's."""
+    assert layer.queries is not None  # `decoding_queries`
+    assert layer.query_positions is not None
+    batch, observed, _, head_dim = layer.queries.shape
+    kv_heads = layer.filled.shape[1]
+    q_BKGWH = jnp.moveaxis(layer.queries.reshape(batch, observed, kv_heads, -1, head_dim), 1, 3)
+    s_BKRS = layer.held_keys.dot(q_BKGWH.reshape(batch, kv_heads, -1, head_dim)) * head_dim**-0.5
+    s_BKGWS = s_BKRS.reshape(*q_BKGWH.shape[:4], -1)
+    at_BW1 = layer.query_positions[..., None]
+    distance_BWS = at_BW1 - layer.positions[:, None]
+    visible_BWS = (distance_BWS >= 0) & (at_BW1 >= 0)
+    if layer.window is not None:
+        visible_BWS &= distance_BWS < layer.window
+    visible = layer.filled[:, :, None, None] & visible_BWS[:, None, None]
+    return softmax_where(visible, s_BKGWS).mean((2, 3))
+
+
+def softmax_where(
+    visible: Bool[Array, "*#shape S"], scores: Float[Array, "*shape S"]
+) -> Float[Array, "*shape S"]:
+    """Softmax over what is visible; 0 elsewhere, and throughout where nothing is."""
+    scores = jnp.where(visible, scores, -jnp.inf)
+    peak = scores.max(-1, keepdims=True)
+    p = jnp.exp(scores - jnp.where(peak == -jnp.inf, 0.0, peak))
+    total = p.sum(-1, keepdims=True)
+    return p / jnp.where(total > 0, total, 1.0)
+
+
 def _accumulated(layer: ScorerInput) -> Float[Array, "B K T"]:
     """H2O (Zhang et al. 2023), PrefixKV: attention received from all queries of the prompt."""
     return over_group(layer.read("column_sums"), layer.keys.shape[2], layer.config.group)
@@ -195,12 +202,8 @@ def _expected(layer: ScorerInput) -> Float[Array, "B K T"]:
     tokens = layer.keys.shape[1]
     counted_BT = eligible(layer.rows, tokens, layer.window)
     counted_BT &= jnp.arange(tokens) >= layer.rows.sinks[:, None]
-    s_BKGT = jnp.where(counted_BT[:, None, None], s_BKGT, -jnp.inf)
-    peak = s_BKGT.max(-1, keepdims=True)
-    p_BKGT = jnp.exp(s_BKGT - jnp.where(peak == -jnp.inf, 0.0, peak))
-    total = p_BKGT.sum(-1, keepdims=True)
-    p_BKT = (p_BKGT / jnp.where(total > 0, total, 1.0)).mean(2)
-    importance_BKT = (p_BKT + layer.config.epsilon) * _norm(layer.values)
+    p_BKT = softmax_where(counted_BT[:, None, None], s_BKGT).mean(2)
+    importance_BKT = (p_BKT + layer.config.epsilon) * norms(layer.values)
     return jnp.where(counted_BT[:, None], importance_BKT, 0.0)
 
 
@@ -228,31 +231,21 @@ def _kvzip(layer: ScorerInput) -> Float[Array, "B K T"]:
 
 
 # ---------------------------------------------------------------------------- keys alone
-def _key_norm(layer: ScorerInput) -> Float[Array, "B K T"]:
+def _key_norm(layer: ScorerInput | HeldInput) -> Float[Array, "B K S"]:
     """Devoto et al. 2024, section 4: entries with SMALL keys are attended to; 1 / |k|."""
-    return 1.0 / jnp.maximum(_norm(layer.keys), 1e-30)
+    return 1.0 / jnp.maximum(layer.held_keys.norms(), 1e-30)
 
 
-def _key_diff(layer: ScorerInput) -> Float[Array, "B K T"]:
+def _key_diff(layer: ScorerInput | HeldInput) -> Float[Array, "B K S"]:
     """KeyDiff (Park et al. 2025, equation 5): entries whose keys are unlike the mean direction.
 
         1 - cos(k_i, a),  a = mean over entries of k_j / |k_j|
 
     in [0, 2]; the mean is over the entries that the layer can still see.
     """
-    k_BTKH = layer.keys.astype(jnp.float32)
-    can_BT = eligible(layer.rows, k_BTKH.shape[1], layer.window)
-    unit_BTKH = jnp.where(can_BT[..., None, None], _unit(k_BTKH), 0.0)
-    anchor_BKH = _unit(unit_BTKH.sum(1))
-    return jnp.maximum(1.0 - jnp.einsum("BTKH,BKH->BKT", unit_BTKH, anchor_BKH), 0.0)
-
-
-def _unit(x: Float[Array, "*shape H"]) -> Float[Array, "*shape H"]:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
-
-
-def _norm(x_BTKH: Float[Array, "B T K H"]) -> Float[Array, "B K T"]:
-    return jnp.linalg.norm(x_BTKH.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    units = layer.held_keys.units()
+    anchor_BKH = unit(units.total(layer.can))
+    return jnp.maximum(1.0 - units.dot(anchor_BKH[:, :, None])[:, :, 0], 0.0)
 
 
 # ---------------------------------------------------------------------------- baselines
@@ -296,7 +289,12 @@ def _repetition(settings: Settings, window: int) -> ProbeRequest:
 SCORERS: Mapping[str, Scorer] = MappingProxyType(
     {
         "none": Scorer(function=_alike, words="nothing"),
-        "window": _observer(function=_window, words="last W queries"),
+        "window": _observer(
+            function=_window,
+            words="last W queries",
+            decoding=_window_while_decoding,
+            decoding_queries=True,
+        ),
         "l2-window": _observer(function=_l2_window, words="last W queries", window=8),
         "tova": _observer(function=_tova, words="last query", window=1),
         "accumulated": Scorer(
@@ -322,8 +320,8 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
             all_queries=True,
             passes="2 to 3",
         ),
-        "key-norm": Scorer(function=_key_norm, words="keys"),
-        "key-diff": Scorer(function=_key_diff, words="keys"),
+        "key-norm": Scorer(function=_key_norm, words="keys", decoding=_key_norm),
+        "key-diff": Scorer(function=_key_diff, words="keys", decoding=_key_diff),
         "positional": Scorer(function=_positional, words="nothing"),
         "random": Scorer(function=_random, words="nothing"),
     }

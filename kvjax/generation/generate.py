@@ -17,6 +17,7 @@ from kvjax.cache.origin import fingerprint
 from kvjax.cache.ratio import Ratio
 from kvjax.cache.state import Cache, with_room
 from kvjax.config import CompressionConfig, Recompress, check_config
+from kvjax.exact import always_32_bits
 from kvjax.generation import decode
 from kvjax.generation.decode import Answer, Held
 from kvjax.generation.detokenize import RunningText, cut_at_stop
@@ -37,7 +38,6 @@ from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, bucket, pad
 from kvjax.model_interface import Model
-from kvjax.precision import always_32_bits
 from kvjax.sharding import place
 
 # Tokens between two looks at the host while streaming.

@@ -19,10 +19,10 @@ from kvjax.cache.state import Cache, reshard, with_room
 from kvjax.cache.tail import Tail, remember, resized
 from kvjax.compression.recompress import evict
 from kvjax.config import CompressionConfig, Recompress
+from kvjax.exact import in_32_bits
 from kvjax.generation import decode, prefill
 from kvjax.generation.decode import Answer, Held, Rules
 from kvjax.model_interface import Images, Model
-from kvjax.precision import in_32_bits
 
 
 class Program:

@@ -16,13 +16,13 @@ from kvjax.compression import scorers
 from kvjax.compression.capacity import check_prompt, most_kept
 from kvjax.compression.room import check_held
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
+from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Rules
 from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
 from kvjax.model_interface import Images, Model
-from kvjax.precision import always_32_bits
 from kvjax.sharding import mesh_of, put_on_mesh
 
 FULL = CompressionConfig.named("full")

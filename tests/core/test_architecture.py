@@ -10,11 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Modules that stand below the config, which knows scorers and allocators by name, and so below the
 # rest of their package.
-PARTS = ("row_budgets", "scorers", "slot_bounds", "allocators")
+PARTS = ("row_budgets", "scorer_input", "scorers", "slot_bounds", "allocators")
 # From the ground up: each may import itself and what stands before it.
 ORDER = (
     "methods",
-    "precision",
     "exact",
     "sharding",
     "settings",
@@ -43,19 +42,19 @@ ORDER = (
 # And nothing else of that, where less is enough.
 ALLOWED = {
     "methods": set(),
-    "precision": set(),
     "exact": set(),
     "sharding": set(),
     "settings": set(),
     "model_interface": set(),
     "kernels": set(),
     "row_budgets": {"exact", "methods"},
-    "scorers": {"kernels", "methods", "model_interface", "row_budgets", "sharding"},
+    "scorer_input": {"methods", "model_interface", "row_budgets"},
+    "scorers": {"kernels", "methods", "model_interface", "row_budgets", "scorer_input", "sharding"},
     "slot_bounds": {"exact", "methods", "row_budgets"},
     "allocators": {"exact", "methods", "row_budgets", "slot_bounds"},
-    "config": {"allocators", "methods", "scorers"},
+    "config": {"allocators", "methods", "row_budgets", "scorers"},
     "compile_for": {"kernels"},
-    "cache": {"config", "exact", "kernels", "model_interface", "precision", "sharding"},
+    "cache": {"config", "exact", "kernels", "model_interface", "sharding"},
     "inputs": {"model_interface"},
     "models": {"cache", "inputs", "kernels", "model_interface", "sharding"},
 }

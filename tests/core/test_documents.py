@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/fixtures/*.md")])
@@ -229,3 +230,13 @@ def test_a_slow_test_says_why():
             ):
                 silent |= {file.name} if "Slow: " not in (ast.get_docstring(node) or "") else set()
     assert silent == set()
+
+
+# ---------------------------------------------------------------------------- planted faults
+@pytest.mark.parametrize("fault", MUTANTS, ids=lambda fault: fault.name)
+def test_planted_faults_fit_the_code(fault):
+    """What `make mutants` replaces stands in the file once, and its tests are there."""
+    assert (ROOT / fault.file).read_text().count(fault.old) == 1
+    assert fault.old != fault.new
+    for name in fault.tests:
+        assert len(list(ROOT.glob(f"tests/**/{name}"))) == 1

@@ -128,6 +128,8 @@ def expected_kept(cache, rule, layer, row, sliding) -> set:
     if rule.scorer == "window":
         # Scores count everything that a query could see, whether it can still be seen or not.
         scores = attention(cache, entries(cache, layer, row, True), layer, row, sliding)
+    elif rule.scorer == "key-norm":
+        scores = {p: 1 / np.linalg.norm(e[:H]) for p, e in held.items()}
     else:
         scores = unlikeness(held)
     kept = {p for p in held if p[1] >= after - rule.recent or p[1] < rule.sinks}
@@ -142,7 +144,7 @@ def expected_kept(cache, rule, layer, row, sliding) -> set:
 
 @pytest.mark.parametrize("sliding", [None, 20])
 @pytest.mark.parametrize("heads", ["ada", "uniform"])
-@pytest.mark.parametrize("scorer", ["window", "key-diff"])
+@pytest.mark.parametrize("scorer", ["window", "key-diff", "key-norm"])
 def test_one_eviction_matches_float64(scorer, heads, sliding):
     rule = Recompress(every=U, budget=12, window=4, sinks=2, floor=0.0, scorer=scorer, heads=heads)
     cache, ratio = with_answer(prompt_cache(sliding=sliding), rule)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from synthetic import probe_of
 
-from kvjax import CompressionConfig, ConfigError, compress, probe_request
+from kvjax import CompressionConfig, ConfigError, Probe, Recompress, compress, probe_request
 from kvjax.compression import allocators, scorers
 from kvjax.compression.allocators import HeadAllocator, LayerAllocator
+from kvjax.compression.recompress import evict, make_room
 from kvjax.compression.row_budgets import eligible, largest, protected
 from kvjax.compression.scorers import Scorer
 from kvjax.compression.slot_bounds import Bound, any_layer
@@ -63,6 +64,54 @@ def test_a_scorer_by_one_row(monkeypatch, layout):
                 assert np.flatnonzero(kept[i, layer, head]).tolist() == expected
     with pytest.raises(ValueError, match="probe 0 has output_norms=None"):
         compressed(config, output_norms=None)
+
+
+def test_a_scorer_while_decoding_by_the_same_row(monkeypatch):
+    """The entries with the largest first component stay; int8 keys count with their scale."""
+
+    def first(layer):
+        e_BK1H = jnp.zeros((B, K, 1, H)).at[..., 0].set(1.0)
+        return jnp.exp(layer.held_keys.dot(e_BK1H)[:, :, 0])
+
+    mine = Scorer(function=first, words="a component of the keys", decoding=first)
+    row(monkeypatch, scorers, "SCORERS", mine=mine)
+    # First components are further apart than what int8 rounds.
+    rng = np.random.default_rng(0)
+    firsts = rng.permuted(np.broadcast_to(np.linspace(-2, 2, T), (L, B, K, T)), axis=-1)
+    keys = [jax.random.normal(jax.random.key(layer), (B, T, K, H)) for layer in range(L)]
+    keys = [k.at[..., 0].set(x.swapaxes(1, 2)) for k, x in zip(keys, firsts, strict=True)]
+    config = CompressionConfig(scorer="mine", budget=14, recent=1, quantize="int8")
+    rule = Recompress(every=4, budget=14, scorer="mine", window=2, sinks=1, heads="uniform")
+    assert rule.queries == 0
+    cache = compress(keys, keys, [Probe()] * L, config, lengths=jnp.array(LENGTHS), tail_slots=4)
+    for i, n in enumerate(LENGTHS):
+        for layer, head in np.ndindex(L, K):
+            best = np.argsort(-np.asarray(keys[layer])[i, : n - 1, head, 0])[:13]
+            kept = np.flatnonzero(cache.kept_mask(T)[i, layer, head]).tolist()
+            assert kept == sorted([*best, n - 1])
+    cache, _ = make_room(cache, rule, N, (None,) * L, asked=False)
+    # Four tokens come: a large one and the last two push out what is smallest.
+    new = jnp.zeros((B, K, 4, H)).at[..., 0].set(jnp.array([-9.0, 9.0, -9.0, -9.0]))
+    tail = cache.tail.replace(
+        keys=(new,) * L, values=(new,) * L, cursor=jnp.array(4),
+        positions=jnp.array(LENGTHS)[:, None] + jnp.arange(4),
+    )  # fmt: skip
+    following = jnp.array(LENGTHS) + 4
+    after = evict(cache.replace(tail=tail, next_positions=following), None, rule, (None,) * L)
+    kept = np.asarray(after.kept_mask(T + 4))
+    before = np.asarray(cache.kept_mask(T))
+    for i, n in enumerate(LENGTHS):
+        for layer, head in np.ndindex(L, K):
+            held = [p for p in np.flatnonzero(before[i, layer, head]) if p > 0]
+            sink = [0] if before[i, layer, head, 0] else []
+            best = sorted(held, key=lambda p: -keys[layer][i, p, head, 0])[: 11 - len(sink)]
+            expected = sorted([*sink, *best, n + 1, n + 2, n + 3])
+            assert np.flatnonzero(kept[i, layer, head]).tolist() == expected
+
+
+def test_a_scorer_that_reads_a_probe_is_refused_while_decoding():
+    with pytest.raises(ConfigError, match="scorer='kvzip', expected one of window, key-norm, key"):
+        Recompress(every=4, budget=10, scorer="kvzip")
 
 
 def test_a_scorer_without_a_row_is_refused():
