@@ -13,6 +13,7 @@ from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.compile_for import TARGETS, TPUS, collectives, compile_for, devices, loop_body, missing
 from kvjax.generation import decode
+from kvjax.kernels.decode_attention import paged_attention
 from kvjax.kernels.shapes import SHAPES, TESTED
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
@@ -35,6 +36,31 @@ def test_kernels_compile_without_hidden_copies(target, kernel, shape):
     if kernel in ("slot_attention", "paged_attention"):
         # Queries and results beside the pool, which is small here.
         assert row["temporaries"] < 0.05 * row["reads"] + 2**19
+
+
+@pytest.mark.parametrize("name", ["v5e", "h200"])
+def test_int8_entries_compile_through_pages(name):
+    if (reason := missing(name)) is not None:
+        pytest.skip(reason)
+    array, page, pool, pages = jax.ShapeDtypeStruct, 64, 4096, 32
+    rows, heads, kv_heads, head_dim = 2, 8, 2, 128
+
+    def attend(q, at, entries, owners, positions, scales, table, lengths):
+        return paged_attention(
+            q, at, entries=entries, owners=owners, positions=positions, scales=scales, table=table,
+            lengths=lengths, page=page, kv_heads=kv_heads,
+            implementation="pallas" if name in TPUS else "triton",
+        )  # fmt: skip
+
+    compiled = compile_for(
+        name, attend, array((rows, 1, heads, head_dim), jnp.bfloat16), array((rows, 1), jnp.int32),
+        array((rows, pool, 2 * head_dim), jnp.int8), array((rows, pool), jnp.int8),
+        array((rows, pool), jnp.int32), array((rows, 2, pool), jnp.float32),
+        array((rows, pages), jnp.int32), array((rows,), jnp.int32),
+    )  # fmt: skip
+    assert ("tpu_custom_call" if name in TPUS else "triton") in compiled.as_text()
+    # No copy of the pool, and none of it in floats.
+    assert compiled.memory_analysis().temp_size_in_bytes < rows * pool * 2 * head_dim / 2
 
 
 @pytest.mark.smoke

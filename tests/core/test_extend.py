@@ -82,6 +82,7 @@ def test_the_example_decodes_as_without_a_cache(example, own, layout):
         assert 0 < float(jnp.abs(near - exact).max()) < float(jnp.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_several_tokens_at_once_are_several_in_turn(example, own):
     """Slow: 10 s or more with no program kept: the example compiles a layer at a time."""
     prompt = jax.random.randint(jax.random.key(1), (1, 40), 0, example.VOCAB)

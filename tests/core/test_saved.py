@@ -35,10 +35,13 @@ def test_a_cache_of_version_1_answers_as_it_did(model, name, tmp_path):
         np.testing.assert_allclose(found.log_probs, expected["log_probs"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_fork_that_is_compressed_again_leaves_the_others_alone(model):
     """16 questions of one document hold its pages once; one goes on with room of its own.
 
     What the fork frees is poisoned, and the others answer as before.
+
+    Slow: 16 questions and a second compression are compiled.
     """
     prompt = np.random.default_rng(3).integers(3, 80, 60).tolist()
     document = kvjax.compress_prompt(model, prompt, CompressionConfig.named("ada-snapkv", 16))

@@ -175,6 +175,7 @@ def test_compressing_while_decoding(mesh, prompts):
     )
 
 
+@pytest.mark.slow
 def test_a_stream_and_a_saved_cache(mesh, prompts, tmp_path):
     """What a mesh saved is asked on one device and, again, on the mesh.
 
@@ -194,7 +195,7 @@ def test_a_stream_and_a_saved_cache(mesh, prompts, tmp_path):
 
 
 # ---------------------------------------------------------------------------- where things lie
-@pytest.mark.parametrize("method", ["snapkv", "prefixkv"])
+@pytest.mark.parametrize("method", [pytest.param("snapkv", marks=pytest.mark.slow), "prefixkv"])
 def test_questions_share_a_document(method, mesh, prompts):
     """Padded and packed entries, rows over `data`: the document lies once on each of its parts."""
     model = make_model(2)

@@ -78,8 +78,12 @@ def test_a_full_cache_holds_the_prompt():
     assert cache.nbytes == 4 * 4 * 64 * 2 * 16 * 4  # layers, heads, tokens, K and V, H, fp32
 
 
+@pytest.mark.slow
 def test_budgets_are_shared_out_alike(monkeypatch):
-    """Everybody gives away the same, and the two ways to sort come to bisection's sizes."""
+    """Everybody gives away the same, and the two ways to sort come to bisection's sizes.
+
+    Slow: two sorts beside bisection are compiled.
+    """
     shape, call = preset("1m", 64), {"budget": 16, "batch": 2, "prompt": 64, "repeats": 1}
     rows = {row["what"]: row for row in budgets.measure(shape, **call)}
     assert {row["entries"] for row in rows.values()} == {2 * 4 * 4 * 16}
@@ -147,8 +151,12 @@ def test_reports(run, tmp_path, kind):
     assert (tmp_path / f"bench_{kind}_cpu_1m.png").stat().st_size > 3000
 
 
+@pytest.mark.slow
 def test_a_checkpoints_directory_is_measured(run, tmp_path):
-    """Its own config and weights; the files of the report are named after it."""
+    """Its own config and weights; the files of the report are named after it.
+
+    Slow: three programs are compiled and timed.
+    """
     directory = Path(__file__).parents[1] / "fixtures" / "hf" / "llama2-gqa"
     flags = ["--batch", "1", "--prompt", 64, "--new", 2, "--budget", 16, "--repeats", 1]
     flags += ["--methods", "snapkv/padded", "--model", directory, "--out", tmp_path]

@@ -200,7 +200,9 @@ def flags(sharpened, samples) -> list[str]:
     return ["calibrate", *common, "-o", str(samples.with_name("profile.json"))]
 
 
+@pytest.mark.slow
 def test_generate_takes_what_calibrate_wrote(run, flags, sharpened, samples, model, prompts):
+    """Slow: two commands are compiled."""
     code, out, err = run(*flags, "--budget", "50%", "--batch", 2, "--json")
     assert (code, err) == (0, "method=prefixkv budget=50% sinks=1 recent=1 group=mean\n")
     report = json.loads(out.splitlines()[-1])

@@ -168,7 +168,9 @@ def test_compression_while_decoding(run, one, model, prompt):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_json_and_streamed_tokens_agree(run, one, model, prompt):
+    """Slow: a whole answer and a stream are compiled."""
     flags = [*one, "--method", "ada-snapkv", "--budget", 8]
     code, streamed, err = run(*flags)
     assert code == 0
@@ -242,7 +244,9 @@ def test_answer_flags(run, one, model, prompt):
     assert run(*hot, "--seed", 1, *ends)[1] == f"{drawn[0][0]} {drawn[0][1]}\n"
 
 
+@pytest.mark.slow
 def test_texts(run, stories, tmp_path):
+    """Slow: the bundled story model is converted and compiled."""
     model, tokenizer, directory = stories
     texts = ["Once upon a time", "Lily"]
     expected = kvjax.generate(model, texts, tokenizer=tokenizer, max_new_tokens=8)

@@ -370,7 +370,9 @@ def test_left_padded_arrays_are_converted(model, prompts):
 
 
 # ------------------------------------------------------------------------- stored profiles
+@pytest.mark.slow
 def test_a_stored_profile_sizes_the_layers(model, prompts):
+    """Slow: profiles are static, and each is a program."""
     config = CompressionConfig.named("prefixkv", profile=(0.5, 0.25))
     out = kvjax.generate(model, prompts, config, max_new_tokens=2)
     for row, prompt in enumerate(prompts):

@@ -83,7 +83,9 @@ def test_a_row_alone_is_what_it_is_in_a_batch(case):
         assert np.array_equal(one.kept[0], batch.kept[index])
 
 
+@pytest.mark.slow
 def test_groups_of_rows_share_the_images(model, pictures, monkeypatch):
+    """Slow: towers of two batch sizes are compiled."""
     rows, images = [[5, IMAGE, 7], [9, 11], [IMAGE, 4, IMAGE]], [pictures[:1], [], pictures[1:]]
     config = kvjax.CompressionConfig.named("snapkv", budget=8)
     whole = kvjax.compress_prompt(model, rows, config, images=images)
@@ -167,7 +169,9 @@ def test_as_many_tokens_as_features_are_taken_as_they_are(model, pictures):
     assert one.log_probs == many.log_probs
 
 
+@pytest.mark.slow
 def test_a_mesh_sees_what_one_device_sees(model, pictures):
+    """Slow: a tower and an answer are compiled for a mesh."""
     rows, images = [[5, IMAGE, 7], [IMAGE, 4, IMAGE]], [pictures[:1], pictures[1:]]
     config = kvjax.CompressionConfig.named("ada-snapkv", budget=8)
     call = {"images": images, "max_new_tokens": 4, "eos_ids": ()}

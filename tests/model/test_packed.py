@@ -98,8 +98,10 @@ def test_packed_answers_as_padded(model, prompts, name, budget):
     assert packed.cache_bytes == budget_bytes(model, 3, per_head, entry, even=name == "snapkv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ada-prefixkv"])
 def test_quantized_caches_answer_nearly_alike(model, prompts, name):
+    """Slow: answers of both dtypes are compiled."""
     exact, rough = (
         kvjax.generate(
             model,

@@ -158,8 +158,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_answers_about_an_image(run, folder, expected):
-    """Transformers' likeliest token; where the text names no place, the image is in front."""
+    """Transformers' likeliest token; where the text names no place, the image is in front.
+
+    Slow: a tower and two answers are compiled.
+    """
     [row], _ = rows_of(expected, "one")
     words = [{START: "<start>", START + 1: "<end>", IMAGE: "<image>"}.get(t, f"w{t}") for t in row]
     call = ("generate", "--model", folder, "--image", folder / "image.png", "--json")
@@ -175,7 +179,9 @@ def test_the_command_answers_about_an_image(run, folder, expected):
     assert json.loads(out)["prompt_tokens"] == [features + 4]
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_patches(run, folder, expected, tmp_path):
+    """Slow: a tower and a compressed prompt are compiled."""
     page = tmp_path / "page.html"
     call = ("--image", folder / "image.png", "--methods", "snapkv", "--budget", "50%", "-o", page)
     code, _, error = run("inspect", "--model", folder, "--prompt", "w5 w6 w7", *call)

@@ -55,7 +55,10 @@ def drawn(steps, row):
     return [token for step in steps for token in step.tokens[row]]
 
 
-@pytest.mark.parametrize("method", ["full", "ada-snapkv", "prefixkv"])
+@pytest.mark.parametrize(
+    "method",
+    ["ada-snapkv", *(pytest.param(one, marks=pytest.mark.slow) for one in ("full", "prefixkv"))],
+)
 def test_where_everything_fits_the_tokens_are_those_without(model, prompts, method):
     config = CompressionConfig.named(method, 0.5, keep_ratio=False) if method != "full" else FULL
     plain = answer(model, prompts, config)
@@ -105,8 +108,12 @@ def test_a_budget_of_what_is_kept_is_enough(model, prompts, config, kept):
             request(kept - 1, [[5]] * 2, cache)
 
 
+@pytest.mark.slow
 def test_what_was_evicted_is_missed(model, prompts):
-    """Else the tests above could not fail."""
+    """Else the tests above could not fail.
+
+    Slow: two answers are compiled, as in the tests above.
+    """
     config, rule = RULES["window"]
     assert answer(model, prompts, config, rule).tokens != answer(model, prompts, config).tokens
 
@@ -171,6 +178,7 @@ def test_continued_saved_and_asked_again(model, prompts, tmp_path):
     assert [drawn(steps, row) for row in range(3)] == more.tokens
 
 
+@pytest.mark.slow
 def test_rows_that_end_early_are_left_alone(model, prompts):
     """Slow: 10 s or more with no program kept: several answers under a rule are compiled."""
     config, rule = RULES["window"]

@@ -281,7 +281,9 @@ def test_instructions_as_tokens():
     assert instructed(config, None, VOCAB) == config
 
 
+@pytest.mark.slow
 def test_a_tokenizer_makes_the_instructions(model):
+    """Slow: two answers with a repetition are compiled."""
     config = CompressionConfig.named("ada-kvzip", 12)
     tokenizer, prompt = Letters(), prompts(48, (45,))[0].tolist()
     ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in INSTRUCTIONS)

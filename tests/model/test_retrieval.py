@@ -68,6 +68,7 @@ def test_answers_are_those_of_generate(model, items, name, protocol, monkeypatch
     np.testing.assert_array_equal(held, outcome.kept[0])
 
 
+@pytest.mark.slow
 def test_random_draws_per_row_and_by_seed(model, items):
     """Slow: 10 s or more with no program kept: the stages of a study are compiled."""
     config = CompressionConfig.named("random", 0.4)

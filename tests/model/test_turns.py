@@ -1,5 +1,6 @@
 """Questions, turns and streams: one sequence of stages, whoever asks and however often."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ RATIO = CompressionConfig.named("prefixkv", 0.5)
 INT8 = CompressionConfig.named("snapkv", 16, quantize="int8")
 RULE = Recompress(every=4, budget=40)
 QUESTION = [[9, 8, 7, 30, 41], [12, 5, 20]]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 class Letters:
@@ -100,6 +102,7 @@ def test_what_the_ratio_evicted_does_not_come_back(model, ratio_cache):
     assert int(opened.tail.cursor) == 0  # what survives of the question is among the entries
 
 
+@pytest.mark.slow
 def test_a_stop_string_that_never_comes_changes_nothing(model, prompts):
     """Slow: 10 s or more with no program kept: stages whole and apart, under a rule."""
     quiet = {"tokenizer": Letters(), "stop": "never", "return_cache": True, "recompress": RULE}
@@ -228,13 +231,12 @@ def test_a_tail_without_holes(model, prompts):
 @pytest.mark.parametrize(
     "config",
     [
-        CompressionConfig.named("snapkv", 16, layout="padded"),
-        ADA,
-        INT8,
-        CompressionConfig.named("prefixkv", 0.5, layout="padded"),
-        RATIO,
+        slow(CompressionConfig.named("snapkv", 16, layout="padded"), id="padded"),
+        slow(ADA, id="packed"),
+        pytest.param(INT8, id="int8"),
+        slow(CompressionConfig.named("prefixkv", 0.5, layout="padded"), id="padded-ratio"),
+        pytest.param(RATIO, id="ratio"),
     ],
-    ids=["padded", "packed", "int8", "padded-ratio", "ratio"],
 )
 def test_questions_of_one_document_share_it(model, prompts, config):
     """Slow: 10 s or more with no program kept: batches and single questions are compiled."""

@@ -87,7 +87,9 @@ def test_chat_templates_are_told_of_images(loaded, text):
     assert row == tokenizer(f"[{marked}]", add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 def test_score_and_calibrate_see_images(run, folder, picture, loaded, tmp_path):
+    """Slow: two commands with a tower are compiled."""
     model, tokenizer = loaded
     row = tokenizer(f"<image> {TEXT} {TEXT}")["input_ids"]
     copy = tmp_path / "beside.png"
@@ -203,10 +205,13 @@ def test_other_architectures_stay_an_error(folder, tmp_path):
         kvjax.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_photograph_and_a_published_profile(shared_data, tmp_path):
     """576 features of LLaVA-1.5 beside 50 tokens of text; its first two layers' profile.
 
     All 32 layers of it keep 10,035 entries (tests/core/test_budgets.py).
+
+    Slow: 576 features of a photograph.
     """
     folder = write_llava(tmp_path / "model", size=336)
     model, tokenizer = kvjax.load(folder, progress=False)
