@@ -179,14 +179,14 @@ MUTANTS = (
         "kvjax/cache/ratio.py",
         "jnp.minimum(prompt_B11, max(window - 1, 1))",
         "jnp.minimum(prompt_B11, max(window, 1))",
-        ("test_cache.py", "test_generate.py"),
+        ("test_cache.py",),
     ),
     Mutant(
         "attend: the ratio evicts another head's entries of the slots",
         "kvjax/cache/attend.py",
         "before_XK = jnp.cumsum(counts_XK, axis=-1) - counts_XK",
         "before_XK = jnp.cumsum(counts_XK, axis=-1)",
-        ("test_packed.py", "test_life.py"),
+        ("test_cache.py",),
     ),
     Mutant(
         "attend: a tail without holes ends with its shortest row",

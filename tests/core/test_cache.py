@@ -1,5 +1,6 @@
 """The cache: packing, the tail, attention by true position, PrefixKV's eviction as a mask."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -7,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from synthetic import probe_of
 
+from kvjax import CompressionConfig, compress
 from kvjax.cache import attend as attending
 from kvjax.cache import padded
 from kvjax.cache.padded import full_layer
+from kvjax.cache.ratio import evicted_range
 from kvjax.cache.state import Cache, for_rows, with_own_entries, with_room
 from kvjax.cache.tail import Tail, empty_tail, write_layer, write_positions
 
@@ -336,3 +340,29 @@ def test_attend_holds_the_ratio():
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
     without = attend(q, positions, cache.replace(keep_ratio=False), 0, None)
     assert np.abs(np.asarray(without) - expected).max() > 0.1
+
+
+def test_ratio_of_a_sliding_window_by_hand():
+    """A window of 10 finds 9 of 20 tokens: with all 9 kept none goes, with 3 of them 2 of 3."""
+    at = jnp.array([[20, 29, 38]])
+    first, last = evicted_range(jnp.array([[9, 3]]), jnp.array([20]), at, 10)
+    np.testing.assert_array_equal(first, [[4, 1]])
+    np.testing.assert_array_equal(last, [[[4, 4, 4], [1, 7, 13]]])
+    _, last = evicted_range(jnp.array([[9, 3]]), jnp.array([20]), at, None)
+    np.testing.assert_array_equal(last, [[[4, 8, 13], [1, 8, 16]]])
+
+
+def test_packed_slots_hold_the_ratio():
+    """Heads of unlike sizes: in slots as in padded layers, which are held against numpy above."""
+    k, v = jnp.asarray(normal(0, 2, 48, 2, 8)), jnp.asarray(normal(1, 2, 48, 2, 8))
+    probe = jax.tree.map(jnp.asarray, probe_of(2, 2, 48, 4, 2, 8, 48))
+    config = CompressionConfig.named("ada-snapkv", 0.5, keep_ratio=True, floor=0.0, window=4)
+    found = {}
+    for layout in ("padded", "packed"):
+        chosen = dataclasses.replace(config, layout=layout)
+        cache = compress([k], [v], [probe], chosen, lengths=jnp.array([48, 31]), tail_slots=1)
+        assert (cache.counts[:, 0, 0] != cache.counts[:, 0, 1]).any()
+        q, at = normal(3, 2, 1, 4, 8), np.array([[70], [44]], np.int32)
+        found[layout] = [attend(q, at, cache.replace(keep_ratio=r), 0, None) for r in (True, False)]
+    np.testing.assert_allclose(found["packed"][0], found["padded"][0], atol=1e-5)
+    assert np.abs(np.asarray(found["packed"][0] - found["packed"][1])).max() > 0.1
