@@ -45,7 +45,7 @@ class CompressionConfig(Settings):
         and without a tokenizer for none.
       repeat_chunk: tokens of the prompt that KVzip repeats at once.
       layout: "padded" ([B, K, S, H] per layer, S for the longest head), "packed" (one pool of
-        exactly the budget) or None for packed, except for uniform budgets on a CPU.
+        the budget, rounded up to pages) or None for packed, except for uniform budgets on a CPU.
       quantize: "int8" stores what is kept as 8-bit whole numbers with an fp32 scale for each key
         and each value, or None for the model's dtype. Packed layout only. A prompt that the budget
         holds whole is quantized too, alone as beside longer ones; `full` and a budget of 1.0, which

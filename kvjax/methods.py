@@ -1,7 +1,7 @@
 """The named methods: rows of (scorer, layer allocator, head allocator, what is always kept)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
@@ -45,6 +45,7 @@ class Method(Choices):
       paper: the source.
     """
 
+    scorer: str = field()  # a row that names none is refused
     paper: str
 
 

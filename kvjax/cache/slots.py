@@ -210,6 +210,7 @@ def of_layer(slots: Slots, array: Array, layer: int) -> Array:
     if slots.runs is not None:
         first, end = slots.runs[layer]
         return array[:, first:end]
+    assert slots.table is not None  # else a layer's size is data
     return in_order(array, (pages_of(slots, layer), slots.page))
 
 
@@ -231,6 +232,7 @@ class LayerSlots(NamedTuple):
 
 def layer_slots(slots: Slots, layer: int) -> LayerSlots:
     """The slots of one layer, through its table; on one device."""
+    assert slots.table is not None
     page_BR1 = pages_of(slots, layer)[..., None]
     number_BY = (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
     size_B = slots.lengths[:, layer]

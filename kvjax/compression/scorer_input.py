@@ -80,10 +80,12 @@ class HeldKeys(NamedTuple):
         return jnp.concatenate([slots_BKY, tail_BKU], axis=-1)
 
     def total(self, where: Bool[Array, "B K S"]) -> Float[Array, "B K H"]:
-        """Each head's sum over its entries where this holds; of fp32 keys."""
+        """Each head's sum over its entries where this holds, in fp32."""
         slots = self.owned.shape[-1]
         mine_BKY = (where[..., :slots] & self.owned).astype(jnp.float32)
-        total_BKH = jnp.einsum("BKY,BYH->BKH", mine_BKY, self.slots)
+        if self.scales is not None:
+            mine_BKY = mine_BKY * self.scales[:, None]
+        total_BKH = jnp.einsum("BKY,BYH->BKH", mine_BKY, self.slots.astype(jnp.float32))
         return total_BKH + jnp.where(where[..., slots:, None], self.tail, 0).sum(2)
 
     def dot(self, x: Float[Array, "B K R H"]) -> Float[Array, "B K R S"]:

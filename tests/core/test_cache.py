@@ -352,8 +352,11 @@ def test_ratio_of_a_sliding_window_by_hand():
     np.testing.assert_array_equal(last, [[[4, 8, 13], [1, 8, 16]]])
 
 
-def test_packed_slots_hold_the_ratio():
-    """Heads of unlike sizes: in slots as in padded layers, which are held against numpy above."""
+def test_packed_slots_hold_the_ratio(monkeypatch):
+    """Heads of unlike sizes: in slots as in padded layers, which are held against numpy above.
+
+    And three tokens in parts of two, of which each has evicted what its own tokens have.
+    """
     k, v = jnp.asarray(normal(0, 2, 48, 2, 8)), jnp.asarray(normal(1, 2, 48, 2, 8))
     probe = jax.tree.map(jnp.asarray, probe_of(2, 2, 48, 4, 2, 8, 48))
     config = CompressionConfig.named("ada-snapkv", 0.5, keep_ratio=True, floor=0.0, window=4)
@@ -362,7 +365,10 @@ def test_packed_slots_hold_the_ratio():
         chosen = dataclasses.replace(config, layout=layout)
         cache = compress([k], [v], [probe], chosen, lengths=jnp.array([48, 31]), tail_slots=1)
         assert (cache.counts[:, 0, 0] != cache.counts[:, 0, 1]).any()
-        q, at = normal(3, 2, 1, 4, 8), np.array([[70], [44]], np.int32)
+        q, at = normal(3, 2, 3, 4, 8), np.array([[56, 63, 70], [34, 39, 44]], np.int32)
         found[layout] = [attend(q, at, cache.replace(keep_ratio=r), 0, None) for r in (True, False)]
     np.testing.assert_allclose(found["packed"][0], found["padded"][0], atol=1e-5)
     assert np.abs(np.asarray(found["packed"][0] - found["packed"][1])).max() > 0.1
+    monkeypatch.setattr(attending, "MOST_ROWS", 2 * 2 * 4)
+    parts = jax.jit(lambda *call: attending.attend(*call, 0, None))(q, at, cache)
+    np.testing.assert_allclose(parts, found["packed"][0], atol=1e-5)

@@ -1,7 +1,6 @@
 """The packed layout: slots with owners, packed, grown and moved."""
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax import METHODS
 from kvjax.cache import packing
 from kvjax.cache.slots import (
     empty_slots,
@@ -25,11 +23,9 @@ from kvjax.cache.slots import (
 )
 from kvjax.kernels.platform import assume
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 QUICK = {"xla_backend_optimization_level": 0}
 put_layer = jax.jit(packing.put_layer, static_argnums=(1, 5), compiler_options=QUICK)
 mask_of = jax.jit(kept_mask, static_argnums=(1, 2), compiler_options=QUICK)
-COMPRESSING = [name for name in METHODS if name != "full"]
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

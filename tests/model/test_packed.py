@@ -10,17 +10,11 @@ from synthetic import probe_of
 
 import kvjax
 from kvjax import METHODS, CompressionConfig
-from kvjax.cache import packing
-from kvjax.cache.slots import (
-    in_pages,
-    kept_mask,
-)
+from kvjax.cache.slots import in_pages
 from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 QUICK = {"xla_backend_optimization_level": 0}
-put_layer = jax.jit(packing.put_layer, static_argnums=(1, 5), compiler_options=QUICK)
-mask_of = jax.jit(kept_mask, static_argnums=(1, 2), compiler_options=QUICK)
 COMPRESSING = [name for name in METHODS if name != "full"]
 
 
