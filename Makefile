@@ -32,7 +32,7 @@ demo: setup  ## questions about long prompts, answered from every method's cache
 	$(RUN) -m kvjax.studies.demo
 
 PYTEST := $(RUN) -m pytest -n auto --dist loadfile --durations 10
-test: setup  ## what every change has to pass: 13 minutes on two cores the first time, less with kept programs
+test: setup  ## what every change has to pass: 11 minutes on two cores the first time, less with kept programs
 	$(PYTEST) -m 'not rest'
 
 test-all: setup $(AHEAD)/.installed $(VENV)/.eval  ## what `make test` leaves out: chips, processes, browsers, long runs
