@@ -164,7 +164,7 @@ MUTANTS = (
         "kvjax/cache/disk.py",
         'keep_ratio=facts["keep_ratio"],',
         "keep_ratio=False,",
-        ("test_turns.py", "test_life.py", "test_generate.py"),
+        ("test_saved.py",),
     ),
     # ------------------------------------------------------------------------ attend
     Mutant(
@@ -200,7 +200,7 @@ MUTANTS = (
         "kvjax/generation/request.py",
         "slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])",
         "slots = doubled(slots + tokens.shape[1])",
-        ("test_turns.py", "test_life.py", "test_generate.py"),
+        ("test_saved.py",),
     ),
     # ------------------------------------------------------------------------ recompress
     Mutant(

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from synthetic import probe_of
 
 import kvjax
 from kvjax import CompressionConfig, Recompress
@@ -33,6 +35,29 @@ def test_a_cache_of_version_1_answers_as_it_did(model, name, tmp_path):
         found = kvjax.generate(model, [[5, 6, 7]] * 2, cache=held, max_new_tokens=8, eos_ids=())
         assert found.tokens == expected["tokens"]
         np.testing.assert_allclose(found.log_probs, expected["log_probs"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CompressionConfig.named("prefixkv", 0.5, layout="padded"),
+        CompressionConfig.named("prefixkv", 0.5, layout="packed"),
+        CompressionConfig.named("snapkv", 8, quantize="int8", keep_ratio=True),
+        CompressionConfig.named("ada-snapkv", 8, layout="packed"),
+    ],
+    ids=["padded-ratio", "ratio", "int8-ratio", "packed"],
+)
+def test_all_of_a_cache_is_saved(model, config, tmp_path):
+    """Arrays and all that is static, the ratio too: what is read is what was written."""
+    keys = [jax.random.normal(jax.random.key(layer), (2, 24, 2, 8)) for layer in range(2)]
+    probes = [jax.tree.map(jnp.asarray, probe_of(layer, 2, 24, 6, 2, 8, 24)) for layer in range(2)]
+    lengths = jnp.array([24, 17])
+    cache = kvjax.compress(keys, keys, probes, config, lengths=lengths, tail_slots=4)
+    assert cache.keep_ratio == config.keep_ratio
+    again = kvjax.load_cache(kvjax.save_cache(tmp_path / "cache", cache, model, config), model)
+    again = again.replace(origin=cache.origin)
+    assert jax.tree.structure(again) == jax.tree.structure(cache)
+    jax.tree.map(np.testing.assert_array_equal, again, cache)
 
 
 @pytest.mark.slow
