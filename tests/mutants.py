@@ -200,7 +200,7 @@ MUTANTS = (
         "kvjax/generation/request.py",
         "slots = doubled(slots + int(cache.tail.cursor) + tokens.shape[1])",
         "slots = doubled(slots + tokens.shape[1])",
-        ("test_saved.py",),
+        ("test_turns.py",),
     ),
     # ------------------------------------------------------------------------ recompress
     Mutant(
