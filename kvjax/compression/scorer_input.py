@@ -67,7 +67,8 @@ class HeldKeys(NamedTuple):
 
     def units(self) -> "HeldKeys":
         """Their directions; a scale has none."""
-        return self._replace(slots=unit(self.slots), tail=unit(self.tail), scales=None)
+        slots = unit(self.slots.astype(jnp.float32))
+        return self._replace(slots=slots, tail=unit(self.tail), scales=None)
 
     def norms(self) -> Float[Array, "B K S"]:
         """Their lengths, a slot's for every head."""

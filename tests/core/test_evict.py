@@ -171,6 +171,23 @@ def test_one_eviction_matches_float64(scorer, heads, sliding):
     assert after.nbytes == cache.nbytes == B * LAYERS * slots * 2 * H * 4
 
 
+@pytest.mark.parametrize("scorer", ["window", "key-diff", "key-norm"])
+def test_int8_entries_are_scored_as_what_they_stand_for(scorer):
+    """Of whole numbers with scales the same goes as of the same entries in floats."""
+    rule = Recompress(every=U, budget=12, window=4, sinks=2, scorer=scorer, heads="uniform")
+    cache, _ = with_answer(prompt_cache(quantize="int8"), rule)
+    slots, scales = cache.slots, np.repeat(cache.slots.scales, H, axis=1).swapaxes(1, 2)
+    exact = slots.replace(entries=slots.entries.astype(jnp.float32) * scales, scales=None)
+    found, expected = (
+        evict(cache.replace(slots=one), None, rule, (None,) * LAYERS).slots
+        for one in (slots, exact)
+    )
+    assert found.entries.dtype == jnp.int8
+    assert int((found.positions >= LENGTHS[:, None]).sum()) > 0
+    for name in ("owners", "positions", "counts"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_eviction_by_hand():
     """One head, two slots, one new token: the older entry that the query ignores gives way."""
     keys = np.zeros((1, 4, 1, 2), np.float32)
