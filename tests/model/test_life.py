@@ -27,7 +27,7 @@ from life import Life, agree, born, budgeted, digest, evicted, gone_for_good, li
 from oracle import Oracle, Row
 
 import kvjax
-from kvjax import CompressionConfig, Recompress
+from kvjax import CompressionConfig, ConfigError, Recompress
 from kvjax.generation.generate import _steps
 from kvjax.generation.request import FULL, Options, Request
 from kvjax.models.checkpoints.weights import load_decoder
@@ -130,8 +130,13 @@ class Machine(RuleBasedStateMachine):
             return multiple()
         by, rows = self.evictions[which % len(self.evictions)], copies(life)
         questions, eos = self.asked(life, seed, sizes, end)
-        drawn, expected = self.followed(life, rows, questions, eos, by)
         rules = {"max_new_tokens": NEW, "eos_ids": eos, "return_cache": True, "recompress": by}
+        heads = self.model.config.num_layers * self.model.config.num_kv_heads
+        if int(life.cache.counts.sum((1, 2)).max()) > heads * by.budget:  # an answer by ratio
+            with pytest.raises(ConfigError, match="expected at least the"):
+                kvjax.generate(self.model, questions, cache=life.cache, **rules)
+            return multiple()
+        drawn, expected = self.followed(life, rows, questions, eos, by)
         out = kvjax.generate(self.model, questions, cache=life.cache, **rules)
         np.testing.assert_array_equal(out.kept, of_prompt(life))
         assert out.cache_bytes == out.cache.nbytes
