@@ -194,6 +194,10 @@ def first_page(slots: Slots, layer: int) -> Int[Array, " B"]:
     return (-(-entries_BL // slots.page)).sum(-1, dtype=jnp.int32)
 
 
+def _first_pages(slots: Slots) -> Int[Array, "B L"]:
+    return jnp.stack([first_page(slots, layer) for layer in range(slots.counts.shape[1])], axis=1)
+
+
 def pages_of(slots: Slots, layer: int) -> Int[Array, "B R"]:
     """A layer's pages in order, or the first one alone where the others follow it."""
     return first_page(slots, layer)[:, None] if slots.table is None else slots.table[:, layer]
@@ -211,7 +215,7 @@ def of_layer(slots: Slots, array: Array, layer: int) -> Array:
         first, end = slots.runs[layer]
         return array[:, first:end]
     assert slots.table is not None  # else a layer's size is data
-    return in_order(array, (pages_of(slots, layer), slots.page))
+    return in_order(array, (slots.table[:, layer], slots.page))
 
 
 class LayerSlots(NamedTuple):
@@ -233,7 +237,7 @@ class LayerSlots(NamedTuple):
 def layer_slots(slots: Slots, layer: int) -> LayerSlots:
     """The slots of one layer, through its table; on one device."""
     assert slots.table is not None
-    page_BR1 = pages_of(slots, layer)[..., None]
+    page_BR1 = slots.table[:, layer, :, None]
     number_BY = (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
     size_B = slots.lengths[:, layer]
     mine_BY = jnp.arange(number_BY.shape[1]) < size_B[:, None]
@@ -285,8 +289,7 @@ def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Sl
     width = max(-(-widest // page), 1)
     number_R = jnp.arange(width, dtype=jnp.int32)
     if slots.table is None:
-        firsts = [first_page(slots, layer) for layer in range(sizes.shape[1])]
-        old_BLR = jnp.stack(firsts, axis=1)[..., None] + number_R
+        old_BLR = _first_pages(slots)[..., None] + number_R
     else:
         old_BLR = jnp.pad(slots.table, ((0, 0), (0, 0), (0, max(0, width - slots.table.shape[2]))))
         old_BLR = old_BLR[..., :width]
@@ -322,7 +325,10 @@ def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Sl
 
 
 def compacted(slots: Slots) -> Slots:
-    """The slots with each layer's entries in the first ones of it; on one device, with a table."""
+    """The slots with each layer's entries in its first ones, and no more slots than these.
+
+    On one device, with a table.
+    """
     batch, layers, _ = slots.counts.shape
     rows_B1 = jnp.arange(batch)[:, None]
     arrays = [slots.entries, slots.owners, slots.positions]
@@ -337,7 +343,9 @@ def compacted(slots: Slots) -> Slots:
             arrays[index] = x.at[rows_B1, here.numbers].set(moved, mode="drop")
     entries, owners, positions, *scales = arrays
     stacked = jnp.stack(scales, axis=1) if scales else None
-    return slots.replace(entries=entries, owners=owners, positions=positions, scales=stacked)
+    return slots.replace(
+        entries=entries, owners=owners, positions=positions, scales=stacked, sizes=None
+    )
 
 
 def _has_pages(slots: Slots) -> Int[Array, "B L"]:
@@ -358,7 +366,6 @@ def repaged(slots: Slots, page: int, size: int) -> Slots:
       page: slots of a page.
       size: of the pool, enough for whole pages of all layers' lengths.
     """
-    batch, layers, _ = slots.counts.shape
     pages_BL = -(-slots.lengths // page)
     firsts_BL = jnp.cumsum(pages_BL, axis=1, dtype=jnp.int32) - pages_BL
     # Which layer each new slot is of, and which of its slots.
@@ -368,12 +375,12 @@ def repaged(slots: Slots, page: int, size: int) -> Slots:
     offset_BM = number_M - jnp.take_along_axis(firsts_BL, layer_BM, axis=1) * page
     filled_BM = offset_BM < jnp.take_along_axis(slots.lengths, layer_BM, axis=1)
     if slots.table is None:
-        old_BL = jnp.stack([first_page(slots, layer) for layer in range(layers)], axis=1)
-        page_BM = jnp.take_along_axis(old_BL, layer_BM, axis=1) + offset_BM // slots.page
+        first_BM = jnp.take_along_axis(_first_pages(slots), layer_BM, axis=1)
+        page_BM = first_BM + offset_BM // slots.page
     else:
         width = slots.table.shape[2]
         place_BM = layer_BM * width + jnp.minimum(offset_BM // slots.page, width - 1)
-        page_BM = jnp.take_along_axis(slots.table.reshape(batch, -1), place_BM, axis=1)
+        page_BM = jnp.take_along_axis(slots.table.reshape(len(slots.table), -1), place_BM, axis=1)
     source_BM = jnp.where(filled_BM, page_BM * slots.page + offset_BM % slots.page, 0)
 
     def move(x: Array, empty: int) -> Array:
@@ -384,7 +391,7 @@ def repaged(slots: Slots, page: int, size: int) -> Slots:
     scales, table = slots.scales, None
     if scales is not None:
         scales = move(scales.swapaxes(1, 2), 0).swapaxes(1, 2)
-    if slots.sizes is not None and slots.table is not None:
+    if slots.table is not None and slots.sizes is not None:
         width = -(-slots.table.shape[2] * slots.page // page)
         table = jnp.minimum(firsts_BL[..., None] + jnp.arange(width), size // page - 1)
     return slots.replace(

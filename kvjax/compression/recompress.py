@@ -87,22 +87,22 @@ def evict(
 
 
 def _held(cache: Cache, layer: LayerSlots, window: int | None):
-    """Positions `[B, S]` of what the layer holds, pool and tail, and who holds it, `[B, K, S]`."""
+    """Slots and tail of a layer: positions `[B, S]`, who holds them, and what can still be seen."""
     tail = cache.tail
     positions_BS = jnp.concatenate([layer.positions, tail.positions], axis=1)
     batch, kv_heads, _ = layer.owned.shape
     filled_BKU = jnp.broadcast_to(
         (tail.positions >= 0)[:, None], (batch, kv_heads, tail.positions.shape[1])
     )
-    held_BKS = jnp.concatenate([layer.owned, filled_BKU], axis=-1)
-    if window is not None:  # what no later token can see
-        held_BKS &= (positions_BS > (cache.next_positions - window)[:, None])[:, None]
-    return positions_BS, held_BKS
+    filled_BKS = can_BKS = jnp.concatenate([layer.owned, filled_BKU], axis=-1)
+    if window is not None:
+        can_BKS &= (positions_BS > (cache.next_positions - window)[:, None])[:, None]
+    return positions_BS, filled_BKS, can_BKS
 
 
 def _by_ratio(cache, ratio, layer: LayerSlots, index: int, window) -> Bool[Array, "B K S"]:
     """PrefixKV: in position order from the frozen point on, as many go as keep the ratio."""
-    positions_BS, held_BKS = _held(cache, layer, window)
+    positions_BS, _, held_BKS = _held(cache, layer, window)
     grown_B = cache.next_positions - cache.prompt_lengths
     offered_B = cache.prompt_lengths
     if window is not None:
@@ -150,11 +150,11 @@ def _scorer_input(cache, slots: Slots, layer: LayerSlots, index: int, window) ->
         tail=tail.keys[index],
         scales=None if slots.scales is None else of_layer(slots, slots.scales[:, 0], index),
     )
-    positions_BS, filled_BKS = _held(cache, layer, None)
+    positions_BS, filled_BKS, can_BKS = _held(cache, layer, window)
     return HeldInput(
         held_keys=held_keys,
         filled=filled_BKS,
-        can=_held(cache, layer, window)[1],
+        can=can_BKS,
         positions=positions_BS,
         queries=tail.queries[index] if tail.queries else None,
         query_positions=tail.query_positions if tail.queries else None,

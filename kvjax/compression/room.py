@@ -108,7 +108,7 @@ def add_pages(
     dense = cache.slots is not None and slots.table is None
     most, alike = _most(slots, rule, total, caps, packed=dense)
     pages = layers * -(-most // slots.page) if alike else total // slots.page + layers
-    slots = slots if dense else compacted(slots).replace(sizes=None)
+    slots = slots if dense else compacted(slots)
     if pages * slots.page < slots.size:  # empty slots were more than the budget
         slots = repaged(slots, slots.page, pages * slots.page)
     wanted_BL = held_BL

@@ -41,8 +41,9 @@ class PromptKeys(NamedTuple):
         return norms(self.keys)
 
     def total(self, where: Bool[Array, " B #K T"]) -> Float[Array, "B K H"]:
-        """Each head's sum over the tokens where this holds."""
-        return jnp.where(where.swapaxes(1, 2)[..., None], self.keys, 0).sum(1)
+        """Each head's sum over the tokens where this holds, in fp32."""
+        mine_BTK1 = where.swapaxes(1, 2)[..., None]
+        return jnp.where(mine_BTK1, self.keys.astype(jnp.float32), 0).sum(1)
 
     def dot(self, x: Float[Array, "B K R H"]) -> Float[Array, "B K R T"]:
         """Products with vectors of each head, in fp32."""
@@ -87,7 +88,8 @@ class HeldKeys(NamedTuple):
         if self.scales is not None:
             mine_BKY = mine_BKY * self.scales[:, None]
         total_BKH = jnp.einsum("BKY,BYH->BKH", mine_BKY, self.slots.astype(jnp.float32))
-        return total_BKH + jnp.where(where[..., slots:, None], self.tail, 0).sum(2)
+        mine_BKU1 = where[..., slots:, None]
+        return total_BKH + jnp.where(mine_BKU1, self.tail.astype(jnp.float32), 0).sum(2)
 
     def dot(self, x: Float[Array, "B K R H"]) -> Float[Array, "B K R S"]:
         """Products with vectors of each head, in fp32; what others own is multiplied too."""

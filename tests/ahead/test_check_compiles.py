@@ -16,17 +16,6 @@ from kvjax.compile_for import TPUS, compile_for, missing
 from kvjax.generation.programs import Program
 from kvjax.models.presets import preset
 
-# Calls of `make gpu-check` that are not one program each: caches that are held, shared, streamed.
-APART = (
-    "generate snapkv padded",
-    "generate h2o",
-    "question of 40, int8",
-    "many questions",
-    "stream",
-    "recompress key-diff",
-    "second turn",
-)
-
 
 class Recorder:
     """Notes programs with the shapes and the precision that they are called with."""
@@ -135,10 +124,7 @@ def test_speed_parts_compile(target, recorder, monkeypatch):
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_public_calls_compile(target, recorder, monkeypatch):
-    """Every program of these calls: called on this CPU, small, and compiled for the chip.
-
-    `test_ahead_calls.py` compiles the other kinds of calls, of another model.
-    """
+    """Every program of every public call: called on this CPU, small, and compiled for the chip."""
     targeted(target)
     call = Program.__call__
 
@@ -148,13 +134,15 @@ def test_public_calls_compile(target, recorder, monkeypatch):
 
     monkeypatch.setattr(Program, "__call__", record)
     size = calls.SMALL
-    model, listed = calls.model_of("float32", size), calls.calls(size)
-    with jax.default_matmul_precision("highest"):
-        for name in APART:
-            listed[name](model, size)
+    for dtype, named in (("float32", calls.calls(size)), ("bfloat16", calls.HALF)):
+        model = calls.model_of(dtype, size)
+        precision = "highest" if dtype == "float32" else "default"
+        with jax.default_matmul_precision(precision):
+            for one in named.values():
+                one(model, size)
     kernel = "tpu_custom_call" if target in TPUS else "triton"
     texts = recorder.compiled(target)
-    assert len(texts) > 10
+    assert len(texts) > 20
     assert {name for name, text in texts if kernel in text} >= {
         "generate_program", "answer_program", "decode_program"
     }  # fmt: skip

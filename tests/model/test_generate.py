@@ -22,18 +22,6 @@ STEPS = 12
 BUDGET = 16
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    """Three prompts of 64, 41 and 52 tokens: one bucket of 64."""
-    rng = np.random.default_rng(0)
-    return [rng.integers(3, 80, size).tolist() for size in (64, 41, 52)]
-
-
 def joined(pieces):
     return [item for piece in pieces for item in piece]
 

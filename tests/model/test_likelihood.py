@@ -1,7 +1,5 @@
 """Teacher-forced scoring against logits computed another way."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +12,6 @@ from kvjax.generation import prefill
 from kvjax.generation.programs import prefill_compress_program
 from kvjax.inputs.prompts import pad
 from kvjax.model_interface import ProbeRequest
-from kvjax.models.checkpoints.weights import load_decoder
-
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
 
 
 @pytest.fixture(scope="module")

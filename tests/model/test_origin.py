@@ -1,7 +1,5 @@
 """A cache knows which model made it: no other one continues it without a word."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,18 +9,11 @@ from flax import nnx
 import kvjax
 from kvjax import CompressionConfig, sharding
 from kvjax.cache import origin
-from kvjax.models.checkpoints.weights import load_decoder
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 CONFIG = CompressionConfig.named("snapkv", 8)
 FULL = CompressionConfig.named("full")
 OTHERS = [{"layers": 3}, {"layers": 1}, {"kv_heads": 1}, {"head_dim": 4}, {"dtype": jnp.float16}]
 CALL = {"max_new_tokens": 2, "eos_ids": ()}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,6 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------- packing
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    """Three prompts of 64, 41 and 52 tokens: one bucket of 64."""
-    rng = np.random.default_rng(0)
-    return [rng.integers(3, 80, size).tolist() for size in (64, 41, 52)]
-
-
 def budget_bytes(model, rows, per_head, entry, *, even=False):
     """Of `rows` prompts with `per_head` entries on average, each of `entry` bytes, in pages of 16.
 

@@ -19,11 +19,6 @@ CALL = {"max_new_tokens": 3, "eos_ids": ()}
 SNAP = CompressionConfig.named("snapkv", 8)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
-
-
 def told(out):
     return out.tokens, out.log_probs, out.kept.tolist()
 

@@ -1,7 +1,6 @@
 """Questions of several blocks to a compressed cache: one loop over blocks of one size."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,6 @@ from kvjax import CompressionConfig
 from kvjax.cache.state import with_room
 from kvjax.generation import prefill
 from kvjax.inputs.prompts import bucket
-from kvjax.models.checkpoints.weights import load_decoder
-
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Generation that compresses while it decodes: the same tokens, in constant memory."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +11,11 @@ from kvjax import CompressionConfig, Recompress
 from kvjax.cache.slots import layer_slots
 from kvjax.generation.programs import generate_program
 from kvjax.generation.request import Options, Request
-from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.tiny import load as load_tiny
 from kvjax.tiny.questions import questions
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 NEW, EVERY = 30, 8
 FULL = CompressionConfig.named("full")
 ADA = CompressionConfig.named("ada-snapkv", 16)
@@ -33,17 +30,6 @@ RULES = {
     ),
     "ratio": (RATIO, Recompress(every=EVERY)),
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    rng = np.random.default_rng(0)
-    return [rng.integers(3, 80, size).tolist() for size in (64, 41, 52)]
 
 
 def answer(model, prompts, config, rule=None, new=NEW, **changes):

@@ -1,7 +1,5 @@
 """Evaluation by questions: the same answers as `generate`, entries counted in the cache."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +7,12 @@ import pytest
 
 import kvjax
 from kvjax import CompressionConfig, figures
-from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.studies import retrieval
 from kvjax.studies.dispersion import _count, entries_needed
 from kvjax.studies.retrieval import ask, interval
 from kvjax.tiny.questions import Item
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 NEW = 6
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,6 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_decoder(FIXTURES / "llama2-gqa", progress=False)
-
-
-@pytest.fixture(scope="module")
 def prompts():
     rng = np.random.default_rng(0)
     return [rng.integers(3, 80, size).tolist() for size in (64, 41)]
