@@ -1,19 +1,24 @@
 """Chunked online softmax in XLA (Milakov & Gimelshein 2018; Rabe & Staats 2021).
 
 Query blocks are mapped; each walks over its key blocks only, from the first that its window
-reaches to the diagonal, so memory is a block's scores and arithmetic is the causal half.
+reaches to the diagonal, so memory is a block's scores and arithmetic is the causal half. Scores
+have keys in rows and queries in columns: a CPU finds the largest of many columns at once, but goes
+through a row number by number.
+
+B batch, T prompt tokens, N query heads, K KV heads, G = N // K, H head dim; C keys of a block, Q
+queries of a block, X = G Q of a KV head, Y blocks.
 """
 
-import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# 128 queries x 256 keys of fp32 scores per head fit a core's L2 cache.
-QUERY_BLOCK = 128
-KEY_BLOCK = 256
+# Of queries and of keys. A KV head's scores in fp32, 256 KiB times G, stay in a core's L2 cache.
+BLOCK = 256
+_STEP = 8  # blocks of a short or odd prompt are multiples of it
 
 
 def prefill_attention(
@@ -26,70 +31,77 @@ def prefill_attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """See `kvjax.kernels.prefill_attention`."""
     batch, tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    query_block, key_block = min(QUERY_BLOCK, tokens), min(KEY_BLOCK, tokens)
-    padded = -(-tokens // math.lcm(query_block, key_block)) * math.lcm(query_block, key_block)
-    if padded > 2 * tokens:  # an odd short prompt: one block
-        query_block = key_block = padded = tokens
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))) for x in (q, k, v))
-    q_BKGTH = q.reshape(batch, padded, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    k_BKSH, v_BKSH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    kv_heads, blocks = k.shape[2], -(-tokens // BLOCK)
+    block = tokens if blocks == 1 else -(-tokens // (blocks * _STEP)) * _STEP
+    filled = ((0, 0), (0, blocks * block - tokens), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, filled) for x in (q, k, v))
+    q_BTKGH = q.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim)
+    k_BKTH, v_BKHT = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
 
     def attend_block(index):
-        start = index * query_block
-        q_BKGQH = lax.dynamic_slice_in_dim(q_BKGTH, start, query_block, axis=3)
-        first = 0 if window is None else jnp.maximum(start - window + 1, 0) // key_block
-        last = (start + query_block + key_block - 1) // key_block
-        return _online_softmax(
-            q_BKGQH, k_BKSH, v_BKSH, lengths, start, first, last, key_block, window
-        )
+        q_BQKGH = lax.dynamic_slice_in_dim(q_BTKGH, index * block, block, axis=1)
+        q_BKHX = q_BQKGH.transpose(0, 2, 4, 3, 1).reshape(batch, kv_heads, head_dim, -1)
+        padding = index * block >= lengths.max()
+        return _online_softmax(q_BKHX, k_BKTH, v_BKHT, index, block, padding, window)
 
-    out_XBKGQH, lse_XBKGQ = lax.map(attend_block, jnp.arange(padded // query_block))
-    out_BTNH = out_XBKGQH.transpose(1, 0, 4, 2, 3, 5).reshape(batch, padded, heads, head_dim)
-    lse_BNT = lse_XBKGQ.transpose(1, 2, 3, 0, 4).reshape(batch, heads, padded)
+    if blocks == 1:
+        out, lse = attend_block(0)
+    else:
+        out, lse = lax.map(attend_block, jnp.arange(blocks))
+    out_YBKHGQ = out.reshape(blocks, batch, kv_heads, head_dim, -1, block)
+    out_BTNH = out_YBKHGQ.transpose(1, 0, 5, 2, 4, 3).reshape(batch, -1, heads, head_dim)
+    lse_BNT = lse.reshape(blocks, batch, heads, block).transpose(1, 2, 0, 3)
+    lse_BNT = lse_BNT.reshape(batch, heads, -1)
     return out_BTNH[:, :tokens].astype(v.dtype), lse_BNT[:, :, :tokens]
 
 
-def _online_softmax(q_BKGQH, k_BKSH, v_BKSH, lengths, start, first, last, key_block, window):
-    """One block of queries from position `start` over key blocks first..last - 1."""
-    shape = q_BKGQH.shape[:-1]
-    query_Q = start + jnp.arange(shape[-1])
+def _online_softmax(q_BKHX, k_BKTH, v_BKHT, index, block, padding, window):
+    """Query block `index` over the key blocks that it sees; of padding, over its own alone."""
+    at_X = index * block + jnp.tile(jnp.arange(block), q_BKHX.shape[3] // block)
 
-    def step(index, carry):
-        peak, total, acc = carry
-        offset = index * key_block
-        kb_BKSH = lax.dynamic_slice_in_dim(k_BKSH, offset, key_block, axis=2)
-        vb_BKSH = lax.dynamic_slice_in_dim(v_BKSH, offset, key_block, axis=2)
-        s_BKGQS = jnp.einsum(
-            "BKGQH,BKSH->BKGQS", q_BKGQH, kb_BKSH, preferred_element_type=jnp.float32
-        )
-        s_BKGQS = s_BKGQS * q_BKGQH.shape[-1] ** -0.5  # in fp32, not in q's dtype
-        seen_BQS = visible(query_Q[None], offset + jnp.arange(key_block), lengths, window)
-        s_BKGQS = jnp.where(seen_BQS[:, None, None], s_BKGQS, -jnp.inf)
-        new_peak = jnp.maximum(peak, s_BKGQS.max(-1))
-        anchor = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-        p_BKGQS = jnp.exp(s_BKGQS - anchor[..., None])
-        decay = jnp.exp(peak - anchor)
-        pv_BKGQH = jnp.einsum(
-            "BKGQS,BKSH->BKGQH",
-            p_BKGQS.astype(vb_BKSH.dtype),
-            vb_BKSH,
-            preferred_element_type=jnp.float32,
-        )
-        return new_peak, total * decay + p_BKGQS.sum(-1), acc * decay[..., None] + pv_BKGQH
+    def step(masked, number, carry):
+        offset = number * block
+        k_BKCH = lax.dynamic_slice_in_dim(k_BKTH, offset, block, axis=2)
+        v_BKHC = lax.dynamic_slice_in_dim(v_BKHT, offset, block, axis=3)
+        s_BKCX = jnp.einsum("BKCH,BKHX->BKCX", k_BKCH, q_BKHX, preferred_element_type=jnp.float32)
+        s_BKCX = s_BKCX * q_BKHX.shape[2] ** -0.5  # in fp32, not in q's dtype
+        if masked:  # lengths need no mask: what lies before a real query is real
+            back_CX = at_X - (offset + jnp.arange(block))[:, None]
+            seen_CX = (back_CX >= 0) if window is None else (back_CX >= 0) & (back_CX < window)
+            s_BKCX = jnp.where(seen_CX, s_BKCX, -jnp.inf)
+        return _added(carry, s_BKCX, v_BKHC)
 
-    peak, total, acc = lax.fori_loop(
-        first,
-        last,
-        step,
-        (
-            jnp.full(shape, -jnp.inf, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros(q_BKGQH.shape, jnp.float32),
-        ),
+    shape = q_BKHX.shape[:2] + q_BKHX.shape[3:]
+    carry = (
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(q_BKHX.shape, jnp.float32),
     )
-    safe = jnp.where(total > 0, total, 1.0)
-    return acc / safe[..., None], jnp.where(total > 0, peak + jnp.log(safe), -jnp.inf)
+    if k_BKTH.shape[2] > block:
+        first = whole = 0
+        stop = jnp.where(padding, 0, index)
+        if window is not None:
+            first = jnp.minimum(jnp.maximum(index * block - window + 1, 0) // block, stop)
+            # Before `whole` the window's edge cuts through a block.
+            whole = jnp.clip(-(-((index + 1) * block - window) // block), first, stop)
+            carry = lax.fori_loop(first, whole, partial(step, True), carry)
+        carry = lax.fori_loop(whole, stop, partial(step, False), carry)
+    peak, total, acc_BKHX = step(True, index, carry)
+    return acc_BKHX / total[:, :, None], peak + jnp.log(total)
+
+
+def _added(carry, s_BKCX, v_BKHC):
+    """The running softmax with one more block of scores and values."""
+    peak_BKX, total_BKX, acc_BKHX = carry
+    new_BKX = jnp.maximum(peak_BKX, s_BKCX.max(2))
+    anchor_BKX = jnp.where(new_BKX == -jnp.inf, 0.0, new_BKX)
+    p_BKCX = jnp.exp(s_BKCX - anchor_BKX[:, :, None])
+    decay_BKX = jnp.exp(peak_BKX - anchor_BKX)
+    pv_BKHX = jnp.einsum(
+        "BKHC,BKCX->BKHX", v_BKHC, p_BKCX.astype(v_BKHC.dtype), preferred_element_type=jnp.float32
+    )
+    acc_BKHX = acc_BKHX * decay_BKX[:, :, None] + pv_BKHX
+    return new_BKX, total_BKX * decay_BKX + p_BKCX.sum(2), acc_BKHX
 
 
 def visible(

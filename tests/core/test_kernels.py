@@ -40,9 +40,9 @@ def small_blocks(monkeypatch):
 
 
 def shrink(monkeypatch):
-    for module in (prefill_reference, scores_reference):
-        monkeypatch.setattr(module, "QUERY_BLOCK", QUERY_BLOCK)
-        monkeypatch.setattr(module, "KEY_BLOCK", KEY_BLOCK)
+    monkeypatch.setattr(prefill_reference, "BLOCK", QUERY_BLOCK)
+    monkeypatch.setattr(scores_reference, "QUERY_BLOCK", QUERY_BLOCK)
+    monkeypatch.setattr(scores_reference, "KEY_BLOCK", KEY_BLOCK)
 
 
 def compiled(function, **settings):
@@ -178,12 +178,24 @@ def test_prefill_matches_numpy(case):
 
 
 def test_prefill_with_its_own_blocks():
-    assert (prefill_reference.QUERY_BLOCK, prefill_reference.KEY_BLOCK) == (128, 256)
-    q, k, v = (normal(seed, 1, 400, 1, 8) for seed in range(3))
-    out, lse = compiled(prefill_attention, window=200)(q, k, v, jnp.array([390]))
-    expected, expected_lse, _ = oracle(q, k, v, prompt_mask(400, [390], 200))
-    close(out[:, :390], expected[:, :390], q.dtype, 400)
-    close(lse[..., :390], expected_lse[..., :390], q.dtype, 400)
+    assert prefill_reference.BLOCK == 256
+    q, k, v = (normal(seed, 1, 700, 1, 8) for seed in range(3))  # three blocks of 240
+    out, lse = compiled(prefill_attention, window=300)(q, k, v, jnp.array([690]))
+    expected, expected_lse, _ = oracle(q, k, v, prompt_mask(700, [690], 300))
+    close(out[:, :690], expected[:, :690], q.dtype, 700)
+    close(lse[..., :690], expected_lse[..., :690], q.dtype, 700)
+
+
+def test_blocks_of_padding_see_only_themselves(small_blocks):
+    # Two rows of 96 tokens, 33 and 20 real: blocks 3, 4, 5 hold padding alone and cost one step.
+    q, k, v = (normal(seed, 2, 96, 2, 8) for seed in range(3))
+    out, lse = compiled(prefill_attention)(q, k, v, jnp.array([33, 20]))
+    own = slice(64, 80)
+    expected, expected_lse, _ = oracle(
+        q[:, own], k[:, own], v[:, own], prompt_mask(16, [16, 16], None)
+    )
+    close(out[:, own], expected, q.dtype, 16)
+    close(lse[..., own], expected_lse, q.dtype, 16)
 
 
 def test_large_scores_do_not_overflow(small_blocks):
