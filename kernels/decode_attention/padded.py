@@ -1,9 +1,11 @@
 """Attention of new tokens to padded slots, masked by true position, in XLA.
 
-B batch, T new tokens, S slots, N query heads, K KV heads, H head dim, C slots read at once.
+B batch, T new tokens, S slots, N query heads, K KV heads, G = N // K, H head dim; C slots of a
+block, X = G T queries of a KV head.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.kernels.decode_attention.reference import decode_attention, merge_weights
+from kvjax.kernels.decode_attention.reference import decode_attention
+from kvjax.kernels.prefill_attention.reference import added, nothing_yet
 
-# Scores that exist at once where a call has more than one new token: 16 MiB in fp32.
-SCORES = 2**22
-BLOCK = 512
+# Scores that exist at once where a call has more than one new token: 4 MiB in fp32.
+SCORES = 2**20
+BLOCK = 256
 
 
 class Evicted(NamedTuple):
@@ -88,10 +91,14 @@ def _whole(q, query_positions, k, v, positions, window, evicted):
 
 
 def _blocks(q, query_positions, evicted, k, v, positions, window, block, blocks):
-    """One block of slots after the other, merged by log-sum-exp."""
-    slots = k.shape[2]
+    """One block of slots after the other, scores with slots in rows and queries in columns."""
+    batch, tokens, heads, head_dim = q.shape
+    slots, kv_heads = k.shape[2], k.shape[1]
+    group = heads // kv_heads
+    q_BKHGT = q.reshape(batch, tokens, kv_heads, group, head_dim).transpose(0, 2, 4, 3, 1)
+    q_BKHX = q_BKHGT.reshape(batch, kv_heads, head_dim, -1)
 
-    def step(index, found):
+    def step(index, carry):
         wanted = index * block
         offset = jnp.minimum(wanted, slots - block)
 
@@ -100,19 +107,37 @@ def _blocks(q, query_positions, evicted, k, v, positions, window, block, blocks)
 
         # A block that the end pushed back does not count its first slots again.
         fresh_C = offset + jnp.arange(block) >= wanted
-        at_BKC = jnp.where(fresh_C, cut(positions, 2), -1)
-        mine = evicted and evicted._replace(order=cut(evicted.order, 2))
-        held = cut(k, 2), cut(v, 2), at_BKC
-        return _merged(found, _whole(q, query_positions, *held, window, mine))
+        at_BKC1 = jnp.where(fresh_C, cut(positions, 2), -1)[..., None]
+        held = cut(k, 2), cut(v, 2), at_BKC1
+        order = None if evicted is None else cut(evicted.order, 2)
+        if evicted is not None or window is not None:
+            return read_masked(held, order, carry)
+        clear = (at_BKC1.min() >= 0) & (at_BKC1.max() <= query_positions.min())
+        read = partial(add, held), partial(read_masked, held, order)
+        return lax.cond(clear, *read, carry)
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-    return lax.fori_loop(0, blocks, step, nothing)
+    def read_masked(held, order, carry):
+        k_BKCH, v_BKCH, at_BKC1 = held
+        seen_BKCT = (at_BKC1 >= 0) & in_sight(at_BKC1, query_positions[:, None, None], window)
+        if evicted is not None:
+            seen_BKCT &= ~evicted._replace(order=order).mask().swapaxes(2, 3)
+        v_BKCH = jnp.where(at_BKC1 >= 0, v_BKCH, 0)  # 0 * NaN would be NaN
+        return add((k_BKCH, v_BKCH, at_BKC1), carry, jnp.tile(seen_BKCT, group))
 
+    def add(held, carry, seen_BKCX=None):
+        k_BKCH, v_BKCH, _ = held
+        s_BKCX = jnp.einsum("BKCH,BKHX->BKCX", k_BKCH, q_BKHX, preferred_element_type=jnp.float32)
+        s_BKCX = s_BKCX * head_dim**-0.5  # in fp32, not in q's dtype
+        if seen_BKCX is not None:
+            s_BKCX = jnp.where(seen_BKCX, s_BKCX, -jnp.inf)
+        # On a CPU a product with what lies the other way round takes half as long again.
+        return added(carry, s_BKCX, lax.optimization_barrier(v_BKCH.swapaxes(2, 3)))
 
-def _merged(found, part):
-    (out, lse), (more, more_lse) = found, part
-    (old_BTN, new_BTN), lse = merge_weights(jnp.stack([lse, more_lse]))
-    return out * old_BTN[..., None] + more * new_BTN[..., None], lse
+    peak, total, acc_BKHX = lax.fori_loop(0, blocks, step, nothing_yet(q_BKHX))
+    out_BKHX = acc_BKHX / jnp.where(total > 0, total, 1.0)[:, :, None]
+    out_BKHGT = out_BKHX.reshape(q_BKHGT.shape)
+    lse_BNT = (jnp.where(total > 0, peak, 0.0) + jnp.log(total)).reshape(batch, heads, tokens)
+    return out_BKHGT.transpose(0, 4, 1, 3, 2).reshape(q.shape), lse_BNT.swapaxes(1, 2)
 
 
 def in_sight(key_positions: Array, query_positions: Array, window: int | None) -> Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 # Of queries and of keys. A KV head's scores in fp32, 256 KiB times G, stay in a core's L2 cache.
 BLOCK = 256
+Running = tuple[Float[Array, "B K X"], Float[Array, "B K X"], Float[Array, "B K H X"]]
 _STEP = 8  # blocks of a short or odd prompt are multiples of it
 
 
@@ -69,14 +70,9 @@ def _online_softmax(q_BKHX, k_BKTH, v_BKHT, index, block, padding, window):
             back_CX = at_X - (offset + jnp.arange(block))[:, None]
             seen_CX = (back_CX >= 0) if window is None else (back_CX >= 0) & (back_CX < window)
             s_BKCX = jnp.where(seen_CX, s_BKCX, -jnp.inf)
-        return _added(carry, s_BKCX, v_BKHC)
+        return added(carry, s_BKCX, v_BKHC)
 
-    shape = q_BKHX.shape[:2] + q_BKHX.shape[3:]
-    carry = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros(q_BKHX.shape, jnp.float32),
-    )
+    carry = nothing_yet(q_BKHX)
     if k_BKTH.shape[2] > block:
         first = whole = 0
         stop = jnp.where(padding, 0, index)
@@ -90,8 +86,26 @@ def _online_softmax(q_BKHX, k_BKTH, v_BKHT, index, block, padding, window):
     return acc_BKHX / total[:, :, None], peak + jnp.log(total)
 
 
-def _added(carry, s_BKCX, v_BKHC):
-    """The running softmax with one more block of scores and values."""
+def nothing_yet(q_BKHX: Float[Array, "B K H X"]) -> Running:
+    """The running softmax of columns of queries before any block of keys."""
+    batch, kv_heads, _, columns = q_BKHX.shape
+    return (
+        jnp.full((batch, kv_heads, columns), -jnp.inf, jnp.float32),
+        jnp.zeros((batch, kv_heads, columns), jnp.float32),
+        jnp.zeros(q_BKHX.shape, jnp.float32),
+    )
+
+
+def added(
+    carry: Running, s_BKCX: Float[Array, "B K C X"], v_BKHC: Float[Array, "B K H C"]
+) -> Running:
+    """The running softmax with one more block of scores and values.
+
+    Args:
+      carry: of each column the largest score, the sum of weights, and of weighted values.
+      s_BKCX: scaled scores in fp32, -inf for what a query does not see.
+      v_BKHC: values, finite for all keys.
+    """
     peak_BKX, total_BKX, acc_BKHX = carry
     new_BKX = jnp.maximum(peak_BKX, s_BKCX.max(2))
     anchor_BKX = jnp.where(new_BKX == -jnp.inf, 0.0, new_BKX)

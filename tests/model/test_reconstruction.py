@@ -181,7 +181,7 @@ def test_sliding_windows_match_float64():
 
 
 def test_a_repetition_of_several_blocks_matches_float64(model):
-    lengths = (160, 131, 120)  # with the instruction 163, 134 and 123 tokens, of blocks of 128
+    lengths = (160, 131, 120)  # with the instruction 163, 134 and 123 tokens, in two parts of 96
     check(model, prompts(160, lengths), lengths, Repeat(160, (FIRST, OTHERS), 4))
 
 
