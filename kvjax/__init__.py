@@ -17,7 +17,15 @@ from kvjax.cache.own_model import append, claim, claimed_positions, decode_atten
 from kvjax.cache.state import Cache
 from kvjax.compression.compress import compress, probe_request
 from kvjax.config import CompressionConfig, ConfigError, Recompress, parse_budget
-from kvjax.generation.generate import Generation, Step, compress_prompt, generate, stream
+from kvjax.generation.generate import (
+    Generation,
+    Step,
+    compress_prompt,
+    generate,
+    prefill_prompts,
+    stream,
+)
+from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import compilations
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.timing import Timings, timed_generate
@@ -34,6 +42,7 @@ __all__ = [
     "CompressionConfig",
     "ConfigError",
     "Generation",
+    "PrefilledPrompts",
     "Probe",
     "Recompress",
     "Sampling",
@@ -51,6 +60,7 @@ __all__ = [
     "load",
     "load_cache",
     "parse_budget",
+    "prefill_prompts",
     "probe_request",
     "save_cache",
     "score",

@@ -20,6 +20,7 @@ from kvjax.cache.state import with_room
 from kvjax.config import CompressionConfig, check_config
 from kvjax.exact import always_32_bits
 from kvjax.generation import prefill
+from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import Program
 from kvjax.generation.request import FULL, check_rows
 from kvjax.generation.sampling import row_keys
@@ -58,6 +59,7 @@ def score(
     positions: bool = False,
     pad_to: tuple[int, int] = (0, 0),
     images: Pictures | None = None,
+    prefilled: PrefilledPrompts | None = None,
 ) -> list[Scored]:
     """NLL of what follows a prefix whose cache is compressed once.
 
@@ -74,6 +76,7 @@ def score(
         other texts share one compiled program. It changes no result.
       images: of a vision-language model, as in `generate`, all of them in the prefix; its length
         counts tokens as they are given, be it one for an image or one for each of its features.
+      prefilled: the prefixes, from `kvjax.prefill_prompts`, to be read once for many configs.
 
     Raises:
       ValueError: a prefix outside that range, an id outside the vocabulary, a text longer than
@@ -83,17 +86,14 @@ def score(
     inputs, rests = _divided(model, tokens, prefix_length, config, images)
     prompt, lengths = pad(inputs.rows, pad_to[0])
     after, counts = pad(rests, pad_to[1])
-    nll, top1, counts_BLK, kept = _score_program(
-        model,
-        prompt,
-        lengths,
-        after,
-        counts,
-        row_keys(seed, len(rests)),
-        inputs.images(prompt),
-        config=config,
-        positions=positions,
-    )
+    key, how = row_keys(seed, len(rests)), {"config": config, "positions": positions}
+    if prefilled is None:
+        images_of_all, arrays = inputs.images(prompt), (prompt, lengths)
+        found = _score_program(model, *arrays, after, counts, key, images_of_all, **how)
+    else:
+        _check_prefixes(model, prefilled, inputs.rows, config)
+        found = _score_prefilled_program(model, prefilled.arrays, after, counts, key, **how)
+    nll, top1, counts_BLK, kept = found
     nll, top1 = np.asarray(nll), np.asarray(top1)  # sliced here, not row by row on the device
     entries, held = np.asarray(counts_BLK).sum((1, 2)), np.asarray(kept)
     return [
@@ -140,6 +140,14 @@ def _divided(
     return inputs, rests
 
 
+def _check_prefixes(
+    model: Model, prefilled: PrefilledPrompts, rows: list[list[int]], config: CompressionConfig
+):
+    prefilled.check(model, config)
+    if prefilled.inputs.rows != rows:
+        raise ValueError("prefilled holds other prompts, expected the prefixes of these texts")
+
+
 def batches(
     documents: Sequence[Document], size: int
 ) -> Iterator[tuple[list[int], tuple[int, int]]]:
@@ -162,6 +170,11 @@ def batches(
             yield part + part[-1:] * (rows - len(part)), pad_to
 
 
+_Found = tuple[
+    Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B L K"], Bool[Array, "B L K P"] | None
+]
+
+
 @partial(Program, static_argnames=("config", "positions"))
 def _score_program(
     model: Model,
@@ -174,10 +187,30 @@ def _score_program(
     *,
     config: CompressionConfig,
     positions: bool,
-) -> tuple[
-    Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B L K"], Bool[Array, "B L K P"] | None
-]:
+) -> _Found:
     logits_BV, cache = prefill.prefill_compress(model, prompt, lengths, key, config, images)
+    width = prompt.shape[1] if positions else None
+    return _followed(model, logits_BV, cache, after, counts, width)
+
+
+@partial(Program, static_argnames=("config", "positions"))
+def _score_prefilled_program(
+    model: Model,
+    prompts: prefill.Prefilled,
+    after: Int[Array, "B T"],
+    counts: Int[Array, " B"],
+    key: Key[Array, "*row"],
+    *,
+    config: CompressionConfig,
+    positions: bool,
+) -> _Found:
+    cache = prefill.compress_prefilled(prompts, model.config.sliding_windows, key, config)
+    width = prompts.keys[0].shape[1] if positions else None
+    return _followed(model, prompts.logits, cache, after, counts, width)
+
+
+def _followed(model, logits_BV, cache, after, counts, width) -> _Found:
+    """What follows prompts, against their cache; positions of a bucket of `width` where asked."""
     batch, tokens = after.shape
     block = min(prefill.BLOCK, tokens)
     blocks = -(-tokens // block)
@@ -199,7 +232,7 @@ def _score_program(
         jnp.concatenate([head, rest.swapaxes(0, 1).reshape(batch, -1)], axis=1)[:, :tokens]
         for head, rest in zip(first, later, strict=True)
     )
-    kept = cache.kept_mask(prompt.shape[1]) if positions else None
+    kept = None if width is None else cache.kept_mask(width)
     return sharding.replicated((nll_BT, top1_BT, cache.counts, kept))
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax import METHODS, CompressionConfig, Recompress, compress, probe_request
+from kvjax import METHODS, CompressionConfig, Recompress, probe_request
 from kvjax.generation import prefill
 from kvjax.inputs.prompts import pad
 from kvjax.models.checkpoints.weights import load_decoder
@@ -67,9 +67,10 @@ def _kept(model: Any) -> Iterator[tuple[str, Cell]]:
 
     def cell(config: CompressionConfig) -> list[list[str]]:
         if not found:
-            found.extend(jax.jit(partial(prefill.prefill, request=wanted))(model, tokens, lengths))
-        run = jax.jit(partial(compress, config=config, windows=model.config.sliding_windows))
-        cache = run(*found[1:], lengths=lengths, key=jax.random.key(0))
+            found.append(jax.jit(partial(prefill.prefill, request=wanted))(model, tokens, lengths))
+        windows = model.config.sliding_windows
+        run = jax.jit(partial(prefill.compress_prefilled, windows=windows, config=config))
+        cache = run(found[0], key=jax.random.key(0))
         kept = np.asarray(cache.kept_mask(width))
         return [[_hex(layer) for layer in row] for row in kept]
 

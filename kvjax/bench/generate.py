@@ -37,7 +37,7 @@ def measure(
 
     def read(model, tokens, lengths):
         # Nothing of the cache leaves the program: prefill alone.
-        return prefill(model, tokens, lengths, ProbeRequest())[0]
+        return prefill(model, tokens, lengths, ProbeRequest()).logits
 
     rows = []
     for config in configs:

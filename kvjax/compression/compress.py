@@ -160,7 +160,8 @@ def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
     scorer = scorers.SCORERS[config.scorer]
     asked = scorer.request(config, largest(config, tokens).window)
     norms = asked.output_norms or config.output_aware
-    return dataclasses.replace(asked, output_norms=norms, skipped=config.sinks)
+    skipped = config.sinks if asked.future else 0
+    return dataclasses.replace(asked, output_norms=norms, skipped=skipped)
 
 
 def needs_all_layers(config: CompressionConfig) -> bool:

@@ -4,15 +4,15 @@
 
 A batch holds documents whose padded lengths are the same, a short last one is filled up, and
 answers of nearly the same length are drawn as one, so that each method compiles once a bucket.
-Where the question is unseen, a batch is compressed once and all its questions are asked of that
-cache. Every team of processes (`kvjax.eval.pod`) takes its share of the documents, writes a file
-of its own (`kvjax.eval.journal`) and needs no other team.
+A batch is prefilled once and compressed with every method and budget. Where the question is
+unseen, all questions of its documents are asked of each of these caches.
+
+Every team of processes (`kvjax.eval.pod`) takes its share of the documents, writes a file of its
+own (`kvjax.eval.journal`) and needs no other team.
 """
 
 import dataclasses
-import re
 import time
-from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,42 +25,17 @@ from kvjax.compression.capacity import slot_bytes
 from kvjax.config import CompressionConfig
 from kvjax.eval.journal import Journal, key_of
 from kvjax.eval.pod import ALONE, Workers
+from kvjax.eval.questions import Question, batches, questions_of, waves
+from kvjax.eval.reader import Reader
 from kvjax.eval.settings import EvalSettings
-from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
-from kvjax.eval.tasks.example import IMAGE
+from kvjax.eval.tasks import METRICS
 from kvjax.generation.request import instructed
-from kvjax.inputs.multimodal import by_prompt, mark, placeholder, prepare_inputs
-from kvjax.inputs.prompts import bucket, chat_text, encoded
+from kvjax.inputs.prompts import bucket
 from kvjax.model_interface import Model
 
 FULL = CompressionConfig.named("full")
-# Characters without a meaning, which are no white space: one marks where a context ends.
-_PRIVATE = range(0xE000, 0xF900)
-# Tokens left for a chat template around the prompt.
-CHAT_TOKENS = 64
 # Tasks whose answers are compared with the model's own from the full cache.
 OWN = ("rouge", "vision/rouge")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One ask of one document, as tokens.
-
-    Attributes:
-      task, length: which task, and how long its prompts may be.
-      document, ask: from `kvjax.eval.tasks`.
-      context: tokens that are compressed alone under "unseen", one for a picture.
-      rest: tokens of the question and what leads to the answer.
-      size: tokens of the context, with one for each feature of a picture.
-    """
-
-    task: str
-    length: int
-    document: Document
-    ask: Ask
-    context: tuple[int, ...]
-    rest: tuple[int, ...]
-    size: int
 
 
 def evaluate(
@@ -90,9 +65,13 @@ def evaluate(
       ValueError: a folder of other settings, or that cannot be written; a task that lacks a file.
     """
     counts = {"run": 0, "found": 0, "failed": 0}
-    configs = settings.configs()
+    vocabulary = model.config.vocab_size
+    configs = {
+        name: instructed(config, tokenizer, vocabulary)
+        for name, config in settings.configs().items()
+    }
     with Journal(out, text, workers.index, writes=workers.member == 0) as journal:
-        questions = list(_questions(settings, model, tokenizer, workers))
+        questions = list(questions_of(settings, model, tokenizer, workers))
         keys = [
             (q.task, q.length, protocol, method, budget, q.document.id, q.ask.id)
             for q in questions
@@ -106,118 +85,41 @@ def evaluate(
         )
         for protocol in settings.protocols:
             for batch in batches(questions, settings.batch):
-                for (method, budget), config in configs.items():
-                    config = instructed(config, tokenizer, model.config.vocab_size)
-                    run = _Run(model, tokenizer, config, method, protocol, settings)
-                    for wave in waves(batch):
-                        rows = run.missing(batch, wave, budget, journal.done)
-                        journal.write(rows)
-                        asked = sum(question is not None for question in wave)
-                        counts["run"] += len(rows)
-                        counts["found"] += asked - len(rows)
-                        counts["failed"] += sum(row["error"] is not None for row in rows)
-                        bar.update(asked)
+                reader = Reader(model, list(configs.values()) if settings.prefill_once else [])
+                runs = [
+                    (_Run(model, tokenizer, config, method, protocol, settings, reader), budget)
+                    for (method, budget), config in configs.items()
+                ]
+                for wave, run, budget in _in_turn_of(batch, runs, protocol):
+                    rows = run.missing(batch, wave, budget, journal.done)
+                    journal.write(rows)
+                    asked = sum(question is not None for question in wave)
+                    counts["run"] += len(rows)
+                    counts["found"] += asked - len(rows)
+                    counts["failed"] += sum(row["error"] is not None for row in rows)
+                    bar.update(asked)
         bar.close()
     return counts
 
 
-# ---------------------------------------------------------------------------- questions
-def _questions(
-    settings: EvalSettings, model: Model | None, tokenizer: Any, workers: Workers
-) -> Iterator[Question]:
-    for name in settings.tasks:
-        for length in settings.lengths:
-            chat = settings.chat and TASKS[name].chat
-            given = TaskSettings(
-                tokenizer=tokenizer,
-                length=length,
-                count=settings.count,
-                seed=settings.seed,
-                data=settings.data or None,
-                haystack=settings.haystack or None,
-                reserve=CHAT_TOKENS if chat else 0,
-                depths=settings.depths,
-                questions=settings.questions,
-                continuation=settings.continuation,
-            )
-            for index, document in enumerate(TASKS[name].documents(given)):
-                if index % workers.count != workers.index:
-                    continue
-                for ask in document.asks:
-                    context, rest = as_tokens(document, ask, tokenizer, chat, model)
-                    size = len(context)
-                    if document.images:
-                        assert model is not None  # `as_tokens` has looked
-                        pictures = by_prompt(list(document.images), list(context), model)
-                        size = len(prepare_inputs(model, [context], pictures).rows[0])
-                    yield Question(name, length, document, ask, context, rest, size)
+def _in_turn_of(
+    batch: Sequence[Sequence[Question]], runs: Sequence[tuple["_Run", str]], protocol: str
+) -> Iterator[tuple[list[Question | None], "_Run", str]]:
+    """Every wave with every run, in the order in which the fewest keys and values are held.
 
-
-def as_tokens(
-    document: Document, ask: Ask, tokenizer: Any, chat: bool, model: Model | None = None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of the context, and of question and lead; both protocols see the same ones.
-
-    With `chat` the context and the question are the user's turn, the lead begins the answer; of
-    what is scored the context alone where it has pictures, and nothing elsewhere.
+    A run's cache answers all waves of questions that it did not see; prompts that end with their
+    question are another wave's no more.
     """
-    before, after, special = document.context, ask.question + ask.lead, True
-    scored, pictures = ask.metric == "perplexity", len(document.images)
-    assert model is not None or not pictures  # a task with pictures is read for a model
-    if chat and (pictures or not scored):
-        token = placeholder(model, tokenizer) if model is not None and pictures else ""
-        before, after = _in_turn(before, ask.question, tokenizer, pictures, token)
-        if scored:
-            before, after = before + after, ""
-        after, special = after + ask.lead, False
-    elif model is not None and pictures:
-        before = before.replace(IMAGE, mark(model, tokenizer))
-    if scored:
-        after += ask.answers[0]
-    first = encoded(before, tokenizer, special=special)
-    rest = encoded(after, tokenizer, special=False)
-    if scored and not pictures:  # one text, however it falls into words
-        whole = encoded(before + after, tokenizer, special=special)
-        if whole[: len(first)] == first:
-            rest = whole[len(first) :]
-    return tuple(first), tuple(rest)
-
-
-def _in_turn(
-    context: str, question: str, tokenizer: Any, pictures: int, token: str
-) -> tuple[str, str]:
-    """Both as the user's turn, divided where the context ends; `token` stands for a picture."""
-
-    def turn(between: str) -> str:
-        text = context + between + question
-        if pictures:
-            text = re.sub(rf"\n?{IMAGE}\n?", lambda _: token, text)
-        return chat_text(text, tokenizer, pictures, token)
-
-    whole = turn("")
-    end = next(mark for mark in map(chr, _PRIVATE) if mark not in whole + context + question)
-    before, _, after = turn(end).partition(end)
-    # A template that trims leaves the context's last spaces alone where the mark follows them.
-    return (whole.removesuffix(after), after) if whole.endswith(after) else (before, after)
-
-
-def batches(questions: Sequence[Question], size: int) -> Iterator[list[list[Question]]]:
-    """At most `size` documents of one task and bucket at once, each with all its questions."""
-    documents: dict[tuple, list[Question]] = defaultdict(list)
-    for question in questions:
-        documents[question.task, question.length, question.document.id].append(question)
-    groups: dict[tuple, list[list[Question]]] = defaultdict(list)
-    for (task, length, _), asked in documents.items():
-        groups[task, length, bucket(asked[0].size)].append(asked)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def waves(batch: Sequence[Sequence[Question]]) -> Iterator[list[Question | None]]:
-    """A question of each document at a time, None where it has no more."""
-    for place in range(max(map(len, batch))):
-        yield [mine[place] if place < len(mine) else None for mine in batch]
+    shared = protocol == "unseen" and batch[0][0].ask.metric != "perplexity"
+    if shared:
+        for run, budget in runs:
+            for wave in waves(batch):
+                yield wave, run, budget
+            run.cache = None
+    else:
+        for wave in waves(batch):
+            for run, budget in runs:
+                yield wave, run, budget
 
 
 def _label(question: Question, run: "_Run", budget: str) -> dict[str, Any]:
@@ -247,6 +149,7 @@ class _Run:
     method: str
     protocol: str
     settings: EvalSettings
+    reader: Reader
     cache: Any = None
 
     def missing(
@@ -275,13 +178,13 @@ class _Run:
             if len(wave) == 1:
                 return [_nothing(error)]
         found = []
+        reader = Reader(self.model, [])
         for mine, question in zip(batch, wave, strict=True):
-            alone = dataclasses.replace(self, cache=None)
+            alone = dataclasses.replace(self, cache=None, reader=reader)
             found += alone.answer([mine], [question]) if question else [{}]
         return found
 
     def _together(self, batch, wave) -> list[dict[str, Any]]:
-        begin = time.perf_counter()
         asked = [question for question in wave if question]
         if asked[0].ask.metric == "perplexity":
             return self._scored(wave)
@@ -289,6 +192,8 @@ class _Run:
         whole = [question or asked[0] for question in wave]
         missing = self.settings.batch - len(whole)
         padded = [*batch, *[batch[-1]] * missing], [*whole, *whole[-1:] * missing]
+        self._read(*padded)  # for all methods, and so in nobody's seconds
+        begin = time.perf_counter()
         out = self._generate(*padded)
         seconds = (time.perf_counter() - begin) / len(asked)
         own = None
@@ -302,15 +207,18 @@ class _Run:
     def _scored(self, wave: Sequence[Question | None]) -> list[dict[str, Any]]:
         """The likelihood of what follows, in place of an answer."""
         asked = [question for question in wave if question]
-        begin, size = time.perf_counter(), self.settings.batch
-        whole = [*asked, *asked[-1:] * (size - len(asked))]
+        whole = [*asked, *asked[-1:] * (self.settings.batch - len(asked))]
+        contexts = [list(question.context) for question in whole]
+        prefilled = self.reader.read(contexts, _images(whole), self.config)
+        begin = time.perf_counter()
         found = kvjax.score(
             self.model,
             [[*question.context, *question.rest] for question in whole],
             [len(question.context) for question in whole],
             self.config,
             seed=self.settings.seed,
-            images=_images(whole),
+            images=None if prefilled else _images(whole),
+            prefilled=prefilled,
         )
         seconds = (time.perf_counter() - begin) / len(asked)
         shape = self.model.config
@@ -337,18 +245,30 @@ class _Run:
         """Greedy answers: the prompt at once, or the context alone and then the question."""
         seed = self.settings.seed
         call: dict[str, Any] = {"max_new_tokens": self._steps(questions), "seed": seed}
-        if self.protocol == "seen" or not questions[0].rest:  # the context simply goes on
-            prompts = [[*question.context, *question.rest] for question in questions]
-            images = _images(questions)
-            return kvjax.generate(self.model, prompts, self.config, images=images, **call)
+        prompts = self._read(batch, questions)
+        if self._at_once(questions):
+            return kvjax.generate(self.model, **prompts, config=self.config, **call)
         if self.cache is None:
-            contexts = [list(mine[0].context) for mine in batch]
-            images = _images([mine[0] for mine in batch])
-            self.cache = kvjax.compress_prompt(
-                self.model, contexts, self.config, seed=seed, images=images
-            )
+            self.cache = kvjax.compress_prompt(self.model, **prompts, config=self.config, seed=seed)
         rest = [list(question.rest) for question in questions]
         return kvjax.generate(self.model, rest, cache=self.cache, **call)
+
+    def _at_once(self, questions: Sequence[Question]) -> bool:
+        """Whether context and question are one prompt, or the context simply goes on."""
+        return self.protocol == "seen" or not questions[0].rest
+
+    def _read(self, batch, questions: Sequence[Question]) -> dict[str, Any]:
+        """What is compressed, as `prompts` and `images`; read already where others share it."""
+        if self.cache is not None:
+            return {}
+        if self._at_once(questions):
+            prompts = [[*question.context, *question.rest] for question in questions]
+            images = _images(questions)
+        else:
+            prompts = [list(mine[0].context) for mine in batch]
+            images = _images([mine[0] for mine in batch])
+        prefilled = self.reader.read(prompts, images, self.config)
+        return {"prompts": prefilled} if prefilled else {"prompts": prompts, "images": images}
 
     def _steps(self, questions: Sequence[Question]) -> int:
         """Tokens to draw: the longest answer, rounded up so that tasks share a program.

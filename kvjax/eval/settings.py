@@ -39,6 +39,8 @@ class EvalSettings:
       window: last tokens observed, 0 for the default.
       layout: "padded", "packed" or "" for where it saves bytes.
       quantize: "int8" or "".
+      prefill_once: prefill a batch once for all methods and budgets, whose keys and values are held
+        whole meanwhile; otherwise once for each, layer by layer, in less memory.
     """
 
     model: str
@@ -60,6 +62,7 @@ class EvalSettings:
     window: int = 0
     layout: str = ""
     quantize: str = ""
+    prefill_once: bool = True
 
     def __post_init__(self):
         for name, known in (("tasks", tuple(TASKS)), ("protocols", PROTOCOLS)):

@@ -21,16 +21,20 @@ from kvjax.exact import always_32_bits
 from kvjax.generation import decode
 from kvjax.generation.decode import Answer, Held
 from kvjax.generation.detokenize import RunningText, cut_at_stop
+from kvjax.generation.prefilled import PrefilledPrompts, shared_request
 from kvjax.generation.programs import (
     answer_program,
     ask_program,
     close_answer_program,
+    compress_program,
     decode_program,
     evict_program,
     flat,
+    generate_prefilled_program,
     generate_program,
     open_answer_program,
     prefill_compress_program,
+    prefill_program,
     start_answer_program,
 )
 from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back, instructed
@@ -80,7 +84,7 @@ class Step:
 
 def generate(
     model: Model,
-    prompts: Prompts,
+    prompts: Prompts | PrefilledPrompts,
     config: CompressionConfig = FULL,
     *,
     max_new_tokens: int,
@@ -101,7 +105,8 @@ def generate(
 
     Args:
       model: from `kvjax.load`.
-      prompts: a text or texts, token ids or rows of them, or a padded `[B, T]` array.
+      prompts: a text or texts, token ids or rows of them, or a padded `[B, T]` array; or what
+        `prefill_prompts` made of them.
       config: what to keep; everything by default.
       max_new_tokens: most tokens to draw a row, at least 1.
       tokenizer: from `kvjax.load`; needed for text and for `stop`.
@@ -145,7 +150,11 @@ def generate(
         "recompress": recompress,
     }
     arrays = request.tokens, request.lengths, request.key, request.rules
-    if request.cache is None:
+    if request.prefilled is not None:
+        found = generate_prefilled_program(
+            model, request.prefilled, *arrays, config=request.config, **common
+        )
+    elif request.cache is None:
         found = generate_program(model, *arrays, request.images, config=request.config, **common)
     else:
         found = answer_program(model, request.cache, *arrays, **common)
@@ -154,7 +163,7 @@ def generate(
 
 def stream(
     model: Model,
-    prompts: Prompts,
+    prompts: Prompts | PrefilledPrompts,
     config: CompressionConfig = FULL,
     *,
     mesh: Mesh | None = None,
@@ -172,9 +181,48 @@ def stream(
 
 
 @always_32_bits
-def compress_prompt(
+def prefill_prompts(
     model: Model,
     prompts: Prompts,
+    configs: Sequence[CompressionConfig],
+    *,
+    tokenizer: Any = None,
+    chat: bool = False,
+    attention_mask: np.ndarray | None = None,
+    images: Pictures | None = None,
+    mesh: Mesh | None = None,
+) -> PrefilledPrompts:
+    """Read prompts once, to compress them with each of several configs.
+
+    `generate`, `stream`, `compress_prompt` and `score` take the result in place of prompts, and
+    give what they would give for the prompts themselves. It holds every key and value.
+
+    Args:
+      configs: all that are going to be used, but for budgets of other sizes of the same methods.
+      Others: as in `generate`.
+
+    Raises:
+      ValueError: as `generate`; configs that repeat the prompt, or expect queries, in two ways.
+    """
+    inputs = read(
+        model, prompts, images, tokenizer=tokenizer, chat=chat, attention_mask=attention_mask
+    )
+    model = place(model, mesh)
+    vocabulary = model.config.vocab_size
+    check_rows(model, inputs.rows, FULL)
+    for config in configs:
+        check_config(config)
+    configs = [instructed(config, tokenizer, vocabulary) for config in configs]
+    tokens, lengths = pad(inputs.rows)
+    request = shared_request(configs, tokens.shape[1])
+    arrays = prefill_program(model, tokens, lengths, inputs.images(tokens), request=request)
+    return PrefilledPrompts(inputs, arrays, request, fingerprint(model))
+
+
+@always_32_bits
+def compress_prompt(
+    model: Model,
+    prompts: Prompts | PrefilledPrompts,
     config: CompressionConfig,
     *,
     tokenizer: Any = None,
@@ -188,6 +236,8 @@ def compress_prompt(
     Arguments as in `generate`. The questions are not seen while compressing.
     """
     check_config(config)
+    if isinstance(prompts, PrefilledPrompts):
+        return _compress_prefilled(model, prompts, config, tokenizer, seed)
     inputs = read(model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask)
     model = place(model, mesh)
     check_rows(model, inputs.rows, config)
@@ -196,6 +246,15 @@ def compress_prompt(
     prompt = tokens, lengths, row_keys(seed, len(lengths)), inputs.images(tokens)
     cache = prefill_compress_program(model, *prompt, config=config)[1]
     return cache.replace(origin=fingerprint(model))
+
+
+def _compress_prefilled(model, prompts: PrefilledPrompts, config, tokenizer, seed) -> Cache:
+    config = instructed(config, tokenizer, model.config.vocab_size)
+    prompts.check(model, config)
+    check_rows(model, prompts.inputs.rows, config)
+    keys, windows = row_keys(seed, len(prompts.inputs.rows)), model.config.sliding_windows
+    cache = compress_program(prompts.arrays, keys, windows=windows, config=config)
+    return cache.replace(origin=prompts.origin)
 
 
 # ---------------------------------------------------------------------------- host
@@ -211,7 +270,13 @@ class _State(NamedTuple):
 def _begin(model: Model, request: Request) -> _State:
     """The stages up to the first token of each row."""
     prompt, rule, asked = (request.tokens, request.lengths), request.recompress, request.cache
-    if asked is None:
+    if request.prefilled is not None:
+        windows, logits = model.config.sliding_windows, request.prefilled.logits
+        cache = compress_program(
+            request.prefilled, request.key, windows=windows, config=request.config
+        )
+        cache = with_room(cache, request.tail_slots)
+    elif asked is None:
         rest, config = (request.key, request.images), request.config
         logits, cache = prefill_compress_program(model, *prompt, *rest, config=config)
         cache = with_room(cache, request.tail_slots)

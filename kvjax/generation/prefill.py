@@ -4,9 +4,12 @@ B batch, T prompt tokens (the bucket), D model dim, V vocabulary. The model is a
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
@@ -33,14 +36,34 @@ BLOCK = 128
 PREFILL_TOKENS = 16_384
 
 
+@no_type_check  # jax maps trees to other leaves than arrays
+class Prefilled(struct.PyTreeNode):
+    """Prompts that were read and not compressed: one array or probe a layer.
+
+    Attributes:
+      logits: after each prompt.
+      keys, values: after RoPE, `[B, T, K, H]` each.
+      probes: what was asked for.
+      lengths: real tokens of each prompt.
+      rotary_shift: as of `Cache`.
+    """
+
+    logits: Float[Array, "B V"]
+    keys: tuple[Float[Array, "B T K H"], ...]
+    values: tuple[Float[Array, "B T K H"], ...]
+    probes: tuple[Probe, ...]
+    lengths: Int[Array, " B"]
+    rotary_shift: Int[Array, " B"] | None = None
+
+
 def prefill(
     model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     request: ProbeRequest,
     features: ImageFeatures = NO_IMAGES,
-) -> tuple[Float[Array, "B V"], tuple[Array, ...], tuple[Array, ...], tuple[Probe, ...]]:
-    """Every layer's keys, values and probe, uncompressed, and the logits after each prompt."""
+) -> Prefilled:
+    """Read prompts, and leave of every layer what any scorer that `request` serves looks at."""
     x_BTD = features.put(model.embed(tokens))
     layers = []
     for layer in model.layers:
@@ -52,7 +75,45 @@ def prefill(
             model, tokens, lengths, keys, values, request.repeat, features
         )
         probes = tuple(p.replace(reconstruction=s) for p, s in zip(probes, scores, strict=True))
-    return last_logits(model, x_BTD, lengths), keys, values, probes
+    logits = last_logits(model, x_BTD, lengths)
+    return Prefilled(logits, keys, values, probes, lengths, features.shift)
+
+
+def prefill_in_groups(
+    model: Model,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    request: ProbeRequest,
+    images: Images | None = None,
+) -> Prefilled:
+    """`prefill` of a batch, in groups of rows where it is large."""
+
+    def read(tokens, lengths, features, _):
+        return prefill(model, tokens, lengths, request, features)
+
+    return _in_groups(read, model, tokens, lengths, encode_images(model, images), None)
+
+
+def compress_prefilled(
+    prompts: Prefilled,
+    windows: tuple[int | None, ...],
+    key: Key[Array, "*row"],
+    config: CompressionConfig,
+) -> Cache:
+    """What `config` keeps of prompts; the tail has no slots.
+
+    Args:
+      prompts: prefilled with at least what `probe_request(config, tokens)` asks for.
+      windows: each layer's sliding window.
+      key: of the `random` scorer.
+      config: what is kept.
+    """
+    plan = make_plan(config, prompts.lengths, prompts.keys[0].shape[1], windows, key)
+    kept = Packing()
+    layers = zip(prompts.keys, prompts.values, prompts.probes, strict=True)
+    for index, layer in enumerate(layers):
+        kept = add_layer(kept, index, *layer, plan)
+    return finish(kept, plan).replace(rotary_shift=prompts.rotary_shift)
 
 
 def prefill_compress(
@@ -75,20 +136,36 @@ def prefill_compress(
       config: what is kept.
       images: of all rows, encoded by the model's tower before any row is prefilled.
     """
-    features = encode_images(model, images)
+
+    def read(tokens, lengths, features, key):
+        return _prefill_compress(model, tokens, lengths, key, config, features)
+
+    return _in_groups(read, model, tokens, lengths, encode_images(model, images), key)
+
+
+def _in_groups(
+    read: Callable[..., Any],
+    model: Model,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    features: ImageFeatures,
+    key: Key[Array, "*row"] | None,
+) -> Any:
+    """`read(tokens, lengths, features, key)` of all rows, PREFILL_TOKENS or fewer at once."""
     batch, width = tokens.shape
     shards = math.gcd(batch, sharding.parts((sharding.DATA,)))
     groups = _groups(batch // shards, width)
     tokens, lengths = sharding.constrain(tokens, "BT"), sharding.constrain(lengths, "B")
     if groups == 1:
-        return _prefill_compress(model, tokens, lengths, key, config, features)
+        return read(tokens, lengths, features, key)
+    own_keys = key is not None and key.ndim
 
     def one(group):
         tokens, lengths, places, rotary, own = group
         mine = features.replace(places=places, rotary=rotary)
-        return _prefill_compress(model, tokens, lengths, key if own is None else own, config, mine)
+        return read(tokens, lengths, mine, own if own_keys else key)
 
-    per_row = (tokens, lengths, features.places, features.rotary, key if key.ndim else None)
+    per_row = (tokens, lengths, features.places, features.rotary, key if own_keys else None)
 
     def deal(x: Array) -> Array:
         if shards == 1:
@@ -115,14 +192,13 @@ def _groups(batch: int, tokens: int) -> int:
 
 def _prefill_compress(model, tokens, lengths, key, config, features):
     """Layer by layer: a layer is packed before the next one runs, if it can be scored then."""
-    plan = make_plan(config, lengths, tokens.shape[1], model.config.sliding_windows, key)
+    windows = model.config.sliding_windows
     request = probe_request(config, tokens.shape[1])
-    kept = Packing()
     if request.repeat is not None:
-        logits, *layers = prefill(model, tokens, lengths, request, features)
-        for index, layer in enumerate(zip(*layers, strict=True)):
-            kept = add_layer(kept, index, *layer, plan)
-        return logits, finish(kept, plan).replace(rotary_shift=features.shift)
+        prompts = prefill(model, tokens, lengths, request, features)
+        return prompts.logits, compress_prefilled(prompts, windows, key, config)
+    plan = make_plan(config, lengths, tokens.shape[1], windows, key)
+    kept = Packing()
     x_BTD = features.put(model.embed(tokens))
     for index, layer in enumerate(model.layers):
         x_BTD, keys, values, probe = layer.prefill(x_BTD, lengths, request, features.rotary)

@@ -22,7 +22,8 @@ from kvjax.config import CompressionConfig, Recompress
 from kvjax.exact import in_32_bits
 from kvjax.generation import decode, prefill
 from kvjax.generation.decode import Answer, Held, Rules
-from kvjax.model_interface import Images, Model
+from kvjax.generation.prefill import Prefilled
+from kvjax.model_interface import Images, Model, ProbeRequest
 
 
 class Program:
@@ -104,6 +105,53 @@ def generate_program(
     logits, cache = prefill.prefill_compress(model, tokens, lengths, key, config, images)
     cache = with_room(cache, tail_slots)
     prompt = logits, tokens, lengths, key
+    return _answer(model, cache, prompt, rules, new_tokens, whole, recompress, config.fraction)
+
+
+@partial(Program, static_argnames="request")
+def prefill_program(
+    model: Model,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    images: Images | None = None,
+    *,
+    request: ProbeRequest,
+) -> Prefilled:
+    """Prompts that are going to be compressed more than once."""
+    return prefill.prefill_in_groups(model, tokens, lengths, request, images)
+
+
+@partial(Program, static_argnames=("config", "windows"))
+def compress_program(
+    prompts: Prefilled,
+    key: Key[Array, "*row"],
+    *,
+    windows: tuple[int | None, ...],
+    config: CompressionConfig,
+) -> Cache:
+    """One of these times."""
+    return _readable(prefill.compress_prefilled(prompts, windows, key, config))
+
+
+@partial(Program, static_argnames=("config", "new_tokens", "tail_slots", "whole", "recompress"))
+def generate_prefilled_program(
+    model: Model,
+    prompts: Prefilled,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    key: Key[Array, "*row"],
+    rules: Rules,
+    *,
+    config: CompressionConfig,
+    new_tokens: int,
+    tail_slots: int,
+    whole: bool,
+    recompress: Recompress | None = None,
+) -> tuple[Answer, Held, Cache | None]:
+    """`generate_program` of prompts that were read before."""
+    cache = prefill.compress_prefilled(prompts, model.config.sliding_windows, key, config)
+    cache = with_room(cache, tail_slots)
+    prompt = prompts.logits, tokens, lengths, key
     return _answer(model, cache, prompt, rules, new_tokens, whole, recompress, config.fraction)
 
 
@@ -265,7 +313,10 @@ def resize_program(tail: Tail, *, slots: int) -> Tail:
 
 _PROGRAMS = (
     generate_program,
+    generate_prefilled_program,
     answer_program,
+    prefill_program,
+    compress_program,
     prefill_compress_program,
     ask_program,
     start_answer_program,

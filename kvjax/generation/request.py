@@ -18,9 +18,11 @@ from kvjax.compression.room import check_held
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
 from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Rules
+from kvjax.generation.prefill import Prefilled
+from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
-from kvjax.inputs.multimodal import Pictures, read
+from kvjax.inputs.multimodal import ModelInputs, Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
 from kvjax.model_interface import Images, Model
 from kvjax.sharding import mesh_of, put_on_mesh
@@ -88,6 +90,7 @@ class Request(struct.PyTreeNode):
     rules: Rules
     cache: Cache | None
     images: Images | None
+    prefilled: Prefilled | None
     config: CompressionConfig = struct.field(pytree_node=False)
     new_tokens: int = struct.field(pytree_node=False)
     tail_slots: int = struct.field(pytree_node=False)
@@ -99,7 +102,11 @@ class Request(struct.PyTreeNode):
     @classmethod
     @always_32_bits
     def make(
-        cls, model: Model, prompts: Prompts, config: CompressionConfig, options: Options
+        cls,
+        model: Model,
+        prompts: Prompts | PrefilledPrompts,
+        config: CompressionConfig,
+        options: Options,
     ) -> "Request":
         """Check a call and turn it into arrays, on the mesh that the model lies on.
 
@@ -109,13 +116,17 @@ class Request(struct.PyTreeNode):
         check_config(config)
         cache, recompress, new_tokens = options.cache, options.recompress, options.max_new_tokens
         tokenizer, shape = options.tokenizer, model.config
-        inputs = read(
-            model, prompts, options.images, tokenizer=tokenizer, chat=options.chat,
-            attention_mask=options.attention_mask, special=cache is None,
-        )  # fmt: skip
+        config = instructed(config, tokenizer, shape.vocab_size)
+        prefilled = None
+        if isinstance(prompts, PrefilledPrompts):
+            inputs, prefilled = _prefilled(model, prompts, config, options), prompts.arrays
+        else:
+            inputs = read(
+                model, prompts, options.images, tokenizer=tokenizer, chat=options.chat,
+                attention_mask=options.attention_mask, special=cache is None,
+            )  # fmt: skip
         rows = inputs.rows
         tokens, lengths = pad(rows)
-        config = instructed(config, tokenizer, shape.vocab_size)
         slots = new_tokens
         if recompress is not None:
             _check_recompress(recompress, config, cache)
@@ -144,7 +155,8 @@ class Request(struct.PyTreeNode):
             key=row_keys(options.seed, len(rows)),
             rules=rules,
             cache=cache,
-            images=inputs.images(tokens),
+            images=None if prefilled else inputs.images(tokens),
+            prefilled=prefilled,
             config=config,
             new_tokens=new_tokens,
             tail_slots=bucket(slots) if cache is None else slots,
@@ -154,6 +166,18 @@ class Request(struct.PyTreeNode):
             recompress=recompress,
         )
         return put_on_mesh(request, mesh_of(model))
+
+
+def _prefilled(
+    model: Model, prompts: PrefilledPrompts, config: CompressionConfig, options: Options
+) -> ModelInputs:
+    """The tokens of prompts that were read before."""
+    given = {name: getattr(options, name) for name in ("cache", "attention_mask", "images")}
+    for name, value in (given | {"chat": options.chat or None}).items():
+        if value is not None:
+            raise ValueError(f"{name} is given beside prefilled prompts, expected it without them")
+    prompts.check(model, config)
+    return prompts.inputs
 
 
 def doubled(slots: int) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from kvjax.compression.compress import compress, probe_request
+from kvjax.cache.state import with_room
+from kvjax.compression.compress import probe_request
 from kvjax.config import CompressionConfig
 from kvjax.generation import decode, prefill
 from kvjax.generation.generate import Generation, as_generation
@@ -47,17 +48,16 @@ def timed_generate(
         if name in options:
             raise TypeError(f"timed_generate() got {name}=, which it does not take")
     request = Request.make(model, prompts, config, Options(**options))
+    if request.prefilled is not None:
+        raise ValueError("the prompts were prefilled before, expected prompts to be timed")
     recompress = request.recompress
     phases, config = Phases(), request.config
     observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
     prompt = request.tokens, request.lengths
 
-    def shrink(keys, values, probes, shift, lengths, key):
-        cache = compress(
-            keys, values, probes, config, lengths=lengths, windows=windows, key=key,
-            tail_slots=request.tail_slots,
-        )  # fmt: skip
-        return cache.replace(rotary_shift=shift)
+    def shrink(prompts, key):
+        cache = prefill.compress_prefilled(prompts, windows, key, config)
+        return with_room(cache, request.tail_slots)
 
     def answer_all(model, logits, cache, tokens, lengths, key, rules):
         answer = decode.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
@@ -70,11 +70,12 @@ def timed_generate(
 
     def read(model, tokens, lengths, images):
         features = encode_images(model, images)
-        return *prefill.prefill(model, tokens, lengths, observe, features), features.shift
+        return prefill.prefill(model, tokens, lengths, observe, features)
 
-    logits, *kept = phases.run("prefill", read, model, *prompt, request.images)
-    cache = phases.run("compress", shrink, *kept, request.lengths, request.key)
-    del kept
+    prompts = phases.run("prefill", read, model, *prompt, request.images)
+    cache = phases.run("compress", shrink, prompts, request.key)
+    logits = prompts.logits
+    del prompts
     answer, held = phases.run(
         "decode", answer_all, model, logits, cache, *prompt, request.key, request.rules
     )

@@ -153,7 +153,7 @@ def packing(target: str, layers: int, rows: int = 1, *, compress: bool = True) -
 
     def run(model, tokens, lengths):
         if not compress:
-            return prefill.prefill(model, tokens, lengths, ProbeRequest())[0]
+            return prefill.prefill(model, tokens, lengths, ProbeRequest()).logits
         return prefill.prefill_compress(model, tokens, lengths, jax.random.key(0), compression)
 
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))

@@ -35,8 +35,8 @@ def entries_needed(
     if shortest < queries:
         raise ValueError(f"a prompt has {shortest} tokens, expected at least queries={queries}")
     tokens, lengths = pad(prompts)
-    _, keys, _, probes = _prefill(model, tokens, lengths, queries)
-    layers = zip(probes, keys, strict=True)
+    read = _prefill(model, tokens, lengths, queries)
+    layers = zip(read.probes, read.keys, strict=True)
     counts = [_count(probe.queries, k, jnp.asarray(lengths), share) for probe, k in layers]
     return np.asarray(jnp.stack(counts))
 

@@ -90,7 +90,8 @@ def ask(
         rows = [*chosen, *[chosen[-1]] * (min(ROWS, len(items)) - len(chosen))]
         tokens, lengths = pad([prompts[row] for row in rows], at_least=longest)
         counts = jnp.array([len(items[row].question) for row in rows], jnp.int32)
-        logits, *layers = _prefill(model, tokens, lengths, request)
+        read = _prefill(model, tokens, lengths, request)
+        logits, layers = read.logits, (read.keys, read.values, read.probes)
         # Every prompt draws for itself.
         key = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(rows))
         for index, config in enumerate(configs):

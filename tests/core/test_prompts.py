@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvjax.eval.runner import as_tokens
+from kvjax.eval.questions import as_tokens
 from kvjax.eval.tasks import Ask, Document
 from kvjax.eval.tasks.lengths import prompt_tokens
 from kvjax.generation.detokenize import RunningText, cut_at_stop, first_stop

@@ -57,7 +57,7 @@ def test_forward_pass_is_prefill(name):
     tokens = np.random.default_rng(0).integers(3, 80, (2, 33))
     tokens = jnp.asarray(tokens, jnp.int32)
     logits = jax.jit(lambda model: model(tokens))(model)
-    run = jax.jit(lambda lengths: prefill.prefill(model, tokens, lengths, ProbeRequest())[0])
+    run = jax.jit(lambda lengths: prefill.prefill(model, tokens, lengths, ProbeRequest()).logits)
     for length in (33, 20):
         last = run(jnp.array([length, length], jnp.int32))
         np.testing.assert_allclose(logits[:, length - 1], last, atol=1e-4)

@@ -10,7 +10,8 @@ from vision_model import write_llava
 import kvjax
 from kvjax import CompressionConfig
 from kvjax.eval.journal import read_rows
-from kvjax.eval.runner import as_tokens, evaluate
+from kvjax.eval.questions import as_tokens
+from kvjax.eval.runner import evaluate
 from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import TASKS, TaskSettings
 

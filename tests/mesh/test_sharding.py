@@ -13,7 +13,7 @@ from flax import nnx
 from synthetic import probe_of
 
 import kvjax
-from kvjax import METHODS, CompressionConfig, Recompress, compress, probe_request, sharding
+from kvjax import METHODS, CompressionConfig, Recompress, probe_request, sharding
 from kvjax.cache.packing import put_layer
 from kvjax.cache.slots import empty_slots, reshard_slots
 from kvjax.cache.state import with_room
@@ -100,7 +100,7 @@ def prefilled(mesh, prompts):
     wanted = reduce(or_, (probe_request(method(name), tokens.shape[1]) for name in METHODS))
     run = Program(partial(prefill.prefill, request=wanted))
     models = model, sharding.place(model, mesh)
-    return [(model, *run(model, tokens, lengths)[1:], jnp.asarray(lengths)) for model in models]
+    return [run(model, tokens, lengths) for model in models]
 
 
 # One of each way to divide a budget and of each kind of scores; the others are slow.
@@ -115,12 +115,11 @@ def test_every_method_keeps_the_same_on_a_mesh(name, prefilled):
     """Scores, allocation and packing alone: a small program a method."""
 
     @Program
-    def kept(model, keys, values, probes, lengths):
-        key = jax.random.key(0)
-        cache = compress(keys, values, probes, method(name), lengths=lengths, key=key)
+    def kept(read):
+        cache = prefill.compress_prefilled(read, (None, None), jax.random.key(0), method(name))
         return sharding.replicated((cache.kept_mask(64), cache.counts))
 
-    (one, counts), (other, on_mesh) = (jax.tree.map(np.asarray, kept(*x)) for x in prefilled)
+    (one, counts), (other, on_mesh) = (jax.tree.map(np.asarray, kept(x)) for x in prefilled)
     np.testing.assert_array_equal(other, one)
     np.testing.assert_array_equal(on_mesh, counts)
     np.testing.assert_array_equal(one.sum(-1), counts)

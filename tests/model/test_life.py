@@ -69,6 +69,7 @@ class Machine(RuleBasedStateMachine):
     apart: ClassVar[bool] = False  # whether an answer without a cache is a program of its own
     evictions: ClassVar[tuple[Recompress, ...]] = (BY_BUDGET,)
     lives = Bundle("lives")
+    ended: ClassVar[int] = 0
 
     def __init__(self):
         super().__init__()
@@ -77,6 +78,10 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self):
         shutil.rmtree(self.folder)
+        # A process holds so many programs and no more: to load the next one ends it.
+        Machine.ended += 1
+        if Machine.ended % 25 == 0:
+            jax.clear_caches()
 
     # ------------------------------------------------------------------------ births
     def compressed(self, name: str, count: int, seed: int, short: int) -> Life:

@@ -138,7 +138,8 @@ def test_the_repetition_repeats_the_image(model, pictures):
     features = encode_images(model, inputs.images(np.asarray(tokens)))
     config = kvjax.CompressionConfig.named("kvzip", budget=8)
     request = kvjax.probe_request(config, tokens.shape[1])
-    _, keys, values, probes = prefill.prefill(model, tokens, lengths, request, features)
+    read = prefill.prefill(model, tokens, lengths, request, features)
+    keys, values, probes = read.keys, read.values, read.probes
     silent = features.replace(places=jnp.full_like(features.places, -1))
     arguments = model, tokens, lengths, keys, values, request.repeat
     mute = reconstruction_scores(*arguments, silent)

@@ -163,7 +163,7 @@ def test_one_request_for_two():
     requests = ProbeRequest(future=FUTURE, skipped=SKIPPED), ProbeRequest(output_norms=True)
     run = jax.jit(prefill, static_argnums=3)
     first, second, both = (
-        run(model, tokens, jnp.array([16]), request)[-1][1]
+        run(model, tokens, jnp.array([16]), request).probes[1]
         for request in (*requests, requests[1] | requests[0])
     )
     assert jax.tree.leaves(first.replace(future_mean=None, future_cov=None)) == []

@@ -57,7 +57,8 @@ def prompts(width: int, lengths, seed: int = 0) -> np.ndarray:
 
 @jax.jit
 def prefilled(model, tokens, lengths):
-    return prefill.prefill(model, tokens, lengths, ProbeRequest())[1:3]
+    read = prefill.prefill(model, tokens, lengths, ProbeRequest())
+    return read.keys, read.values
 
 
 @partial(jax.jit, static_argnames="repeat")
@@ -308,7 +309,8 @@ def test_prefill_keeps_what_the_repetition_attends_to(model, method):
     )
     tokens, lengths = prompts(48, LENGTHS), jnp.array(LENGTHS)
     call = jax.jit(prefill.prefill, static_argnums=3)
-    logits, _, _, probes = call(model, tokens, lengths, probe_request(config, 48))
+    read = call(model, tokens, lengths, probe_request(config, 48))
+    logits, probes = read.logits, read.probes
     scores = scores_of(model, tokens, LENGTHS, REPEAT)
     found = np.stack([probe.reconstruction for probe in probes])
     np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-7)

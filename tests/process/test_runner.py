@@ -1,5 +1,6 @@
 """`kvjax eval`: every example once, whatever happens on the way."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ from kvjax import tiny
 from kvjax.eval import runner
 from kvjax.eval.journal import key_of, read_rows
 from kvjax.eval.pod import Workers
-from kvjax.eval.runner import as_tokens, batches, evaluate, waves
+from kvjax.eval.questions import as_tokens, batches, waves
+from kvjax.eval.reader import Reader
+from kvjax.eval.runner import evaluate
 from kvjax.eval.settings import EvalSettings, load_eval_settings
 from kvjax.eval.tasks import TASKS, Ask, Document, TaskSettings
 
@@ -109,7 +112,8 @@ def test_an_example_that_fails_is_recorded_and_no_other(whole, loaded, tmp_path,
     real = kvjax.generate
 
     def failing(model, prompts, *rest, **call):
-        if any(len(row) == 128 for row in prompts):
+        whole = isinstance(prompts, kvjax.PrefilledPrompts)
+        if any(len(row) == 128 for row in (prompts.inputs.rows if whole else prompts)):
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand so on")
         return real(model, prompts, *rest, **call)
 
@@ -125,6 +129,30 @@ def test_an_example_that_fails_is_recorded_and_no_other(whole, loaded, tmp_path,
             assert row["score"] is None
         else:
             assert row == rows[key]
+
+
+def test_a_batch_is_prefilled_once_for_all_methods(loaded, tmp_path, monkeypatch):
+    real, calls = kvjax.prefill_prompts, []
+
+    def counted(model, prompts, configs, **rest):
+        calls.append(len(configs))
+        return real(model, prompts, configs, **rest)
+
+    monkeypatch.setattr(kvjax, "prefill_prompts", counted)
+    settings = dataclasses.replace(
+        SETTINGS, methods=("snapkv", "ada-kvzip", "key-diff"), budgets=("50%", "25%"), count=2
+    )
+    assert run(settings, tmp_path / "once", loaded)["failed"] == 0
+    # One batch of two documents: two waves of questions that are seen, the documents, unseen.
+    assert calls == [6, 6, 6]
+    apart = dataclasses.replace(settings, prefill_once=False)
+    assert run(apart, tmp_path / "apart", loaded)["failed"] == 0
+    assert calls == [6, 6, 6]
+    once, each = by_key(tmp_path / "once"), by_key(tmp_path / "apart")
+    assert once.keys() == each.keys()
+    for key, row in once.items():
+        assert row["log_prob"] == pytest.approx(each[key]["log_prob"], abs=1e-3)
+        assert row | {"log_prob": 0} == each[key] | {"log_prob": 0}
 
 
 def test_perplexity_is_that_of_score(loaded, tmp_path):
@@ -184,7 +212,7 @@ def test_answers_are_drawn_to_a_bucket_where_the_context_has_room(loaded, size, 
     asks = [Ask(id="a", question="", answers=(), new_tokens=n, metric="exact") for n in (17, 20)]
     whole = Document(id="d", task="t", context="", asks=tuple(asks))
     asked = [runner.Question("t", 64, whole, ask, (1,), (2,) * 10, size) for ask in asks]
-    one = runner._Run(model, tokenizer, runner.FULL, "full", "seen", SETTINGS)
+    one = runner._Run(model, tokenizer, runner.FULL, "full", "seen", SETTINGS, Reader(model, []))
     assert one._steps(asked) == steps
 
 

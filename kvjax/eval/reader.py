@@ -1,0 +1,47 @@
+"""Prompts that several methods compress, read once for all of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import kvjax
+from kvjax.config import CompressionConfig
+from kvjax.generation.prefilled import PrefilledPrompts, by_prefill
+from kvjax.inputs.prompts import bucket
+from kvjax.model_interface import Model
+
+
+class Reader:
+    """Reads prompts once for all configs that a prefill serves; the latest prompts are held.
+
+    Args:
+      model: that reads them.
+      configs: which are going to be used. Of one alone nothing is read ahead: it is compressed
+        layer by layer, in less memory.
+    """
+
+    def __init__(self, model: Model, configs: Sequence[CompressionConfig]):
+        self._model, self._configs = model, configs
+        self._prompts: list[list[int]] = []
+        self._groups: list[list[CompressionConfig]] = []
+        self._held: tuple[int, PrefilledPrompts] | None = None
+        self.prefills = 0
+
+    def read(
+        self, prompts: list[list[int]], images: Any, config: CompressionConfig
+    ) -> PrefilledPrompts | None:
+        """The prompts as they are to be compressed with `config`; None: let it read them itself."""
+        if prompts != self._prompts:
+            tokens = bucket(max(map(len, prompts)))
+            groups = by_prefill(self._configs, tokens)
+            self._groups = [[self._configs[number] for number in group] for group in groups]
+            self._prompts, self._held = prompts, None
+        mine = [number for number, group in enumerate(self._groups) if config in group]
+        if not mine or len(self._groups[mine[0]]) == 1:
+            return None
+        if self._held is None or self._held[0] != mine[0]:
+            self._held = None  # before the next ones take their place
+            self.prefills += 1
+            group = self._groups[mine[0]]
+            found = kvjax.prefill_prompts(self._model, prompts, group, images=images)
+            self._held = mine[0], found
+        return self._held[1]
