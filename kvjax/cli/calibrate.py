@@ -19,8 +19,9 @@ from kvjax.cli.files import (
 )
 from kvjax.cli.settings import announce
 from kvjax.config import CompressionConfig, parse_budget
-from kvjax.inputs.multimodal import read, with_placeholders
+from kvjax.inputs.multimodal import with_placeholders
 from kvjax.inputs.prompts import as_rows
+from kvjax.inputs.read import read
 from kvjax.model_interface import Model, VisionModel
 from kvjax.settings import check_writable, replacing
 

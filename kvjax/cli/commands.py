@@ -25,8 +25,9 @@ from kvjax.compression.scorers import SCORERS
 from kvjax.config import CompressionConfig
 from kvjax.generation.request import check_rows
 from kvjax.inputs.images import load_image
-from kvjax.inputs.multimodal import prepare_inputs, read, with_placeholders
+from kvjax.inputs.multimodal import prepare_inputs, with_placeholders
 from kvjax.inputs.prompts import bucket
+from kvjax.inputs.read import read
 from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
 from kvjax.model_interface import Model, VisionModel

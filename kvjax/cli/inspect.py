@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     from kvjax.cli.files import check_length, read_text
     from kvjax.eval.report.inspect import pieces, shown, write_inspection
     from kvjax.inputs.images import load_image
-    from kvjax.inputs.multimodal import read, with_placeholders
+    from kvjax.inputs.multimodal import with_placeholders
+    from kvjax.inputs.read import read
 
     configs = _configs(arguments.methods, arguments.budget)
     given = arguments.prompt_file

@@ -35,8 +35,9 @@ from kvjax.generation.programs import (
 )
 from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back, instructed
 from kvjax.generation.sampling import Sampling, row_keys
-from kvjax.inputs.multimodal import Pictures, read
+from kvjax.inputs.multimodal import Pictures
 from kvjax.inputs.prompts import Ends, Prompts, bucket, pad
+from kvjax.inputs.read import read
 from kvjax.model_interface import Model
 from kvjax.sharding import place
 

@@ -20,8 +20,9 @@ from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Rules
 from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
-from kvjax.inputs.multimodal import Pictures, read
+from kvjax.inputs.multimodal import Pictures
 from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
+from kvjax.inputs.read import read
 from kvjax.model_interface import Images, Model
 from kvjax.sharding import mesh_of, put_on_mesh
 

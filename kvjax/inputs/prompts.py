@@ -1,16 +1,57 @@
-"""Turn prompts (text, token ids, padded arrays) into one right-padded batch."""
+"""Turn prompts (text, token ids, padded arrays) into one right-padded batch.
+
+B batch, T tokens.
+"""
 
 import contextlib
 import operator
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
+
+from kvjax.model_interface import Images, Rotary
 
 Row = Sequence[int | np.integer] | np.ndarray | jax.Array
 Prompts = str | Sequence[str] | Row | Sequence[Row]
 Ends = int | np.integer | Row | Set[int]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Prompts with a token for each feature, and what the tower reads.
+
+    Attributes:
+      rows: token ids of each prompt.
+      pixels: of all images, as the model's `encode_images` reads them; None without images.
+      token: that stands for a feature.
+      shapes: rows and columns of patches of each image, as far as each has a token.
+      rotary: rotary positions of rows padded to a width, and the shift after them (M-RoPE).
+    """
+
+    rows: list[list[int]]
+    pixels: Any = None
+    token: int = -1
+    shapes: Sequence[tuple[int, int]] = ()
+    rotary: Callable[[list[list[int]], int], tuple[np.ndarray, np.ndarray]] | None = None
+
+    def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
+        """What stands where in the rows as they are padded; None without images."""
+        if self.pixels is None:
+            return None
+        lengths = np.array([len(row) for row in self.rows])
+        mine_BT = (tokens == self.token) & (np.arange(tokens.shape[1]) < lengths[:, None])
+        count_BT = np.cumsum(mine_BT.reshape(-1), dtype=np.int32).reshape(tokens.shape)
+        places_BT = np.where(mine_BT, count_BT - 1, -1).astype(np.int32)
+        rotary = None
+        if self.rotary is not None:
+            positions_BT3, shift_B = self.rotary(self.rows, tokens.shape[1])
+            rotary = Rotary(jnp.asarray(positions_BT3), jnp.asarray(shift_B))
+        return Images(jax.tree.map(jnp.asarray, self.pixels), jnp.asarray(places_BT), rotary)
 
 
 def bucket(tokens: int) -> int:
