@@ -38,7 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.output, picture)):
         check_writable(path)  # before the long work, not after it
     model, tokenizer = kvjax.load(
-        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=sys.stderr.isatty(),
     )
     rows = _rows(places, model, tokenizer, images)
     announce(config, [len(row) for row in rows])

@@ -126,7 +126,10 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts: Any = texts or list(ids.values())
     images = _pictures(arguments.image, prompts)
     model, tokenizer = kvjax.load(
-        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=sys.stderr.isatty(),
     )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if texts and tokenizer is None:
@@ -267,7 +270,12 @@ def score(arguments: argparse.Namespace) -> None:
     config = compression(arguments)
     places = read_documents(arguments.tokens)
     images = read_images(arguments.tokens)
-    model = load_model(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    model = load_model(
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=sys.stderr.isatty(),
+    )
     if isinstance(model, VisionModel) and images is not None:
         places = _with_features(places, images, model)
     _check_documents(places, model, config)

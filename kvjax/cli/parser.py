@@ -191,8 +191,12 @@ def _model_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="DIR",
-        help="config.json, safetensors and tokenizer files, as on the Hugging Face hub",
+        metavar="M",
+        help="a folder with config.json, safetensors and tokenizer files, or org/name on the"
+        " Hugging Face hub",
+    )
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of a name on the hub (main)"
     )
     parser.add_argument(
         "--dtype",
