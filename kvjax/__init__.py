@@ -17,9 +17,10 @@ from kvjax.cache.own_model import append, claim, claimed_positions, decode_atten
 from kvjax.cache.state import Cache
 from kvjax.compression.compress import compress, probe_request
 from kvjax.config import CompressionConfig, ConfigError, Recompress, parse_budget
-from kvjax.generation.generate import Generation, Step, compress_prompt, generate, stream
+from kvjax.generation.generate import Generation, compress_prompt, generate
 from kvjax.generation.programs import compilations
 from kvjax.generation.sampling import Sampling
+from kvjax.generation.stream import Step, stream
 from kvjax.generation.timing import Timings, timed_generate
 from kvjax.likelihood import Scored, score
 from kvjax.methods import METHODS

@@ -29,8 +29,9 @@ from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import METRICS, TASKS, Ask, Document, TaskSettings
 from kvjax.eval.tasks.example import IMAGE
 from kvjax.generation.request import instructed
+from kvjax.inputs.chat import chat_text
 from kvjax.inputs.multimodal import by_prompt, mark, placeholder, prepare_inputs
-from kvjax.inputs.prompts import bucket, chat_text, encoded
+from kvjax.inputs.prompts import bucket, encoded
 from kvjax.model_interface import Model
 
 FULL = CompressionConfig.named("full")

@@ -61,7 +61,7 @@ def local_folder(
     api = HfApi(endpoint=endpoint)
     with _silent(progress):
         try:
-            found = api.repo_info(model, revision=revision, timeout=_TIMEOUT)
+            found = api.model_info(model, revision=revision, timeout=_TIMEOUT)
         except Exception as error:  # of whichever HTTP client huggingface_hub is built on
             if _is_answer(error):
                 _refuse(error, model, revision)

@@ -12,7 +12,8 @@ from vision_model import write_llava
 
 import kvjax
 from kvjax import tiny
-from kvjax.inputs.prompts import as_rows
+from kvjax.inputs.chat import chat_text
+from kvjax.inputs.prompts import encoded
 from kvjax.inputs.tokenizer import load_tokenizer
 from kvjax.models.checkpoints.export import save_decoder
 from kvjax.models.checkpoints.orbax import save_orbax
@@ -77,13 +78,13 @@ def test_command_puts_the_image_in_front(run, folder, picture, loaded):
 @pytest.mark.parametrize("text", [TEXT, f"{TEXT} <image> {TEXT}"])
 def test_chat_templates_are_told_of_images(loaded, text):
     model, tokenizer = loaded
-    settings = {"tokenizer": tokenizer, "vocab_size": model.config.vocab_size, "chat": True}
-    [row] = as_rows(text, images=[1], placeholder="<image>", **settings)
+    call = partial(chat_text, text, tokenizer, images=1, placeholder="<image>")
+    row = encoded(call(), tokenizer, special=False)
     marked = text if "<image>" in text else f"<image>{text}"
     assert row == tokenizer(marked, add_special_tokens=False)["input_ids"]
     with pytest.MonkeyPatch.context() as patch:  # a template for text alone
         patch.setattr(tokenizer, "chat_template", "[{{ messages[0]['content'] }}]")
-        [row] = as_rows(text, images=[1], placeholder="<image>", **settings)
+        row = encoded(call(), tokenizer, special=False)
     assert row == tokenizer(f"[{marked}]", add_special_tokens=False)["input_ids"]
 
 
