@@ -105,7 +105,7 @@ def load_cache(path: str | Path, model: Model) -> Cache:
 
 
 def _arrays(cache: Cache) -> dict[str, Any]:
-    found = {
+    found: dict[str, Any] = {
         "prompt_lengths": cache.prompt_lengths,
         "next_positions": cache.next_positions,
         "tail.positions": cache.tail.positions,
