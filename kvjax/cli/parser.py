@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, commands, convert, evaluate, inspect, plan, report
+from kvjax.cli import calibrate, chat, commands, convert, evaluate, inspect, plan, report
 from kvjax.compression.scorers import decoding_scorers
 from kvjax.methods import METHODS
 from kvjax.models.presets import PRESETS
@@ -71,6 +71,13 @@ def build_parser() -> Parser:
         help="print one JSON object: answers, bytes, entries kept, seconds of each phase (null with"
         " --stop, which looks at the text between steps) and all settings",
     )
+
+    sub = command(chat.run, "chat", "Talk about a document that is compressed once")
+    _model_flags(sub)
+    chat.add_flags(sub)
+    _turn_flags(sub)
+    _method_flags(sub)
+    _answer_flags(sub)
 
     sub = command(commands.score, "score", "Score texts after a compressed prefix")
     _model_flags(sub)
@@ -219,12 +226,25 @@ def _prompt_flags(parser: Parser) -> None:
         help="token ids, one prompt a line: separated by spaces or commas, or a JSON list",
     )
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    _turn_flags(parser)
     parser.add_argument(
         "--image",
         action="append",
         metavar="F",
         help="a picture, for a vision-language model; repeatable: one for each placeholder of the"
         " one prompt (in front of a text without any)",
+    )
+
+
+def _turn_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="instructions, which begin a chat (the template's own)")
+    add(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the chat template, such as enable_thinking=false; repeatable",
     )
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_command_puts_the_image_in_front(run, folder, picture, loaded):
 
 @pytest.mark.parametrize("text", [TEXT, f"{TEXT} <image> {TEXT}"])
 def test_chat_templates_are_told_of_images(loaded, text):
-    model, tokenizer = loaded
+    _, tokenizer = loaded
     call = partial(chat_text, text, tokenizer, images=1, placeholder="<image>")
     row = encoded(call(), tokenizer, special=False)
     marked = text if "<image>" in text else f"<image>{text}"
