@@ -62,15 +62,7 @@ def build_parser() -> Parser:
 
     sub = command(commands.generate, "generate", "Answer prompts with a compressed cache")
     _model_flags(sub)
-    _prompt_flags(sub)
-    _method_flags(sub)
-    _answer_flags(sub)
-    sub.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object: answers, bytes, entries kept, seconds of each phase (null with"
-        " --stop, which looks at the text between steps) and all settings",
-    )
+    _generate_flags(sub)
 
     sub = command(chat.run, "chat", "Talk about a document that is compressed once")
     _model_flags(sub)
@@ -108,6 +100,18 @@ def build_parser() -> Parser:
     sub = command(commands.train_tiny, "train-tiny", "Train the bundled model")
     _training_flags(sub)
     return parser
+
+
+def _generate_flags(parser: Parser) -> None:
+    _prompt_flags(parser)
+    _method_flags(parser)
+    _answer_flags(parser)
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: answers, bytes, entries kept, seconds of each phase (null with"
+        " --stop, which looks at the text between steps) and all settings",
+    )
 
 
 def _score_flags(parser: Parser) -> None:

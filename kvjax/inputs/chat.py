@@ -216,6 +216,11 @@ def continued(
     Raises:
       ValueError: a conversation that is not the cache's.
     """
+    if not read:
+        raise ValueError(
+            "the cache does not say what it has read, expected one of compress_prompt or generate"
+            " for messages to follow"
+        )
     settings = {"add_generation_prompt": True} | settings
     whole = _whole(turns, held)
     ids, count = turn_tokens(whole, tokenizer, **settings), len(read)
@@ -224,7 +229,7 @@ def continued(
     else:
         before, after = _decoded(read, tokenizer), _decoded(ids, tokenizer)
         if after.startswith(before):  # an answer that the tokenizer cuts up otherwise
-            rest = encoded(after[len(before) :], tokenizer, special=False)
+            rest = _amid(after[len(before) :], tokenizer)
         elif held is None:
             raise ValueError(
                 "messages do not begin with what the cache has read, expected the whole"
@@ -258,6 +263,16 @@ def _whole(turns: Sequence[Turn], held: Sequence[Turn] | None) -> list[Turn]:
 def _content(turn: Turn) -> tuple[str, Any]:
     content = turn["content"]
     return turn["role"], content.strip() if isinstance(content, str) else content
+
+
+def _amid(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text amid another: without the space that some tokenizers put in front."""
+    for letter in ("\n", "a"):
+        ids = encoded(letter, tokenizer, special=False)
+        found = encoded(letter + text, tokenizer, special=False)
+        if found[: len(ids)] == ids:
+            return found[len(ids) :]
+    return encoded(text, tokenizer, special=False)
 
 
 def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
@@ -314,7 +329,7 @@ def _after(
     settings: Mapping[str, Any],
 ) -> list[int]:
     """What stands behind a turn's content, without the tokens of it that were read already."""
-    ids = encoded(_around(turns, index, tokenizer, settings)[1], tokenizer, special=False)
+    ids = _amid(_around(turns, index, tokenizer, settings)[1], tokenizer)
     # An answer's end may have been drawn, or not.
     longest = min(len(ids), len(read))
     overlaps = (n for n in range(longest, 0, -1) if list(read[-n:]) == ids[:n])

@@ -43,7 +43,8 @@ def read(
         raise ValueError(f"template_args={template_args!r}, expected messages or chat=True beside")
     given: Any = prompts if messages is None else chats.conversations(messages)
     text_alone = images is None and not isinstance(model, VisionModel)
-    pictures = None if text_alone else by_prompt(images, given, model)
+    each: Any = given if messages is None else [""] * len(given)
+    pictures = None if text_alone else by_prompt(images, each, model)
     turns = None
     if talk:
         chats.check_template(tokenizer, "chat=True" if chat else "messages are given")

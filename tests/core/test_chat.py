@@ -167,6 +167,8 @@ def test_a_cache_that_holds_no_turns_is_followed_from_the_first():
 
 def test_nothing_follows():
     made = tokenizer(SMOL)
+    with pytest.raises(ValueError, match=r"^the cache does not say what it has read, expected one"):
+        continued([QUESTION], [], None, made)
     read = ids(DOCUMENT, made, add_generation_prompt=True)
     with pytest.raises(ValueError, match=r"^messages end where the cache does, expected turns"):
         continued(DOCUMENT, read, DOCUMENT, made)

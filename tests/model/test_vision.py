@@ -89,6 +89,24 @@ def test_chat_templates_are_told_of_images(loaded, text):
     assert row == tokenizer(f"[{marked}]", add_special_tokens=False)["input_ids"]
 
 
+def test_turns_with_an_image_are_followed(loaded, picture):
+    """The cache counts the image as its one token, and the answer to a question as ever."""
+    model, tokenizer = loaded
+    parts = [{"type": "image"}, {"type": "text", "text": f" {TEXT}"}]
+    turns = [{"role": "user", "content": parts}]
+    question = {"role": "user", "content": [{"type": "text", "text": f" {TEXT}"}]}
+    cache = kvjax.compress_prompt(
+        model, config=SNAP, messages=turns, images=picture, tokenizer=tokenizer
+    )
+    [history] = cache.history
+    assert history.tokens.count(model.vision_config.image_token_id) == 1
+    assert cache.next_positions.tolist() == [len(history.tokens) + FEATURES - 1]
+    call = {"cache": cache, "max_new_tokens": 3, "tokenizer": tokenizer, "eos_ids": ()}
+    found = [kvjax.generate(model, messages=m, **call) for m in ([question], [*turns, question])]
+    rest = tokenizer(f" {TEXT}", add_special_tokens=False)["input_ids"]
+    assert found[0].tokens == found[1].tokens == kvjax.generate(model, rest, **call).tokens
+
+
 @pytest.mark.slow
 def test_score_and_calibrate_see_images(run, folder, picture, loaded, tmp_path):
     """Slow: two commands with a tower are compiled."""
