@@ -21,8 +21,8 @@ from tqdm import tqdm
 from kvjax.config import CompressionConfig, ConfigError, check_config
 from kvjax.generation.generate import compress_prompt
 from kvjax.generation.request import check_rows
-from kvjax.inputs.multimodal import read
 from kvjax.inputs.prompts import Prompts, as_rows, bucket
+from kvjax.inputs.read import read
 from kvjax.methods import METHODS
 from kvjax.model_interface import Model
 from kvjax.settings import replacing

@@ -24,8 +24,8 @@ from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import Program
 from kvjax.generation.request import FULL, check_rows
 from kvjax.generation.sampling import row_keys
-from kvjax.inputs.multimodal import ModelInputs, Pictures, by_prompt, prepare_inputs
-from kvjax.inputs.prompts import as_rows, pad
+from kvjax.inputs.multimodal import Pictures, by_prompt, prepare_inputs
+from kvjax.inputs.prompts import ModelInputs, as_rows, pad
 from kvjax.model_interface import Images, Model
 
 Document = tuple[list[int], int]  # tokens, prefix

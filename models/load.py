@@ -1,4 +1,4 @@
-"""load(): a Hugging Face directory as a model and its tokenizer."""
+"""load(): a Hugging Face directory, or a name on its hub, as a model and its tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from kvjax.inputs.image_processor import ClipImages, ImageConfig, QwenImages, load_image_config
 from kvjax.inputs.tokenizer import load_tokenizer
+from kvjax.models.checkpoints.hub import local_folder
 from kvjax.models.checkpoints.orbax import is_orbax, load_orbax, load_orbax_config
 from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.config import ModelConfig, load_config
@@ -21,6 +22,7 @@ from kvjax.models.vision.weights import load_vision_decoder
 def load(
     directory: str | Path,
     *,
+    revision: str | None = None,
     dtype: Any = jnp.float32,
     progress: bool = True,
     mesh: Mesh | None = None,
@@ -31,7 +33,10 @@ def load(
       directory: `config.json`, safetensors (one file or shards with an index), tokenizer files,
         and the image processor's settings where the model sees (LLaVA-1.5,
         Qwen2.5-VL); or what
-        `kvjax.models.checkpoints.orbax.save_orbax` wrote, with tokenizer files.
+        `kvjax.models.checkpoints.orbax.save_orbax` wrote, with tokenizer files. A name on the
+        Hugging Face hub, "org/name", where no such path exists: what is needed of it is fetched
+        into huggingface_hub's cache (`kvjax.models.checkpoints.hub`).
+      revision: branch, tag or commit on the hub; its main branch by default.
       dtype: of weights, activations and cache: jnp.float32, jnp.bfloat16 or jnp.float16.
       progress: whether to show a bar on stderr.
       mesh: from `kvjax.sharding.make_mesh`: weights go straight to the devices that hold a part of
@@ -41,11 +46,12 @@ def load(
       The model, and None in place of a tokenizer where the directory has none.
 
     Raises:
-      ValueError: what is missing, extra, misshapen, truncated or unknown, by name.
+      ValueError: what is missing, extra, misshapen, truncated or unknown, by name; a name or a
+        revision that the hub does not have, or a hub that cannot be reached.
     """
-    return load_model(directory, dtype=dtype, progress=progress, mesh=mesh), load_tokenizer(
-        directory
-    )
+    folder = local_folder(directory, revision, progress=progress)
+    model = load_model(folder, dtype=dtype, progress=progress, mesh=mesh)
+    return model, load_tokenizer(folder)
 
 
 def load_model_config(directory: str | Path) -> ModelConfig:
@@ -65,11 +71,13 @@ def load_model_config(directory: str | Path) -> ModelConfig:
 def load_model(
     directory: str | Path,
     *,
+    revision: str | None = None,
     dtype: Any = jnp.float32,
     progress: bool = True,
     mesh: Mesh | None = None,
 ) -> Decoder:
     """`load` without a tokenizer, which takes seconds to import."""
+    directory = local_folder(directory, revision, progress=progress)
     if is_orbax(directory):
         return load_orbax(directory, mesh, dtype=dtype)
     architecture = vision_architecture(directory)

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from kvjax.cache.history import History
 from kvjax.cache.origin import check_cache, fingerprint
 from kvjax.cache.padded import PaddedLayer
 from kvjax.cache.slots import Slots, in_pages, page_size, reshard_slots
@@ -58,11 +59,12 @@ def save_cache(
         "config": dataclasses.asdict(config) if config else None,
         "keep_ratio": cache.keep_ratio,
         "layers": len(cache.tail.keys),
+        "turns": cache.history and [one.turns for one in cache.history],
         "slots": slots and {name: getattr(slots, name) for name in _STATIC},
         "sha256": _digest(arrays),
     }
     part = target.with_name(target.name + ".part")
-    metadata = {"format": _FORMAT, "facts": json.dumps(facts)}
+    metadata = {"format": _FORMAT, "facts": json.dumps(facts, default=str)}
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
         save_file(whole, part, metadata=metadata)
@@ -103,12 +105,14 @@ def load_cache(path: str | Path, model: Model) -> Cache:
 
 
 def _arrays(cache: Cache) -> dict[str, Any]:
-    found = {
+    found: dict[str, Any] = {
         "prompt_lengths": cache.prompt_lengths,
         "next_positions": cache.next_positions,
         "tail.positions": cache.tail.positions,
         "tail.cursor": cache.tail.cursor,
     }
+    if cache.history is not None:
+        found["history"] = _padded([one.tokens for one in cache.history])
     if cache.rotary_shift is not None:
         found["rotary_shift"] = cache.rotary_shift
     for index, (keys, values) in enumerate(zip(cache.tail.keys, cache.tail.values, strict=True)):
@@ -148,6 +152,26 @@ def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
         keep_ratio=facts["keep_ratio"],
         rotary_shift=arrays.get("rotary_shift"),
         origin=facts["model"],
+        history=_history(arrays.get("history"), facts.get("turns")),
+    )
+
+
+def _padded(rows: list[tuple[int, ...]]) -> np.ndarray:
+    """Rows of token ids as one int32 array, with -1 behind each."""
+    found = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+    for row, tokens in zip(found, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return found
+
+
+def _history(tokens: Any, turns: Any) -> tuple[History, ...] | None:
+    """What `_padded` and the facts say of each row; caches saved before have neither."""
+    if tokens is None:
+        return None
+    rows = [row[row >= 0].tolist() for row in np.asarray(tokens)]
+    return tuple(
+        History(tuple(row), None if one is None else tuple(one))
+        for row, one in zip(rows, turns, strict=True)
     )
 
 

@@ -25,13 +25,15 @@ def fingerprint(model: Model) -> str:
 
 
 def owned(cache: Cache, model: Model) -> Cache:
-    """The cache, if this model can continue it, without its origin, which no program depends on.
+    """The cache, if this model can continue it, without its origin and its history.
+
+    No program depends on these.
 
     Raises:
       ValueError: a cache of other sizes or another dtype, or one that another model made.
     """
     check_cache(cache, model)
-    return cache.replace(origin=None)
+    return cache.replace(origin=None, history=None)
 
 
 def check_cache(cache: Cache, model: Model) -> None:

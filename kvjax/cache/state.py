@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
+from kvjax.cache.history import History
 from kvjax.cache.padded import PaddedLayer
 from kvjax.cache.slots import Slots, kept_mask, reshard_slots
 from kvjax.cache.tail import Tail, resized
@@ -30,6 +31,7 @@ class Cache(struct.PyTreeNode):
       rotary_shift: `[B]` rotary minus true position of new tokens (M-RoPE), or None for 0.
       origin: fingerprint of the model that made it (`kvjax.cache.origin`); None inside of programs,
         and for one's own model (`kvjax.compress`).
+      history: what each row has read (`kvjax.cache.history`), or all rows; None where `origin` is.
     """
 
     layers: tuple[PaddedLayer, ...]
@@ -40,6 +42,7 @@ class Cache(struct.PyTreeNode):
     keep_ratio: bool = struct.field(pytree_node=False, default=False)
     rotary_shift: Int[Array, " B"] | None = None
     origin: str | None = struct.field(pytree_node=False, default=None)
+    history: tuple[History, ...] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def batch(self) -> int:

@@ -19,8 +19,9 @@ from kvjax.cli.files import (
 )
 from kvjax.cli.settings import announce
 from kvjax.config import CompressionConfig, parse_budget
-from kvjax.inputs.multimodal import read, with_placeholders
+from kvjax.inputs.multimodal import with_placeholders
 from kvjax.inputs.prompts import as_rows
+from kvjax.inputs.read import read
 from kvjax.model_interface import Model, VisionModel
 from kvjax.settings import check_writable, replacing
 
@@ -37,7 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.output, picture)):
         check_writable(path)  # before the long work, not after it
     model, tokenizer = kvjax.load(
-        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=sys.stderr.isatty(),
     )
     rows = _rows(places, model, tokenizer, images)
     announce(config, [len(row) for row in rows])

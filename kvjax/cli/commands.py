@@ -19,14 +19,23 @@ from kvjax.cli.files import (
     read_prompts,
     read_text,
 )
-from kvjax.cli.settings import announce, compression, recompression, resolved, sampling
+from kvjax.cli.settings import (
+    announce,
+    compression,
+    recompression,
+    resolved,
+    sampling,
+    template_args,
+)
 from kvjax.compression.capacity import slot_bytes
 from kvjax.compression.scorers import SCORERS
 from kvjax.config import CompressionConfig
 from kvjax.generation.request import check_rows
+from kvjax.inputs.chat import user_turns
 from kvjax.inputs.images import load_image
-from kvjax.inputs.multimodal import prepare_inputs, read, with_placeholders
+from kvjax.inputs.multimodal import placeholder, prepare_inputs, with_placeholders
 from kvjax.inputs.prompts import bucket
+from kvjax.inputs.read import read
 from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
 from kvjax.model_interface import Model, VisionModel
@@ -125,7 +134,10 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts: Any = texts or list(ids.values())
     images = _pictures(arguments.image, prompts)
     model, tokenizer = kvjax.load(
-        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=sys.stderr.isatty(),
     )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if texts and tokenizer is None:
@@ -136,7 +148,7 @@ def generate(arguments: argparse.Namespace) -> None:
     check_vocabulary(arguments.eos or [], "--eos", vocab_size)
     if images and texts and isinstance(model, VisionModel) and not arguments.chat:
         texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
-    rows = read(model, texts or prompts, images, tokenizer=tokenizer, chat=arguments.chat).rows
+    rows = _rows(model, tokenizer, texts or prompts, images, arguments)
     call = {
         "images": images,
         "max_new_tokens": arguments.max_new_tokens,
@@ -161,6 +173,25 @@ def generate(arguments: argparse.Namespace) -> None:
         _show_as_drawn(steps)
     else:
         _show_answers(steps, len(rows))
+
+
+def _rows(
+    model: Model, tokenizer: Any, prompts: Any, images: Any, arguments: argparse.Namespace
+) -> list[list[int]]:
+    """Token ids of the prompts, as the user's turns of chats where that is asked for."""
+    template, system = template_args(arguments), arguments.system
+    if not arguments.chat:
+        given = "--system" if system else "--template-arg" if template else None
+        if given is not None:
+            raise ValueError(f"{given} needs --chat, which it goes with")
+        return read(model, prompts, images, tokenizer=tokenizer).rows
+    turns = dict(tokenizer=tokenizer, template_args=template)
+    if system is None:
+        return read(model, prompts, images, chat=True, **turns).rows
+    token = placeholder(model, tokenizer) if images else ""
+    told = {"role": "system", "content": system}
+    users = user_turns(prompts, tokenizer, images, token, **template)
+    return read(model, None, images, messages=[[told, *each] for each in users], **turns).rows
 
 
 def _pictures(files: list[str] | None, prompts: Sequence[Any]) -> list[list[Any]] | None:
@@ -266,7 +297,12 @@ def score(arguments: argparse.Namespace) -> None:
     config = compression(arguments)
     places = read_documents(arguments.tokens)
     images = read_images(arguments.tokens)
-    model = load_model(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    model = load_model(
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=sys.stderr.isatty(),
+    )
     if isinstance(model, VisionModel) and images is not None:
         places = _with_features(places, images, model)
     _check_documents(places, model, config)

@@ -20,7 +20,8 @@ _METHODS = "snapkv,ada-snapkv,prefixkv,ada-prefixkv,kvzip,streaming-llm"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `kvjax inspect`."""
     add = parser.add_argument
-    add("--model", metavar="DIR", help="as on the Hugging Face hub (the bundled model)")
+    add("--model", metavar="M", help="a folder, or org/name on the hub (the bundled model)")
+    add("--revision", metavar="R", help="branch, tag or commit of a name on the hub (main)")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -55,14 +56,20 @@ def run(arguments: argparse.Namespace) -> None:
     from kvjax.cli.files import check_length, read_text
     from kvjax.eval.report.inspect import pieces, shown, write_inspection
     from kvjax.inputs.images import load_image
-    from kvjax.inputs.multimodal import read, with_placeholders
+    from kvjax.inputs.multimodal import with_placeholders
+    from kvjax.inputs.read import read
 
     configs = _configs(arguments.methods, arguments.budget)
     given = arguments.prompt_file
     text = arguments.prompt if given is None else read_text(given)
     pictures = [load_image(file) for file in arguments.image or ()]
     directory = arguments.model or tiny.WEIGHTS
-    model, tokenizer = kvjax.load(directory, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    model, tokenizer = kvjax.load(
+        directory,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        progress=sys.stderr.isatty(),
+    )
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, expected one")
     if pictures and isinstance(model, VisionModel) and not arguments.chat:

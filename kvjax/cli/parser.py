@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, commands, convert, evaluate, inspect, plan, report
+from kvjax.cli import calibrate, chat, commands, convert, evaluate, inspect, plan, report
 from kvjax.compression.scorers import decoding_scorers
 from kvjax.methods import METHODS
 from kvjax.models.presets import PRESETS
@@ -62,15 +62,14 @@ def build_parser() -> Parser:
 
     sub = command(commands.generate, "generate", "Answer prompts with a compressed cache")
     _model_flags(sub)
-    _prompt_flags(sub)
+    _generate_flags(sub)
+
+    sub = command(chat.run, "chat", "Talk about a document that is compressed once")
+    _model_flags(sub)
+    chat.add_flags(sub)
+    _turn_flags(sub)
     _method_flags(sub)
     _answer_flags(sub)
-    sub.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object: answers, bytes, entries kept, seconds of each phase (null with"
-        " --stop, which looks at the text between steps) and all settings",
-    )
 
     sub = command(commands.score, "score", "Score texts after a compressed prefix")
     _model_flags(sub)
@@ -101,6 +100,18 @@ def build_parser() -> Parser:
     sub = command(commands.train_tiny, "train-tiny", "Train the bundled model")
     _training_flags(sub)
     return parser
+
+
+def _generate_flags(parser: Parser) -> None:
+    _prompt_flags(parser)
+    _method_flags(parser)
+    _answer_flags(parser)
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: answers, bytes, entries kept, seconds of each phase (null with"
+        " --stop, which looks at the text between steps) and all settings",
+    )
 
 
 def _score_flags(parser: Parser) -> None:
@@ -191,8 +202,12 @@ def _model_flags(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        metavar="DIR",
-        help="config.json, safetensors and tokenizer files, as on the Hugging Face hub",
+        metavar="M",
+        help="a folder with config.json, safetensors and tokenizer files, or org/name on the"
+        " Hugging Face hub",
+    )
+    parser.add_argument(
+        "--revision", metavar="R", help="branch, tag or commit of a name on the hub (main)"
     )
     parser.add_argument(
         "--dtype",
@@ -215,12 +230,25 @@ def _prompt_flags(parser: Parser) -> None:
         help="token ids, one prompt a line: separated by spaces or commas, or a JSON list",
     )
     parser.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    _turn_flags(parser)
     parser.add_argument(
         "--image",
         action="append",
         metavar="F",
         help="a picture, for a vision-language model; repeatable: one for each placeholder of the"
         " one prompt (in front of a text without any)",
+    )
+
+
+def _turn_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="instructions, which begin a chat (the template's own)")
+    add(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the chat template, such as enable_thinking=false; repeatable",
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,24 @@ def sampling(arguments: argparse.Namespace) -> Sampling:
     """How the flags of the answer ask tokens to be drawn."""
     names = [field.name for field in dataclasses.fields(Sampling)]
     return Sampling(**{name: getattr(arguments, name) for name in names})
+
+
+def template_args(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a chat template, NAME=VALUE each; values are JSON, or text as it is.
+
+    Raises:
+      ValueError: one without a name.
+    """
+    found: dict[str, Any] = {}
+    for given in arguments.template_arg:
+        name, equals, value = given.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--template-arg {given!r}, expected NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def resolved(config: CompressionConfig, lengths: Sequence[int]) -> dict[str, Any]:

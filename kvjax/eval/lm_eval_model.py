@@ -29,7 +29,8 @@ from kvjax import tiny
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.eval.pod import workers
 from kvjax.generation.sampling import Sampling
-from kvjax.inputs.prompts import bucket, encoded, rendered
+from kvjax.inputs.chat import rendered
+from kvjax.inputs.prompts import bucket, encoded
 from kvjax.likelihood import Document, Scored, batches
 
 FULL = CompressionConfig.named("full")

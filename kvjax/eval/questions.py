@@ -10,8 +10,9 @@ from kvjax.eval.pod import Workers
 from kvjax.eval.settings import EvalSettings
 from kvjax.eval.tasks import TASKS, Ask, Document, TaskSettings
 from kvjax.eval.tasks.example import IMAGE
+from kvjax.inputs.chat import chat_text
 from kvjax.inputs.multimodal import by_prompt, mark, placeholder, prepare_inputs
-from kvjax.inputs.prompts import bucket, chat_text, encoded
+from kvjax.inputs.prompts import bucket, encoded
 from kvjax.model_interface import Model
 
 # Characters without a meaning, which are no white space: one marks where a context ends.

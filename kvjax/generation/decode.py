@@ -8,6 +8,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -250,3 +251,9 @@ def kept_entries(cache: Cache) -> Int[Array, "B L K"]:
     if cache.slots is not None and cache.slots.table is not None:
         counts = entries_of_prompt(cache.slots, cache.prompt_lengths)
     return jnp.broadcast_to(counts, (cache.batch, *counts.shape[1:]))
+
+
+def drawn(array: Array, tokens: Array, start: int, end: int) -> list[list]:
+    """Each row's entries of columns start..end - 1 where a token was drawn."""
+    block, masks = np.asarray(array[:, start:end]), np.asarray(tokens[:, start:end]) >= 0
+    return [row[mask].tolist() for row, mask in zip(block, masks, strict=True)]

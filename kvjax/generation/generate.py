@@ -1,51 +1,37 @@
-"""generate(), stream() and compress_prompt(): what users call, and the programs behind them.
+"""generate() and compress_prompt(): what users call, one compiled program each."""
 
-`generate` is one compiled program. `stream` runs the same stages (`prefill.py`, `decode.py`) jitted
-apart, and draws the same tokens.
-"""
-
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
+from kvjax.cache.history import BEGUN, extended
 from kvjax.cache.origin import fingerprint
-from kvjax.cache.ratio import Ratio
-from kvjax.cache.state import Cache, with_room
+from kvjax.cache.state import Cache
 from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.exact import always_32_bits
-from kvjax.generation import decode
-from kvjax.generation.decode import Answer, Held
-from kvjax.generation.detokenize import RunningText, cut_at_stop
+from kvjax.generation.decode import Answer, Held, drawn
+from kvjax.generation.detokenize import cut_at_stop
 from kvjax.generation.prefilled import PrefilledPrompts, shared_request
 from kvjax.generation.programs import (
     answer_program,
-    ask_program,
-    close_answer_program,
     compress_program,
-    decode_program,
-    evict_program,
-    flat,
     generate_prefilled_program,
     generate_program,
-    open_answer_program,
     prefill_compress_program,
     prefill_program,
-    start_answer_program,
 )
 from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back, instructed
 from kvjax.generation.sampling import Sampling, row_keys
-from kvjax.inputs.multimodal import Pictures, read
+from kvjax.generation.stream import CHUNK, closed, stages
+from kvjax.inputs.chat import Messages
+from kvjax.inputs.multimodal import Pictures
 from kvjax.inputs.prompts import Ends, Prompts, bucket, pad
+from kvjax.inputs.read import read
 from kvjax.model_interface import Model
 from kvjax.sharding import place
-
-# Tokens between two looks at the host while streaming.
-CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -73,18 +59,9 @@ class Generation:
     cache: Cache | None = None
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a stream has since the last step, one entry a row (rows that are done get nothing)."""
-
-    tokens: list[list[int]]
-    log_probs: list[list[float]]
-    text: list[str] | None
-
-
 def generate(
     model: Model,
-    prompts: Prompts | PrefilledPrompts,
+    prompts: Prompts | PrefilledPrompts | None = None,
     config: CompressionConfig = FULL,
     *,
     max_new_tokens: int,
@@ -94,6 +71,8 @@ def generate(
     eos_ids: Ends | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
+    messages: Messages | None = None,
+    template_args: Mapping[str, Any] | None = None,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
     cache: Cache | None = None,
@@ -105,8 +84,8 @@ def generate(
 
     Args:
       model: from `kvjax.load`.
-      prompts: a text or texts, token ids or rows of them, or a padded `[B, T]` array; or what
-        `prefill_prompts` made of them.
+      prompts: a text or texts, token ids or rows of them, or a padded `[B, T]` array; what
+        `prefill_prompts` made of them; None beside messages.
       config: what to keep; everything by default.
       max_new_tokens: most tokens to draw a row, at least 1.
       tokenizer: from `kvjax.load`; needed for text and for `stop`.
@@ -116,8 +95,11 @@ def generate(
       eos_ids: token or tokens that end a row; the model's own by default, () for none.
       stop: string or strings that end a row and are cut off (looked for on the host, every few
         tokens); one may be a special token, such as "<|im_end|>".
-      chat: put each text into the tokenizer's chat template (the first turn; render later ones
-        yourself, the template would begin anew).
+      chat: each text is the user's turn: the only one, or the one that follows a cache of turns.
+      messages: a conversation, or a list of them, in place of prompts: turns with role and content.
+        Beside a cache of turns those that follow it, or all from the first on. Where the template
+        writes an earlier turn otherwise than it was read, a warning names the turn.
+      template_args: of the chat template, such as {"enable_thinking": False}.
       attention_mask: 1 for the real tokens of a padded array, on either side.
       images: of a vision-language model: each prompt's PIL images, paths or uint8 arrays
         `[height, width, 3]`, in the order of the image tokens that stand for them (`<image>` of
@@ -137,8 +119,8 @@ def generate(
     model = place(model, mesh)
     options = Options(
         max_new_tokens=max_new_tokens, tokenizer=tokenizer, sampling=sampling, seed=seed,
-        eos_ids=eos_ids, stop=stop, chat=chat, attention_mask=attention_mask, images=images,
-        cache=cache, recompress=recompress,
+        eos_ids=eos_ids, stop=stop, chat=chat, messages=messages, template_args=template_args,
+        attention_mask=attention_mask, images=images, cache=cache, recompress=recompress,
     )  # fmt: skip
     request = Request.make(model, prompts, config, options)
     if stop:
@@ -159,25 +141,6 @@ def generate(
     else:
         found = answer_program(model, request.cache, *arrays, **common)
     return as_generation(model, request, *found)
-
-
-def stream(
-    model: Model,
-    prompts: Prompts | PrefilledPrompts,
-    config: CompressionConfig = FULL,
-    *,
-    mesh: Mesh | None = None,
-    **options: Any,
-) -> Iterator[Step]:
-    """`generate`, a few tokens at a time: the same keywords (but `return_cache`), the same tokens.
-
-    Raises:
-      ValueError: as `generate`, at once and not with the first step.
-      TypeError: a keyword that `generate` does not have.
-    """
-    model = place(model, mesh)
-    request = Request.make(model, prompts, config, Options(**options))
-    return (step for step, _ in _steps(model, request, CHUNK))
 
 
 @always_32_bits
@@ -222,11 +185,13 @@ def prefill_prompts(
 @always_32_bits
 def compress_prompt(
     model: Model,
-    prompts: Prompts | PrefilledPrompts,
-    config: CompressionConfig,
+    prompts: Prompts | PrefilledPrompts | None = None,
+    config: CompressionConfig = FULL,
     *,
     tokenizer: Any = None,
     seed: int | Sequence[int] = 0,
+    messages: Messages | None = None,
+    template_args: Mapping[str, Any] | None = None,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
     mesh: Mesh | None = None,
@@ -238,14 +203,18 @@ def compress_prompt(
     check_config(config)
     if isinstance(prompts, PrefilledPrompts):
         return _compress_prefilled(model, prompts, config, tokenizer, seed)
-    inputs = read(model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask)
+    inputs = read(
+        model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask,
+        messages=messages, template_args=template_args, answered=False,
+    )  # fmt: skip
     model = place(model, mesh)
     check_rows(model, inputs.rows, config)
     tokens, lengths = pad(inputs.rows)
     config = instructed(config, tokenizer, model.config.vocab_size)
     prompt = tokens, lengths, row_keys(seed, len(lengths)), inputs.images(tokens)
     cache = prefill_compress_program(model, *prompt, config=config)[1]
-    return cache.replace(origin=fingerprint(model))
+    history = extended(BEGUN, inputs.given, inputs.turns)
+    return cache.replace(origin=fingerprint(model), history=history)
 
 
 def _compress_prefilled(model, prompts: PrefilledPrompts, config, tokenizer, seed) -> Cache:
@@ -254,113 +223,17 @@ def _compress_prefilled(model, prompts: PrefilledPrompts, config, tokenizer, see
     check_rows(model, prompts.inputs.rows, config)
     keys, windows = row_keys(seed, len(prompts.inputs.rows)), model.config.sliding_windows
     cache = compress_program(prompts.arrays, keys, windows=windows, config=config)
-    return cache.replace(origin=prompts.origin)
+    history = extended(BEGUN, prompts.inputs.given, prompts.inputs.turns)
+    return cache.replace(origin=prompts.origin, history=history)
 
 
 # ---------------------------------------------------------------------------- host
-class _State(NamedTuple):
-    """A stream between two stages: what they pass on from one to the next."""
-
-    cache: Cache
-    ratio: Ratio | None
-    held: Held
-    answer: Answer
-
-
-def _begin(model: Model, request: Request) -> _State:
-    """The stages up to the first token of each row."""
-    prompt, rule, asked = (request.tokens, request.lengths), request.recompress, request.cache
-    if request.prefilled is not None:
-        windows, logits = model.config.sliding_windows, request.prefilled.logits
-        cache = compress_program(
-            request.prefilled, request.key, windows=windows, config=request.config
-        )
-        cache = with_room(cache, request.tail_slots)
-    elif asked is None:
-        rest, config = (request.key, request.images), request.config
-        logits, cache = prefill_compress_program(model, *prompt, *rest, config=config)
-        cache = with_room(cache, request.tail_slots)
-    else:
-        slots = request.tail_slots
-        logits, cache = ask_program(model, asked, *prompt, tail_slots=slots, recompress=rule)
-    answer = start_answer_program(
-        logits, *prompt, request.key, request.rules, room=request.new_tokens
-    )
-    if rule is None:
-        held = Held(kept=decode.kept_entries(cache), nbytes=cache.nbytes)
-        return _State(cache, None, held, answer)
-    cache, ratio, held = open_answer_program(
-        model, cache, recompress=rule, new_tokens=request.new_tokens,
-        fraction=request.config.fraction, asked=asked is not None,
-    )  # fmt: skip
-    return _State(cache, ratio, held, answer)
-
-
-def _steps(model: Model, request: Request, chunk: int) -> Iterator[tuple[Step, _State]]:
-    """The stages one by one; each step comes with the state after it."""
-    state, rule = _begin(model, request), request.recompress
-    entries, parts = state.cache.without_tail(), flat(model)
-    texts = [RunningText(request.tokenizer, request.stop, row) for row in request.contexts]
-    shown, segment = 0, 1  # tokens shown, and where the segment began
-    while True:
-        count = int(state.answer.count)
-        step = _step(request, texts, state.answer, shown, count)
-        shown = count
-        done = state.answer.done | np.array([text.stopped for text in texts])
-        finished = count >= request.new_tokens or bool(done.all())
-        if finished and step.text is not None:
-            pieces = [piece + text.flush() for piece, text in zip(step.text, texts, strict=True)]
-            step = dataclasses.replace(step, text=pieces)
-        state = state._replace(answer=state.answer.replace(done=done))
-        yield step, state
-        if finished:
-            return
-        if rule is not None and count - segment == rule.every:
-            windows, segment = model.config.sliding_windows, count
-            cache = evict_program(state.cache, state.ratio, recompress=rule, windows=windows)
-            state, entries = state._replace(cache=cache), cache.without_tail()
-        steps = min(chunk, request.new_tokens - count)
-        if rule is not None:
-            steps = min(steps, segment + rule.every - count)
-        entries = entries.replace(next_positions=state.cache.next_positions)
-        tail, next_positions, answer = decode_program(
-            parts, entries, state.cache.tail, state.answer, request.rules, steps=steps
-        )
-        cache = state.cache.replace(tail=tail, next_positions=next_positions)
-        state = state._replace(cache=cache, answer=answer)
-
-
-def _step(
-    request: Request, texts: Sequence[RunningText], answer: Answer, shown: int, count: int
-) -> Step:
-    """What has come since `shown` tokens: nothing that was drawn after a stop string."""
-    tokens = _drawn(answer.tokens, answer.tokens, shown, count)
-    log_probs = _drawn(answer.log_probs, answer.tokens, shown, count)
-    pieces = [text.add(row) for text, row in zip(texts, tokens, strict=True)]
-    if request.stop:
-        before = (answer.tokens[:, :shown] >= 0).sum(-1).tolist()
-        for row, text in enumerate(texts):
-            if text.stopped:
-                left = max(0, text.taken - before[row])
-                tokens[row], log_probs[row] = tokens[row][:left], log_probs[row][:left]
-    return Step(tokens, log_probs, pieces if request.tokenizer else None)
-
-
-def _drawn(array: Array, tokens: Array, start: int, end: int) -> list[list]:
-    """Each row's entries of columns start..end - 1 where a token was drawn."""
-    block, drawn = np.asarray(array[:, start:end]), np.asarray(tokens[:, start:end]) >= 0
-    return [row[mask].tolist() for row, mask in zip(block, drawn, strict=True)]
-
-
 def _collect(model: Model, request: Request, return_cache: bool) -> Generation:
     """A stream's end as a Generation: how rows with stop strings are run."""
     # A cache that is handed back must not hold tokens drawn after a stop string.
-    for _, state in _steps(model, request, 1 if return_cache else CHUNK):  # noqa: B007
+    for _, state in stages(model, request, 1 if return_cache else CHUNK):  # noqa: B007
         pass
-    cache = None
-    if return_cache:
-        rule = request.recompress
-        cache = close_answer_program(model, state.cache, state.answer, state.ratio, recompress=rule)
+    cache = closed(model, request, state) if return_cache else None
     return as_generation(model, request, state.answer, state.held, cache)
 
 
@@ -368,9 +241,9 @@ def as_generation(
     model: Model, request: Request, answer: Answer, held: Held, cache: Cache | None
 ) -> Generation:
     """What came of a request."""
-    tokens = _drawn(answer.tokens, answer.tokens, 0, answer.tokens.shape[1])
-    log_probs = _drawn(answer.log_probs, answer.tokens, 0, answer.tokens.shape[1])
-    text = None
+    tokens = drawn(answer.tokens, answer.tokens, 0, answer.tokens.shape[1])
+    log_probs = drawn(answer.log_probs, answer.tokens, 0, answer.tokens.shape[1])
+    text, answers = None, tokens
     if request.tokenizer is not None:
         cut = [
             cut_at_stop(row, request.tokenizer, request.stop, context)
@@ -386,7 +259,7 @@ def as_generation(
         kept=np.asarray(held.kept),
         cache_bytes=held.nbytes,
         full_cache_bytes=_full_bytes(model, request),
-        cache=handed_back(cache, model),
+        cache=handed_back(cache, model, request, answers, text),
     )
 
 

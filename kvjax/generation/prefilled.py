@@ -9,7 +9,7 @@ from kvjax.cache.origin import fingerprint
 from kvjax.compression.compress import probe_request
 from kvjax.config import CompressionConfig
 from kvjax.generation.prefill import Prefilled
-from kvjax.inputs.multimodal import ModelInputs
+from kvjax.inputs.prompts import ModelInputs
 from kvjax.model_interface import Model, ProbeRequest
 
 

@@ -1,7 +1,7 @@
 """A call of `generate`, checked and turned into arrays."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int, Key
 
+from kvjax.cache.history import BEGUN, History, extended
 from kvjax.cache.origin import fingerprint, owned
 from kvjax.cache.state import Cache, for_rows
 from kvjax.compression import scorers
@@ -22,8 +23,19 @@ from kvjax.generation.prefill import Prefilled
 from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
-from kvjax.inputs.multimodal import ModelInputs, Pictures, read
-from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
+from kvjax.inputs.chat import Messages
+from kvjax.inputs.multimodal import Pictures
+from kvjax.inputs.prompts import (
+    Ends,
+    ModelInputs,
+    Prompts,
+    Row,
+    bucket,
+    check_context,
+    eos_tokens,
+    pad,
+)
+from kvjax.inputs.read import read
 from kvjax.model_interface import Images, Model
 from kvjax.sharding import mesh_of, put_on_mesh
 
@@ -34,6 +46,8 @@ TAIL = 256
 BLOCK = 128
 # Tokens of the prompt beside which an answer is decoded.
 CONTEXT = 8
+# Of a cache that does not say what it has read.
+UNKNOWN = (History(turns=None),)
 # What a tokenizer makes KVzip's instructions of: before the first chunk, before the others.
 INSTRUCTIONS = (
     "\n\nRepeat the previous context exactly.\n",
@@ -56,6 +70,8 @@ class Options:
     eos_ids: Ends | None = None
     stop: str | Sequence[str] = ()
     chat: bool = False
+    messages: Messages | None = None
+    template_args: Mapping[str, Any] | None = None
     attention_mask: np.ndarray | None = None
     images: Pictures | None = None
     cache: Cache | None = None
@@ -69,8 +85,6 @@ class Options:
             raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
-        if self.chat and self.cache is not None:
-            raise ValueError("chat=True begins a conversation, expected no cache beside it")
         if self.images is not None and self.cache is not None:
             raise ValueError("images beside a cache are not read, expected them in its prompt")
 
@@ -96,15 +110,21 @@ class Request(struct.PyTreeNode):
     tail_slots: int = struct.field(pytree_node=False)
     tokenizer: Any = struct.field(pytree_node=False)
     stop: tuple[str, ...] = struct.field(pytree_node=False)
-    contexts: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
+    inputs: ModelInputs = struct.field(pytree_node=False)
+    history: tuple[History, ...] | None = struct.field(pytree_node=False)
     recompress: Recompress | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def contexts(self) -> list[list[int]]:
+        """The tokens of each prompt beside which its answer is decoded."""
+        return [row[-CONTEXT:] for row in self.inputs.rows]
 
     @classmethod
     @always_32_bits
     def make(
         cls,
         model: Model,
-        prompts: Prompts | PrefilledPrompts,
+        prompts: Prompts | PrefilledPrompts | None,
         config: CompressionConfig,
         options: Options,
     ) -> "Request":
@@ -123,6 +143,8 @@ class Request(struct.PyTreeNode):
         else:
             inputs = read(
                 model, prompts, options.images, tokenizer=tokenizer, chat=options.chat,
+                messages=options.messages, template_args=options.template_args,
+                history=None if cache is None else cache.history or UNKNOWN,
                 attention_mask=options.attention_mask, special=cache is None,
             )  # fmt: skip
         rows = inputs.rows
@@ -162,7 +184,8 @@ class Request(struct.PyTreeNode):
             tail_slots=bucket(slots) if cache is None else slots,
             tokenizer=tokenizer,
             stop=options.stops,
-            contexts=tuple(tuple(row[-CONTEXT:]) for row in rows),
+            inputs=inputs,
+            history=BEGUN if options.cache is None else options.cache.history,
             recompress=recompress,
         )
         return put_on_mesh(request, mesh_of(model))
@@ -172,7 +195,8 @@ def _prefilled(
     model: Model, prompts: PrefilledPrompts, config: CompressionConfig, options: Options
 ) -> ModelInputs:
     """The tokens of prompts that were read before."""
-    given = {name: getattr(options, name) for name in ("cache", "attention_mask", "images")}
+    names = "cache", "attention_mask", "images", "messages", "template_args"
+    given = {name: getattr(options, name) for name in names}
     for name, value in (given | {"chat": options.chat or None}).items():
         if value is not None:
             raise ValueError(f"{name} is given beside prefilled prompts, expected it without them")
@@ -192,11 +216,22 @@ def with_tail(cache: Cache, slots: int) -> Cache:
     return cache.replace(tail=resize_program(cache.tail, slots=slots))
 
 
-def handed_back(cache: Cache | None, model: Model) -> Cache | None:
-    """An answer's cache for the caller: whose it is, its tail cut to the blocks that are in use."""
+def handed_back(
+    cache: Cache | None,
+    model: Model,
+    request: Request,
+    answers: list[list[int]],
+    texts: list[str] | None,
+) -> Cache | None:
+    """An answer's cache for the caller, its tail cut to the blocks that are in use.
+
+    It says whose it is, and what it has read: the answers' tokens, and their texts as turns.
+    """
     if cache is None:
         return None
-    cache = cache.replace(origin=fingerprint(model))
+    inputs = request.inputs
+    history = extended(request.history, inputs.given, inputs.turns, answers, texts)
+    cache = cache.replace(origin=fingerprint(model), history=history)
     slots = max(1, -(-int(cache.tail.cursor) // BLOCK)) * BLOCK
     return cache if slots >= cache.tail.positions.shape[1] else with_tail(cache, slots)
 

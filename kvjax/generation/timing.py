@@ -31,7 +31,7 @@ class Timings:
 
 def timed_generate(
     model: Model,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     config: CompressionConfig = FULL,
     **options: Any,
 ) -> tuple[Generation, Timings]:

@@ -1,23 +1,16 @@
-"""Put images into prompts: one token for each feature in place of one for each image.
-
-B batch, T tokens, I images of the batch, one after the other as their tokens stand.
-"""
+"""Put images into prompts: one token for each feature in place of one for each image."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from kvjax.inputs.image_processor import QwenImages
 from kvjax.inputs.images import clip_pixels, load_image, qwen_patches
-from kvjax.inputs.prompts import Prompts, as_rows, bucket, is_one
-from kvjax.model_interface import Images, Model, Rotary, VisionModel
+from kvjax.inputs.prompts import ModelInputs, Prompts, bucket, is_one
+from kvjax.model_interface import Model, VisionModel
 
 # One of `kvjax.inputs.images.Picture` or a list for one prompt, a list of lists for several.
 Pictures = Any
@@ -72,32 +65,6 @@ def _loaded(image: Any, row: int, index: int) -> np.ndarray:
         raise ValueError(f"image {index} of prompt {row}: {error}") from None
 
 
-def read(
-    model: Model,
-    prompts: Prompts,
-    images: Pictures | None,
-    *,
-    tokenizer: Any = None,
-    chat: bool = False,
-    **settings: Any,
-) -> "ModelInputs":
-    """Prompts and their images as rows of tokens and what the tower reads.
-
-    Arguments and errors as of `as_rows` and `by_prompt`.
-    """
-    pictures = by_prompt(images, prompts, model)
-    rows = as_rows(
-        prompts,
-        tokenizer=tokenizer,
-        vocab_size=model.config.vocab_size,
-        images=None if pictures is None else [len(given) for given in pictures],
-        placeholder=placeholder(model, tokenizer) if pictures and chat and tokenizer else "",
-        chat=chat,
-        **settings,
-    )
-    return prepare_inputs(model, rows, pictures)
-
-
 def placeholder(model: Model, tokenizer: Any) -> str:
     """What stands for an image in a text.
 
@@ -127,39 +94,6 @@ def mark(model: Model, tokenizer: Any) -> str:
     around = getattr(_vision(model).vision_config, "around", None)
     before, after = ("", "") if around is None else tokenizer.convert_ids_to_tokens(list(around))
     return f"{before}{placeholder(model, tokenizer)}{after}"
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """Prompts with a token for each feature, and what the tower reads.
-
-    Attributes:
-      rows: token ids of each prompt.
-      pixels: of all images, as the model's `encode_images` reads them; None without images.
-      token: that stands for a feature.
-      shapes: rows and columns of patches of each image, as far as each has a token.
-      rotary: rotary positions of rows padded to a width, and the shift after them (M-RoPE).
-    """
-
-    rows: list[list[int]]
-    pixels: Any = None
-    token: int = -1
-    shapes: Sequence[tuple[int, int]] = ()
-    rotary: Callable[[list[list[int]], int], tuple[np.ndarray, np.ndarray]] | None = None
-
-    def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
-        """What stands where in the rows as they are padded; None without images."""
-        if self.pixels is None:
-            return None
-        lengths = np.array([len(row) for row in self.rows])
-        mine_BT = (tokens == self.token) & (np.arange(tokens.shape[1]) < lengths[:, None])
-        count_BT = np.cumsum(mine_BT.reshape(-1), dtype=np.int32).reshape(tokens.shape)
-        places_BT = np.where(mine_BT, count_BT - 1, -1).astype(np.int32)
-        rotary = None
-        if self.rotary is not None:
-            positions_BT3, shift_B = self.rotary(self.rows, tokens.shape[1])
-            rotary = Rotary(jnp.asarray(positions_BT3), jnp.asarray(shift_B))
-        return Images(jax.tree.map(jnp.asarray, self.pixels), jnp.asarray(places_BT), rotary)
 
 
 def prepare_inputs(

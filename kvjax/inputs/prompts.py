@@ -1,16 +1,60 @@
-"""Turn prompts (text, token ids, padded arrays) into one right-padded batch."""
+"""Turn prompts (text, token ids, padded arrays) into one right-padded batch.
 
-import contextlib
+B batch, T tokens.
+"""
+
 import operator
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
+
+from kvjax.model_interface import Images, Rotary
 
 Row = Sequence[int | np.integer] | np.ndarray | jax.Array
 Prompts = str | Sequence[str] | Row | Sequence[Row]
 Ends = int | np.integer | Row | Set[int]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Prompts with a token for each feature, and what the tower reads.
+
+    Attributes:
+      rows: token ids of each prompt.
+      pixels: of all images, as the model's `encode_images` reads them; None without images.
+      token: that stands for a feature.
+      shapes: rows and columns of patches of each image, as far as each has a token.
+      rotary: rotary positions of rows padded to a width, and the shift after them (M-RoPE).
+      given: the rows with one token for each image.
+      turns: all turns of each row's conversation; None where the prompts are no turns.
+    """
+
+    rows: list[list[int]]
+    pixels: Any = None
+    token: int = -1
+    shapes: Sequence[tuple[int, int]] = ()
+    rotary: Callable[[list[list[int]], int], tuple[np.ndarray, np.ndarray]] | None = None
+    given: list[list[int]] = field(default_factory=list)
+    turns: list[list[Any]] | None = None
+
+    def images(self, tokens: Int[np.ndarray, "B T"]) -> Images | None:
+        """What stands where in the rows as they are padded; None without images."""
+        if self.pixels is None:
+            return None
+        lengths = np.array([len(row) for row in self.rows])
+        mine_BT = (tokens == self.token) & (np.arange(tokens.shape[1]) < lengths[:, None])
+        count_BT = np.cumsum(mine_BT.reshape(-1), dtype=np.int32).reshape(tokens.shape)
+        places_BT = np.where(mine_BT, count_BT - 1, -1).astype(np.int32)
+        rotary = None
+        if self.rotary is not None:
+            positions_BT3, shift_B = self.rotary(self.rows, tokens.shape[1])
+            rotary = Rotary(jnp.asarray(positions_BT3), jnp.asarray(shift_B))
+        return Images(jax.tree.map(jnp.asarray, self.pixels), jnp.asarray(places_BT), rotary)
 
 
 def bucket(tokens: int) -> int:
@@ -40,10 +84,7 @@ def as_rows(
     tokenizer: Any = None,
     attention_mask: np.ndarray | None = None,
     vocab_size: int,
-    chat: bool = False,
     special: bool = True,
-    images: Sequence[int] | None = None,
-    placeholder: str = "",
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
@@ -52,11 +93,8 @@ def as_rows(
       tokenizer: a Hugging Face tokenizer, needed for texts.
       attention_mask: 1 for the real tokens of an array padded on either side.
       vocab_size: ids are 0 .. vocab_size - 1.
-      chat: put each text into the tokenizer's chat template as the user's turn.
       special: let the tokenizer add its special tokens (BOS), where the text does not begin with
         BOS already, as a rendered chat template does; False for a later turn.
-      images: how many each prompt has, and
-      placeholder: what stands for one in a text: a chat template is told of them.
 
     Raises:
       ValueError: no prompt, an empty one, an id outside the vocabulary, no tokenizer for text, a
@@ -68,11 +106,7 @@ def as_rows(
         prompts = _unpadded(prompts, np.asarray(attention_mask))
     if not len(prompts):
         raise ValueError("prompts is empty, expected at least one prompt")
-    counts = [0] * len(prompts) if images is None else images
-    rows = [
-        _row(prompt, tokenizer, chat, special, count, placeholder)
-        for prompt, count in zip(prompts, counts, strict=True)
-    ]
+    rows = [_row(prompt, tokenizer, special) for prompt in prompts]
     for index, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {index} is empty, expected at least one token")
@@ -102,17 +136,13 @@ def _unpadded(prompts: Any, attention_mask: np.ndarray) -> list[np.ndarray]:
     return [row[mask > 0] for row, mask in zip(tokens, attention_mask, strict=True)]
 
 
-def _row(
-    prompt: Any, tokenizer: Any, chat: bool, special: bool, images: int, placeholder: str
-) -> list[int]:
+def _row(prompt: Any, tokenizer: Any, special: bool) -> list[int]:
     if not isinstance(prompt, str):
         return [operator.index(token) for token in np.asarray(prompt).tolist()]
     if tokenizer is None:
         raise ValueError("prompts are text but tokenizer=None, expected a tokenizer or token ids")
     if not prompt:
         return []
-    if chat:
-        prompt, special = chat_text(prompt, tokenizer, images, placeholder), False
     return encoded(prompt, tokenizer, special=special)
 
 
@@ -132,44 +162,6 @@ def encoded(text: str, tokenizer: Any, *, special: bool = True, **settings: Any)
         if ids[:1] == added[:1]:
             return ids[1:]
     return ids
-
-
-def chat_text(prompt: str, tokenizer: Any, images: int = 0, placeholder: str = "") -> str:
-    """The prompt as the user's turn, with its images where the text has a placeholder, or first."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat=True, expected a tokenizer with a chat template")
-
-    def turn(content: Any) -> str:
-        turns = [{"role": "user", "content": content}]
-        return rendered(turns, tokenizer, add_generation_prompt=True)
-
-    if not images:
-        return turn(prompt)
-    if placeholder not in prompt:
-        prompt = placeholder * images + prompt
-    parts: list[dict[str, str]] = []
-    for index, text in enumerate(prompt.split(placeholder)):
-        parts += [{"type": "image"}] * (index > 0)
-        parts += [{"type": "text", "text": text}] * bool(text)
-    # A template for text alone fails on such a list, writes it as it is, or leaves images out.
-    with contextlib.suppress(ValueError):
-        text = turn(parts)
-        if text.count(placeholder) == prompt.count(placeholder):
-            return text
-    return turn(prompt)
-
-
-def rendered(turns: Sequence[dict[str, Any]], tokenizer: Any, **settings: Any) -> str:
-    """The turns of a conversation as the tokenizer's chat template writes them.
-
-    Raises:
-      ValueError: the template fails on them.
-    """
-    try:
-        return tokenizer.apply_chat_template(list(turns), tokenize=False, **settings)
-    except Exception as error:  # a template is a program: TypeError and KeyError are among it
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"the chat template does not take this prompt ({reason})") from None
 
 
 def eos_tokens(eos_ids: Ends | None, own: Sequence[int], vocab_size: int) -> list[int]:

@@ -1,10 +1,11 @@
-"""Checks of what a `config.json` says: each names the key, its value and what was expected."""
+"""Checks of a checkpoint's files: each names the key, its value and what was expected."""
 
 import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,14 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"not valid JSON ({error})") from None
     expect(isinstance(value, dict), "the file", "a JSON object", value)
     return value
+
+
+def bin_hint(names: Iterable[str], model: str) -> str:
+    """What to do where a checkpoint's files are PyTorch's alone; nothing where they are not."""
+    found = [name for name in names if re.fullmatch(r"pytorch_model.*\.bin", Path(name).name)]
+    if not found:
+        return ""
+    return (
+        f"; {min(found)} is not read, convert it with transformers:"
+        f" AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained(FOLDER)"
+    )

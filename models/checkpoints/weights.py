@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from kvjax import sharding
 from kvjax.model_interface import VisionModel
+from kvjax.models.checkpoints.checks import bin_hint
 from kvjax.models.config import ModelConfig, load_config
 from kvjax.models.decoder import Decoder
 
@@ -102,6 +103,20 @@ def tensor_specs(
     return make_specs(rows, sizes, flags | {"untied": not config.tie_word_embeddings})
 
 
+def as_saved(
+    specs: dict[str, TensorSpec], stored: Collection[str], head: str = "lm_head."
+) -> dict[str, TensorSpec]:
+    """The specs, where embeddings are tied and a checkpoint has them as its head's under that name.
+
+    transformers saves one of two tied tensors, in some versions the head's.
+    """
+    kept = next(name for name, spec in specs.items() if spec.attribute == "embed.table_VD")
+    saved = f"{head}weight"
+    if kept in stored or saved in specs or saved not in stored:
+        return specs
+    return {saved if name == kept else name: spec for name, spec in specs.items()}
+
+
 def prefixed(rows: Iterable[Row], name: str, attribute: str) -> list[Row]:
     """Rows of a table, with what their names and attributes begin with."""
     return [(name + one, attribute + other, axes, flag) for one, other, axes, flag in rows]
@@ -159,8 +174,8 @@ def load_decoder(
     """
     dtype = weights_dtype(dtype)
     config = load_config(directory)
-    specs = tensor_specs(config)
     source, stored = read_headers(Path(directory))
+    specs = as_saved(tensor_specs(config), stored)
     ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
     check_tensors(config.architecture, specs, source, stored, ignored)
     return fill(
@@ -304,8 +319,7 @@ def read_headers(folder: Path) -> tuple[Path, dict[str, Stored]]:
     if single.is_file():
         return single, _read_header(single)
     if not index.is_file():
-        found = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-        hint = f"; {found[0]} is not read, only safetensors is" if found else ""
+        hint = bin_hint([path.name for path in folder.glob("*.bin")], str(folder))
         raise ValueError(f"{folder} must hold {single.name} or {index.name}{hint}")
     listed = _read_index(index)
     stored: dict[str, Stored] = {}

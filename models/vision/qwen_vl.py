@@ -16,7 +16,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kvjax.models.checkpoints.checks import expect, is_int, naming, read_object
-from kvjax.models.checkpoints.weights import check_tensors, fill, read_headers, weights_dtype
+from kvjax.models.checkpoints.weights import (
+    as_saved,
+    check_tensors,
+    fill,
+    read_headers,
+    weights_dtype,
+)
 from kvjax.models.config import ModelConfig, with_generation_config
 from kvjax.models.decoder import Decoder
 from kvjax.models.vision.config import QWEN, decoder_keys
@@ -148,6 +154,7 @@ def load_qwen_vl(
     config, vision = load_qwen_config(directory)
     source, stored = read_headers(Path(directory))
     specs, unread = qwen_specs(config, vision, qwen_naming(stored))
+    specs = as_saved(specs, stored)
     check_tensors(QWEN, specs, source, stored, unread)
     return fill(
         lambda: QwenVL(config, vision, dtype=dtype, rngs=nnx.Rngs(0)),

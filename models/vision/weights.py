@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from kvjax.models.checkpoints.weights import (
     Stored,
     TensorSpec,
+    as_saved,
     check_tensors,
     fill,
     make_specs,
@@ -151,7 +152,9 @@ def load_vision_decoder(
     dtype = weights_dtype(dtype)
     config, vision = load_vision_config(directory)
     source, stored = read_headers(Path(directory))
-    specs, unread = llava_specs(config, vision, _naming(stored, NAMINGS))
+    naming = _naming(stored, NAMINGS)
+    specs, unread = llava_specs(config, vision, naming)
+    specs = as_saved(specs, stored, naming.head)
     check_tensors(LLAVA, specs, source, stored, unread)
     return fill(
         lambda: Llava(config, vision, dtype=dtype, rngs=nnx.Rngs(0)),

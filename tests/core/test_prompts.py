@@ -12,7 +12,7 @@ from kvjax.eval.questions import as_tokens
 from kvjax.eval.tasks import Ask, Document
 from kvjax.eval.tasks.lengths import prompt_tokens
 from kvjax.generation.detokenize import RunningText, cut_at_stop, first_stop
-from kvjax.inputs.prompts import as_rows, bucket, chat_text, check_context, encoded, eos_tokens, pad
+from kvjax.inputs.prompts import as_rows, bucket, check_context, encoded, eos_tokens, pad
 
 VOCABULARY = 300
 BOS, SPECIAL = 256, 257
@@ -21,17 +21,11 @@ BOS, SPECIAL = 256, 257
 class Bytes:
     """A tokenizer of UTF-8 bytes, and of whole strings by the ids that they are given here."""
 
-    def __init__(self, *strings: str, chat_template: str | None = None):
+    def __init__(self, *strings: str):
         self.pieces = {258 + index: text.encode() for index, text in enumerate(strings)}
-        self.chat_template = chat_template
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [BOS] * add_special_tokens + list(text.encode())}
-
-    def apply_chat_template(self, turns, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize
-        said = "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
-        return said + "<model>" * add_generation_prompt
 
     def decode(self, tokens, skip_special_tokens: bool = False) -> str:
         special = b"" if skip_special_tokens else b"<special>"
@@ -93,14 +87,6 @@ def test_text():
     assert rows_of(["a", [5]], tokenizer=Bytes()) == [[BOS, 97], [5]]
 
 
-def test_chat():
-    # The template writes its own special tokens: the tokenizer adds none, whatever `special` is.
-    tokenizer = Bytes(chat_template="{{ messages }}")
-    expected = [list(b"<user>hi<model>")]
-    assert rows_of("hi", tokenizer=tokenizer, chat=True) == expected
-    assert rows_of(["hi"], tokenizer=tokenizer, chat=True, special=False) == expected
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_a_rendered_template_has_one_beginning(named):
     """Handed over as text it begins with BOS; a tokenizer.json alone does not name that token."""
@@ -121,29 +107,6 @@ def test_a_rendered_template_has_one_beginning(named):
         document = Document(id="d", task="t", context=text, asks=(ask,))
         assert as_tokens(document, ask, tokenizer, False)[0] == tuple(expected)
     assert rows_of("<s>hi", tokenizer=tokenizer, special=False) == [[0, 1]]
-
-
-class Failing(Bytes):
-    """A template that joins texts, and fails on anything else."""
-
-    def apply_chat_template(self, turns, tokenize: bool, add_generation_prompt: bool) -> str:
-        return "<u>" + turns[0]["content"] + {}[self.chat_template]
-
-
-def test_templates_that_fail_say_so_in_one_sentence():
-    with pytest.raises(ValueError, match=r"template does not take this prompt \(KeyError: 'x'\)$"):
-        rows_of("hi", tokenizer=Failing(chat_template="x"), chat=True)
-
-
-def test_a_template_for_text_alone_is_given_text():
-    """It joins a text to the content, which is a list where images are told of."""
-
-    class Joining(Bytes):
-        def apply_chat_template(self, turns, tokenize, add_generation_prompt):
-            return "<u>" + turns[0]["content"]
-
-    found = chat_text("what?", Joining(chat_template="x"), images=1, placeholder="<i>")
-    assert found == "<u><i>what?"
 
 
 # --------------------------------------------------------------------------- ends
@@ -194,11 +157,6 @@ def test_padded_arrays():
         ([[5], []], {}, "prompt 1 is empty, expected at least one token"),
         ("", {"tokenizer": Bytes()}, "prompt 0 is empty, expected at least one token"),
         (
-            ["a", ""],
-            {"tokenizer": Bytes(chat_template="x"), "chat": True},
-            "prompt 1 is empty, expected at least one token",
-        ),
-        (
             np.array([[5, 6], [7, 8]]),
             {"attention_mask": np.array([[1, 1], [0, 0]])},
             "prompt 1 is empty, expected at least one token",
@@ -213,11 +171,6 @@ def test_padded_arrays():
             "ab",
             {},
             "prompts are text but tokenizer=None, expected a tokenizer or token ids",
-        ),
-        (
-            "ab",
-            {"tokenizer": Bytes(), "chat": True},
-            "chat=True, expected a tokenizer with a chat template",
         ),
         (
             np.array([[5, 6], [7, 8]]),

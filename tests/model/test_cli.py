@@ -272,6 +272,24 @@ def test_chat(run, stories, tmp_path):
     assert out != ""
 
 
+def test_instructions_and_template_arguments(run, stories, tmp_path):
+    model, _, directory = stories
+    shutil.copytree(directory, tmp_path / "model")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{{ end }}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    flags = ["--model", tmp_path / "model", "--prompt", "Lily", "--max-new-tokens", 8]
+    more = ["--system", "Be kind.", "--template-arg", "end=Then"]
+    code, out, _ = run("generate", *flags, "--chat", *more)
+    said = "system: Be kind.\nuser: Lily\nThen"
+    turns = tokenizer(said, add_special_tokens=False)["input_ids"]
+    steps = kvjax.stream(model, [turns], tokenizer=tokenizer, max_new_tokens=8)
+    assert (code, out) == (0, "".join(step.text[0] for step in steps))
+    for given, name in ((more, "--system"), (more[2:], "--template-arg")):
+        message = f"kvjax: {name} needs --chat, which it goes with\n"
+        assert run("generate", *flags, *given) == (2, "", message)
+
+
 def test_stop_strings_leave_no_phases(run, stories):
     _, tokenizer, directory = stories
     flags = ["generate", "--model", directory, "--prompt", "Once upon a time", "--stop", "girl"]

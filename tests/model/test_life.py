@@ -28,8 +28,8 @@ from oracle import Oracle, Row
 
 import kvjax
 from kvjax import CompressionConfig, ConfigError, Recompress
-from kvjax.generation.generate import _steps
 from kvjax.generation.request import FULL, Options, Request
+from kvjax.generation.stream import stages
 from kvjax.models.checkpoints.weights import load_decoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
         request = Request.make(self.model, questions, FULL, options)
         found = [[seen.feed(mine)[-1:]] for seen, mine in zip(rows, questions, strict=True)]
         start = [seen.seen for seen in rows]
-        for step, (_, state) in enumerate(_steps(self.model, request, NEW)):
+        for step, (_, state) in enumerate(stages(self.model, request, NEW)):
             # A step runs what the one before has drawn, and from the third on it evicts before.
             if step == 0 and life.cache.keep_ratio:
                 gone_for_good(state.cache, rows)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from vision_model import write_llava
 
 import kvjax
 from kvjax import tiny
-from kvjax.inputs.prompts import as_rows
+from kvjax.inputs.chat import chat_text
+from kvjax.inputs.prompts import encoded
 from kvjax.inputs.tokenizer import load_tokenizer
 from kvjax.models.checkpoints.export import save_decoder
 from kvjax.models.checkpoints.orbax import save_orbax
@@ -76,15 +78,33 @@ def test_command_puts_the_image_in_front(run, folder, picture, loaded):
 
 @pytest.mark.parametrize("text", [TEXT, f"{TEXT} <image> {TEXT}"])
 def test_chat_templates_are_told_of_images(loaded, text):
-    model, tokenizer = loaded
-    settings = {"tokenizer": tokenizer, "vocab_size": model.config.vocab_size, "chat": True}
-    [row] = as_rows(text, images=[1], placeholder="<image>", **settings)
+    _, tokenizer = loaded
+    call = partial(chat_text, text, tokenizer, images=1, placeholder="<image>")
+    row = encoded(call(), tokenizer, special=False)
     marked = text if "<image>" in text else f"<image>{text}"
     assert row == tokenizer(marked, add_special_tokens=False)["input_ids"]
     with pytest.MonkeyPatch.context() as patch:  # a template for text alone
         patch.setattr(tokenizer, "chat_template", "[{{ messages[0]['content'] }}]")
-        [row] = as_rows(text, images=[1], placeholder="<image>", **settings)
+        row = encoded(call(), tokenizer, special=False)
     assert row == tokenizer(f"[{marked}]", add_special_tokens=False)["input_ids"]
+
+
+def test_turns_with_an_image_are_followed(loaded, picture):
+    """The cache counts the image as its one token, and the answer to a question as ever."""
+    model, tokenizer = loaded
+    parts = [{"type": "image"}, {"type": "text", "text": f" {TEXT}"}]
+    turns = [{"role": "user", "content": parts}]
+    question = {"role": "user", "content": [{"type": "text", "text": f" {TEXT}"}]}
+    cache = kvjax.compress_prompt(
+        model, config=SNAP, messages=turns, images=picture, tokenizer=tokenizer
+    )
+    [history] = cache.history
+    assert history.tokens.count(model.vision_config.image_token_id) == 1
+    assert cache.next_positions.tolist() == [len(history.tokens) + FEATURES - 1]
+    call = {"cache": cache, "max_new_tokens": 3, "tokenizer": tokenizer, "eos_ids": ()}
+    found = [kvjax.generate(model, messages=m, **call) for m in ([question], [*turns, question])]
+    rest = tokenizer(f" {TEXT}", add_special_tokens=False)["input_ids"]
+    assert found[0].tokens == found[1].tokens == kvjax.generate(model, rest, **call).tokens
 
 
 @pytest.mark.slow

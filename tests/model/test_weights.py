@@ -173,6 +173,17 @@ def test_buffers_and_a_head_that_tied_embeddings_do_not_need_are_ignored(tmp_pat
     assert leaves(decoder).keys() == expected(hf).keys()
 
 
+def test_a_tied_head_that_alone_was_saved_is_the_embedding(tmp_path):
+    hf = tensors("tied")
+    saved = {name: array for name, array in hf.items() if name != "model.embed_tokens.weight"}
+    saved["lm_head.weight"] = hf["model.embed_tokens.weight"]
+    decoder = load(write(tmp_path, "tied", saved))
+    np.testing.assert_array_equal(decoder.embed.table_VD[...], hf["model.embed_tokens.weight"])
+    assert decoder.head_DV is None
+    del saved["lm_head.weight"]
+    assert "lacks tensor 'model.embed_tokens.weight'" in refusal(write(tmp_path, "tied", saved))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_specs_describe_file_and_decoder(tmp_path, case):
     hf = tensors(case)
@@ -380,7 +391,10 @@ def test_folders_without_weights(tmp_path):
     neither = f"{folder} must hold model.safetensors or model.safetensors.index.json"
     assert refusal(folder) == neither
     (folder / "pytorch_model.bin").touch()
-    assert refusal(folder) == f"{neither}; pytorch_model.bin is not read, only safetensors is"
+    assert refusal(folder) == (
+        f"{neither}; pytorch_model.bin is not read, convert it with transformers:"
+        f" AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
+    )
     assert str(tmp_path / "absent") in refusal(tmp_path / "absent")
     assert str(folder / "config.json") in refusal(folder / "config.json")
 

@@ -13,7 +13,7 @@ from kvjax.eval.report.page import fill
 from kvjax.generation.detokenize import decode_after
 from kvjax.inputs.image_processor import ClipImages, Levels
 from kvjax.inputs.images import png
-from kvjax.inputs.multimodal import ModelInputs
+from kvjax.inputs.prompts import ModelInputs
 from kvjax.model_interface import Model, VisionModel
 
 # Tokens before one that its text is decoded after: what a piece looks like depends on them.
