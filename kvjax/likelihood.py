@@ -63,7 +63,8 @@ def score(
 
     The prefix is prefilled and compressed; the tokens after it run against the compressed cache
     at their true positions, with nothing more evicted (but for PrefixKV's ratio). The first
-    target's NLL comes from the uncompressed prefill.
+    target's NLL comes from the uncompressed prefill. Where the model scales rotary frequencies by
+    length they are chosen for the whole text.
 
     Args:
       tokens: ids of a text, or of several.
@@ -91,6 +92,7 @@ def score(
         counts,
         row_keys(seed, len(rests)),
         inputs.images(prompt),
+        prefill.rope_lengths(model, lengths, counts),
         config=config,
         positions=positions,
     )
@@ -171,13 +173,16 @@ def _score_program(
     counts: Int[Array, " B"],
     key: Key[Array, "*row"],
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
     *,
     config: CompressionConfig,
     positions: bool,
 ) -> tuple[
     Float[Array, "B T"], Int[Array, "B T"], Int[Array, "B L K"], Bool[Array, "B L K P"] | None
 ]:
-    logits_BV, cache = prefill.prefill_compress(model, prompt, lengths, key, config, images)
+    logits_BV, cache = prefill.prefill_compress(
+        model, prompt, lengths, key, config, images, rope_length
+    )
     batch, tokens = after.shape
     block = min(prefill.BLOCK, tokens)
     blocks = -(-tokens // block)

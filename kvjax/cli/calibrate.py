@@ -37,8 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.output, picture)):
         check_writable(path)  # before the long work, not after it
     model, tokenizer = kvjax.load(
-        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
-    )
+        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty(),
+        max_context=arguments.max_context,
+    )  # fmt: skip
     rows = _rows(places, model, tokenizer, images)
     announce(config, [len(row) for row in rows])
     profile = calibrate(
@@ -83,7 +84,7 @@ def _rows(
             sample = read(model, sample, files or None).rows[0]
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-        check_length(sample, place, model.config.max_position_embeddings)
+        check_length(sample, place, model.config.context)
         rows.append(sample)
     return rows
 

@@ -19,7 +19,14 @@ from kvjax.cli.files import (
     read_prompts,
     read_text,
 )
-from kvjax.cli.settings import announce, compression, recompression, resolved, sampling
+from kvjax.cli.settings import (
+    announce,
+    compression,
+    drawn_by,
+    recompression,
+    resolved,
+    sampling,
+)
 from kvjax.compression.capacity import slot_bytes
 from kvjax.compression.scorers import SCORERS
 from kvjax.config import CompressionConfig
@@ -120,13 +127,14 @@ def train_tiny(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- generate
 def generate(arguments: argparse.Namespace) -> None:
     """`kvjax generate`."""
-    config, rules = compression(arguments), sampling(arguments)
+    config, asked = compression(arguments), sampling(arguments)
     texts, ids = _given(arguments)
     prompts: Any = texts or list(ids.values())
     images = _pictures(arguments.image, prompts)
     model, tokenizer = kvjax.load(
-        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty()
-    )
+        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty(),
+        max_context=arguments.max_context,
+    )  # fmt: skip
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if texts and tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer, expected token ids (--tokens)")
@@ -137,6 +145,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if images and texts and isinstance(model, VisionModel) and not arguments.chat:
         texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
     rows = read(model, texts or prompts, images, tokenizer=tokenizer, chat=arguments.chat).rows
+    rules = drawn_by(asked, model)
     call = {
         "images": images,
         "max_new_tokens": arguments.max_new_tokens,
@@ -266,7 +275,10 @@ def score(arguments: argparse.Namespace) -> None:
     config = compression(arguments)
     places = read_documents(arguments.tokens)
     images = read_images(arguments.tokens)
-    model = load_model(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    model = load_model(
+        arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty(),
+        max_context=arguments.max_context,
+    )  # fmt: skip
     if isinstance(model, VisionModel) and images is not None:
         places = _with_features(places, images, model)
     _check_documents(places, model, config)
@@ -315,7 +327,7 @@ def _with_features(
 
 def _check_documents(places: dict[str, Document], model: Model, config: CompressionConfig) -> None:
     """Raise ValueError where a document, or the config for it, does not fit the model."""
-    context = model.config.max_position_embeddings
+    context = model.config.context
     for place, (tokens, _) in places.items():
         check_vocabulary(tokens, place, model.config.vocab_size)
         check_length(tokens, place, context)

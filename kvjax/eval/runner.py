@@ -344,8 +344,9 @@ class _Run:
         if self.cache is None:
             contexts = [list(mine[0].context) for mine in batch]
             images = _images([mine[0] for mine in batch])
+            more = [max(len(q.rest) + q.ask.new_tokens for q in mine) for mine in batch]
             self.cache = kvjax.compress_prompt(
-                self.model, contexts, self.config, seed=seed, images=images
+                self.model, contexts, self.config, seed=seed, images=images, max_new_tokens=more
             )
         rest = [list(question.rest) for question in questions]
         return kvjax.generate(self.model, rest, cache=self.cache, **call)
@@ -357,7 +358,7 @@ class _Run:
         """
         longest = max(question.ask.new_tokens for question in questions)
         used = max(question.size + len(question.rest) for question in questions)
-        fits = used + bucket(longest) <= self.model.config.max_position_embeddings
+        fits = used + bucket(longest) <= self.model.config.context
         return bucket(longest) if fits else longest
 
     def _judged(self, out, index: int, question: Question, own) -> dict[str, Any]:

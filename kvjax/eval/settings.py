@@ -39,6 +39,7 @@ class EvalSettings:
       window: last tokens observed, 0 for the default.
       layout: "padded", "packed" or "" for where it saves bytes.
       quantize: "int8" or "".
+      max_context: most tokens of a prompt with its answer, 0 for what the model was trained for.
     """
 
     model: str
@@ -60,6 +61,7 @@ class EvalSettings:
     window: int = 0
     layout: str = ""
     quantize: str = ""
+    max_context: int = 0
 
     def __post_init__(self):
         for name, known in (("tasks", tuple(TASKS)), ("protocols", PROTOCOLS)):
@@ -71,6 +73,8 @@ class EvalSettings:
         for name in ("count", "batch", "questions", "continuation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+        if self.max_context < 0:
+            raise ValueError(f"max_context = {self.max_context}, expected at least 0")
         if not self.lengths or min(self.lengths) < 64:
             raise ValueError(f"lengths = {list(self.lengths)}, expected tokens of at least 64")
         self.configs()

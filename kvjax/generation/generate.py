@@ -7,7 +7,7 @@ apart, and draws the same tokens.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,6 +21,7 @@ from kvjax.exact import always_32_bits
 from kvjax.generation import decode
 from kvjax.generation.decode import Answer, Held
 from kvjax.generation.detokenize import RunningText, cut_at_stop
+from kvjax.generation.prefill import rope_lengths
 from kvjax.generation.programs import (
     answer_program,
     ask_program,
@@ -33,7 +34,15 @@ from kvjax.generation.programs import (
     prefill_compress_program,
     start_answer_program,
 )
-from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back, instructed
+from kvjax.generation.request import (
+    FULL,
+    Options,
+    Request,
+    check_rows,
+    following,
+    handed_back,
+    instructed,
+)
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, bucket, pad
@@ -85,7 +94,7 @@ def generate(
     *,
     max_new_tokens: int,
     tokenizer: Any = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Literal["model"] | None = None,
     seed: int | Sequence[int] = 0,
     eos_ids: Ends | None = None,
     stop: str | Sequence[str] = (),
@@ -105,7 +114,8 @@ def generate(
       config: what to keep; everything by default.
       max_new_tokens: most tokens to draw a row, at least 1.
       tokenizer: from `kvjax.load`; needed for text and for `stop`.
-      sampling: greedy by default.
+      sampling: greedy by default; "model" for what the checkpoint's `generation_config.json`
+        suggests.
       seed: of sampling, and of the `random` scorer: one number, or one a row. A row draws the same
         alone and in any batch; rows of one prompt need seeds of their own to differ.
       eos_ids: token or tokens that end a row; the model's own by default, () for none.
@@ -146,7 +156,8 @@ def generate(
     }
     arrays = request.tokens, request.lengths, request.key, request.rules
     if request.cache is None:
-        found = generate_program(model, *arrays, request.images, config=request.config, **common)
+        prompt = request.images, request.rope_length
+        found = generate_program(model, *arrays, *prompt, config=request.config, **common)
     else:
         found = answer_program(model, request.cache, *arrays, **common)
     return as_generation(model, request, *found)
@@ -181,19 +192,27 @@ def compress_prompt(
     seed: int | Sequence[int] = 0,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
+    max_new_tokens: int | Sequence[int] = 0,
     mesh: Mesh | None = None,
 ) -> Cache:
     """Compress documents once, to ask many questions of (`generate(cache=...)`).
 
-    Arguments as in `generate`. The questions are not seen while compressing.
+    Arguments as in `generate`, but for `max_new_tokens`: tokens of questions and answers that are
+    to follow, one number or one a document. They matter where the model scales rotary frequencies
+    by length (dynamic NTK, LongRoPE): a row's are chosen for its document and as many more tokens,
+    and stay so, however many follow. The questions are not seen while compressing.
+
+    Raises:
+      ValueError: as `generate`; max_new_tokens below 0, or another number of them than documents.
     """
     check_config(config)
     inputs = read(model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask)
     model = place(model, mesh)
     check_rows(model, inputs.rows, config)
     tokens, lengths = pad(inputs.rows)
+    rope_length = rope_lengths(model, lengths, following(max_new_tokens, len(lengths)))
     config = instructed(config, tokenizer, model.config.vocab_size)
-    prompt = tokens, lengths, row_keys(seed, len(lengths)), inputs.images(tokens)
+    prompt = tokens, lengths, row_keys(seed, len(lengths)), inputs.images(tokens), rope_length
     cache = prefill_compress_program(model, *prompt, config=config)[1]
     return cache.replace(origin=fingerprint(model))
 
@@ -212,7 +231,7 @@ def _begin(model: Model, request: Request) -> _State:
     """The stages up to the first token of each row."""
     prompt, rule, asked = (request.tokens, request.lengths), request.recompress, request.cache
     if asked is None:
-        rest, config = (request.key, request.images), request.config
+        rest, config = (request.key, request.images, request.rope_length), request.config
         logits, cache = prefill_compress_program(model, *prompt, *rest, config=config)
         cache = with_room(cache, request.tail_slots)
     else:

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
@@ -25,6 +26,7 @@ from kvjax.model_interface import (
     encode_images,
 )
 
+Lengths = Int[Array, " B"] | Int[np.ndarray, " B"]
 # A question or a scored text longer than this runs against the cache in several blocks, so that
 # its scores never span the whole of it.
 BLOCK = 128
@@ -41,6 +43,7 @@ def prefill(
     features: ImageFeatures = NO_IMAGES,
 ) -> tuple[Float[Array, "B V"], tuple[Array, ...], tuple[Array, ...], tuple[Probe, ...]]:
     """Every layer's keys, values and probe, uncompressed, and the logits after each prompt."""
+    features = _turned(model, lengths, features)
     x_BTD = features.put(model.embed(tokens))
     layers = []
     for layer in model.layers:
@@ -55,6 +58,23 @@ def prefill(
     return last_logits(model, x_BTD, lengths), keys, values, probes
 
 
+def rope_lengths(
+    model: Model, lengths: Lengths, more: Lengths | int = 0
+) -> Int[Array, " B"] | None:
+    """Tokens that each row's rotary frequencies are chosen for: its own, and `more` to come.
+
+    None where the model's frequencies are the same for every length.
+    """
+    return jnp.asarray(lengths + more) if model.config.rope_by_length else None
+
+
+def _turned(model: Model, lengths, features: ImageFeatures) -> ImageFeatures:
+    """Features that say what each row's frequencies are chosen for: its prompt, by default."""
+    if features.rope_length is not None:
+        return features
+    return features.turned_for(rope_lengths(model, lengths))
+
+
 def prefill_compress(
     model: Model,
     tokens: Int[Array, "B T"],
@@ -62,6 +82,7 @@ def prefill_compress(
     key: Key[Array, "*row"],
     config: CompressionConfig,
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Prefill and compress a batch of prompts, in groups of rows where it is large.
 
@@ -74,8 +95,9 @@ def prefill_compress(
       key: of the `random` scorer, one for all rows or one a row.
       config: what is kept.
       images: of all rows, encoded by the model's tower before any row is prefilled.
+      rope_length: from `rope_lengths`; without it a row's frequencies are chosen for its prompt.
     """
-    features = encode_images(model, images)
+    features = _turned(model, lengths, encode_images(model, images).turned_for(rope_length))
     batch, width = tokens.shape
     shards = math.gcd(batch, sharding.parts((sharding.DATA,)))
     groups = _groups(batch // shards, width)
@@ -122,15 +144,20 @@ def _prefill_compress(model, tokens, lengths, key, config, features):
         logits, *layers = prefill(model, tokens, lengths, request, features)
         for index, layer in enumerate(zip(*layers, strict=True)):
             kept = add_layer(kept, index, *layer, plan)
-        return logits, finish(kept, plan).replace(rotary_shift=features.shift)
+        return logits, _finished(kept, plan, features)
     x_BTD = features.put(model.embed(tokens))
     for index, layer in enumerate(model.layers):
         x_BTD, keys, values, probe = layer.prefill(x_BTD, lengths, request, features.rotary)
         kept = add_layer(kept, index, keys, values, probe, plan)
         # Without the barrier XLA may keep every layer's keys and values alive to the end.
         x_BTD, kept = lax.optimization_barrier((x_BTD, kept))
-    cache = finish(kept, plan).replace(rotary_shift=features.shift)
-    return last_logits(model, x_BTD, lengths), cache
+    return last_logits(model, x_BTD, lengths), _finished(kept, plan, features)
+
+
+def _finished(kept, plan, features: ImageFeatures) -> Cache:
+    """The cache, with how the rotary embedding turns what follows."""
+    cache = finish(kept, plan)
+    return cache.replace(rotary_shift=features.shift, rope_length=features.rope_length)
 
 
 def last_logits(

@@ -93,6 +93,7 @@ def generate_program(
     key: Key[Array, "*row"],
     rules: Rules,
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
     *,
     config: CompressionConfig,
     new_tokens: int,
@@ -101,7 +102,9 @@ def generate_program(
     recompress: Recompress | None = None,
 ) -> tuple[Answer, Held, Cache | None]:
     """Prefill, compress and decode; the cache comes back, answer included, where `whole`."""
-    logits, cache = prefill.prefill_compress(model, tokens, lengths, key, config, images)
+    logits, cache = prefill.prefill_compress(
+        model, tokens, lengths, key, config, images, rope_length
+    )
     cache = with_room(cache, tail_slots)
     prompt = logits, tokens, lengths, key
     return _answer(model, cache, prompt, rules, new_tokens, whole, recompress, config.fraction)
@@ -170,11 +173,14 @@ def prefill_compress_program(
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
     *,
     config: CompressionConfig,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """The first stage of a stream."""
-    logits, cache = prefill.prefill_compress(model, tokens, lengths, key, config, images)
+    logits, cache = prefill.prefill_compress(
+        model, tokens, lengths, key, config, images, rope_length
+    )
     return logits, _readable(cache)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, Literal, no_type_check
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +18,9 @@ from kvjax.compression.room import check_held
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
 from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Rules
+from kvjax.generation.prefill import rope_lengths
 from kvjax.generation.programs import resize_program
-from kvjax.generation.sampling import Sampling, row_keys
+from kvjax.generation.sampling import Sampling, chosen, row_keys
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
 from kvjax.model_interface import Images, Model
@@ -49,7 +50,7 @@ class Options:
 
     max_new_tokens: int
     tokenizer: Any = None
-    sampling: Sampling | None = None
+    sampling: Sampling | Literal["model"] | None = None
     seed: int | Sequence[int] = 0
     eos_ids: Ends | None = None
     stop: str | Sequence[str] = ()
@@ -88,6 +89,7 @@ class Request(struct.PyTreeNode):
     rules: Rules
     cache: Cache | None
     images: Images | None
+    rope_length: Int[Array, " B"] | None
     config: CompressionConfig = struct.field(pytree_node=False)
     new_tokens: int = struct.field(pytree_node=False)
     tail_slots: int = struct.field(pytree_node=False)
@@ -131,7 +133,7 @@ class Request(struct.PyTreeNode):
             cache = with_tail(cache, slots)
         if recompress is not None:
             _check_held(recompress, shape, config, tokens.shape[1], lengths, cache)
-        sampling = options.sampling or Sampling()
+        sampling = chosen(options.sampling, shape.stated_sampling)
         eos = eos_tokens(options.eos_ids, shape.eos_token_ids, shape.vocab_size)
         rules = Rules(
             values=sampling.values,
@@ -145,6 +147,7 @@ class Request(struct.PyTreeNode):
             rules=rules,
             cache=cache,
             images=inputs.images(tokens),
+            rope_length=rope_lengths(model, lengths, new_tokens) if cache is None else None,
             config=config,
             new_tokens=new_tokens,
             tail_slots=bucket(slots) if cache is None else slots,
@@ -154,6 +157,25 @@ class Request(struct.PyTreeNode):
             recompress=recompress,
         )
         return put_on_mesh(request, mesh_of(model))
+
+
+def following(max_new_tokens: int | Sequence[int], rows: int) -> Int[np.ndarray, " B"]:
+    """Tokens that are to follow each row, from one number or one a row.
+
+    Raises:
+      ValueError: another number of them than rows, or one that is no integer of at least 0.
+    """
+    if isinstance(max_new_tokens, int | np.integer):
+        each = [max_new_tokens] * rows
+    else:
+        each = list(max_new_tokens)
+    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in each)
+    if not whole or len(each) != rows or min(each) < 0:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens!r}, expected an integer of at least 0, or one for each"
+            f" of the {rows} prompts"
+        )
+    return np.array(each, np.int32)
 
 
 def doubled(slots: int) -> int:
@@ -226,7 +248,7 @@ def check_rows(
     """
     check_repeat(config, model.config.vocab_size)
     used = used or [0] * len(rows)
-    check_context(rows, used, new_tokens, model.config.max_position_embeddings)
+    check_context(rows, used, new_tokens, model.config.context)
     if config.profile is not None and len(config.profile) != model.config.num_layers:
         raise ValueError(
             f"profile has {len(config.profile)} layers, expected {model.config.num_layers}"

@@ -52,12 +52,12 @@ def timed_generate(
     observe, windows = probe_request(config, request.tokens.shape[1]), model.config.sliding_windows
     prompt = request.tokens, request.lengths
 
-    def shrink(keys, values, probes, shift, lengths, key):
+    def shrink(keys, values, probes, turns, lengths, key):
         cache = compress(
             keys, values, probes, config, lengths=lengths, windows=windows, key=key,
             tail_slots=request.tail_slots,
         )  # fmt: skip
-        return cache.replace(rotary_shift=shift)
+        return cache.replace(rotary_shift=turns[0], rope_length=turns[1])
 
     def answer_all(model, logits, cache, tokens, lengths, key, rules):
         answer = decode.start_answer(logits, tokens, lengths, key, rules, request.new_tokens)
@@ -68,11 +68,13 @@ def timed_generate(
         answer = decode.decode_in_segments(model, cache, answer, rules, recompress, ratio)[1]
         return answer, held
 
-    def read(model, tokens, lengths, images):
-        features = encode_images(model, images)
-        return *prefill.prefill(model, tokens, lengths, observe, features), features.shift
+    def read(model, tokens, lengths, images, rope_length):
+        features = encode_images(model, images).turned_for(rope_length)
+        turns = features.shift, features.rope_length
+        return *prefill.prefill(model, tokens, lengths, observe, features), turns
 
-    logits, *kept = phases.run("prefill", read, model, *prompt, request.images)
+    seen = request.images, request.rope_length
+    logits, *kept = phases.run("prefill", read, model, *prompt, *seen)
     cache = phases.run("compress", shrink, *kept, request.lengths, request.key)
     del kept
     answer, held = phases.run(
