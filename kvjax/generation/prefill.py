@@ -151,7 +151,8 @@ def _prefill_compress(model, tokens, lengths, key, config, features):
         kept = add_layer(kept, index, keys, values, probe, plan)
         # Without the barrier XLA may keep every layer's keys and values alive to the end.
         x_BTD, kept = lax.optimization_barrier((x_BTD, kept))
-    return last_logits(model, x_BTD, lengths), _finished(kept, plan, features)
+    cache = _finished(kept, plan, features)
+    return last_logits(model, x_BTD, lengths), cache
 
 
 def _finished(kept, plan, features: ImageFeatures) -> Cache:
