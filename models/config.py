@@ -96,7 +96,7 @@ class ModelConfig:
       max_context: the user's own limit in place of `max_position_embeddings`, or None. It changes
         nothing that is computed, so configs that differ in it alone are equal.
       stated_sampling: what the checkpoint's `generation_config.json` says of how tokens are drawn,
-        pairs of a name and a value; `kvjax.generation.sampling.chosen` reads it. Not compared
+        pairs of a name and a value; `kvjax.generation.suggestion.chosen` reads it. Not compared
         either.
 
     Raises:

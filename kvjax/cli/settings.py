@@ -9,7 +9,8 @@ from typing import Any, Literal
 from kvjax.calibrate import read_profile
 from kvjax.compression.row_budgets import largest
 from kvjax.config import CompressionConfig, Recompress, parse_budget
-from kvjax.generation.sampling import Sampling, chosen, suggestion
+from kvjax.generation.sampling import Sampling
+from kvjax.generation.suggestion import chosen, suggestion
 from kvjax.model_interface import Model
 
 _OPTIONAL = (
@@ -55,7 +56,7 @@ def drawn_by(asked: Sampling | Literal["model"] | None, model: Model) -> Samplin
     """The rules that flags ask for; without any a line on stderr says what the checkpoint suggests.
 
     Raises:
-      ValueError: as of `kvjax.generation.sampling.chosen`.
+      ValueError: as of `kvjax.generation.suggestion.chosen`.
     """
     stated = model.config.stated_sampling
     found = suggestion(stated) if asked is None else None

@@ -20,7 +20,8 @@ from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Rules
 from kvjax.generation.prefill import rope_lengths
 from kvjax.generation.programs import resize_program
-from kvjax.generation.sampling import Sampling, chosen, row_keys
+from kvjax.generation.sampling import Sampling, row_keys
+from kvjax.generation.suggestion import chosen
 from kvjax.inputs.multimodal import Pictures, read
 from kvjax.inputs.prompts import Ends, Prompts, Row, bucket, check_context, eos_tokens, pad
 from kvjax.model_interface import Images, Model
@@ -133,7 +134,9 @@ class Request(struct.PyTreeNode):
             cache = with_tail(cache, slots)
         if recompress is not None:
             _check_held(recompress, shape, config, tokens.shape[1], lengths, cache)
-        sampling = chosen(options.sampling, shape.stated_sampling)
+        sampling = options.sampling or Sampling()
+        if not isinstance(sampling, Sampling):
+            sampling = chosen(sampling, shape.stated_sampling)
         eos = eos_tokens(options.eos_ids, shape.eos_token_ids, shape.vocab_size)
         rules = Rules(
             values=sampling.values,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.generation import sampling
+from kvjax.generation import sampling, suggestion
 from kvjax.generation.sampling import Sampling
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
@@ -289,13 +289,13 @@ def test_values_outside_their_range(name, value, expected):
     ],
 )
 def test_a_models_own_rules(stated, expected):
-    assert sampling.chosen("model", tuple(stated.items())) == expected
+    assert suggestion.chosen("model", tuple(stated.items())) == expected
 
 
 def test_rules_of_a_call_come_before_a_models():
     stated = (("do_sample", True), ("typical_p", 0.9))
-    assert sampling.chosen(None, stated) == Sampling()
-    assert sampling.chosen(Sampling(top_k=3), stated) == Sampling(top_k=3)
+    assert suggestion.chosen(None, stated) == Sampling()
+    assert suggestion.chosen(Sampling(top_k=3), stated) == Sampling(top_k=3)
 
 
 @pytest.mark.parametrize(
@@ -309,12 +309,12 @@ def test_rules_of_a_call_come_before_a_models():
 )
 def test_rules_that_are_refused(asked, stated, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        sampling.chosen(asked, tuple(stated.items()))
+        suggestion.chosen(asked, tuple(stated.items()))
     assert str(caught.value).startswith(message)
 
 
 def test_suggestions_in_words():
     stated = (("do_sample", True), ("temperature", 0.6), ("top_p", 0.9), ("num_beams", 2))
-    assert sampling.suggestion(stated) == "temperature=0.6, top_p=0.9"
-    assert sampling.suggestion(stated[1:]) is None
-    assert sampling.suggestion(stated[:1]) is None
+    assert suggestion.suggestion(stated) == "temperature=0.6, top_p=0.9"
+    assert suggestion.suggestion(stated[1:]) is None
+    assert suggestion.suggestion(stated[:1]) is None
