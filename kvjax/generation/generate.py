@@ -112,7 +112,8 @@ def generate(
       model: from `kvjax.load`.
       prompts: a text or texts, token ids or rows of them, or a padded `[B, T]` array.
       config: what to keep; everything by default.
-      max_new_tokens: most tokens to draw a row, at least 1.
+      max_new_tokens: most tokens to draw a row, at least 1. A model that scales rotary frequencies
+        by length (dynamic NTK, LongRoPE) has a row's chosen for its prompt and as many tokens more.
       tokenizer: from `kvjax.load`; needed for text and for `stop`.
       sampling: greedy by default; "model" for what the checkpoint's `generation_config.json`
         suggests.

@@ -4,6 +4,7 @@ Logits are Hugging Face's (tests/fixtures/README.md), row by row; here all rows 
 padded batch. What `generate` and the others compute is held against one pass over the whole text.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -202,6 +203,22 @@ def test_scorers_see_each_rows_own_frequencies(dynamic, prompts, method):
     for row, prompt in enumerate(prompts):  # three times, so that all share a program
         np.testing.assert_array_equal(together[row], kept([prompt] * 3, 0)[0])
     assert (together != kept(prompts, 400)).any((1, 2, 3)).all()
+
+
+def test_expected_queries_are_as_long_as_queries():
+    """The expectation of the first layer, with YaRN's attention factor and without it."""
+    model = load_decoder(FOLDER / "yarn", progress=False)
+    layer, scaling = model.layers[0], model.config.rope_scaling
+    x, lengths = model.embed(jnp.arange(5, 37)[None]), jnp.array([32])
+    request, found = ProbeRequest(future=4), []
+    for factor in (scaling.attention_factor, 1.0):
+        changed = dataclasses.replace(scaling, attention_factor=factor)
+        layer.attention.config = dataclasses.replace(model.config, rope_scaling=changed)
+        found.append(layer.prefill(x, lengths, request)[3])
+    longer, plain = found
+    by = scaling.attention_factor
+    np.testing.assert_allclose(longer.future_mean, by * plain.future_mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(longer.future_cov, by**2 * plain.future_cov, rtol=1e-5, atol=1e-6)
 
 
 def test_scores_by_the_whole_text(dynamic, prompts):
