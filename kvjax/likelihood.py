@@ -65,7 +65,8 @@ def score(
 
     The prefix is prefilled and compressed; the tokens after it run against the compressed cache
     at their true positions, with nothing more evicted (but for PrefixKV's ratio). The first
-    target's NLL comes from the uncompressed prefill.
+    target's NLL comes from the uncompressed prefill. Where the model scales rotary frequencies by
+    length they are chosen for the whole text.
 
     Args:
       tokens: ids of a text, or of several.
@@ -88,8 +89,9 @@ def score(
     after, counts = pad(rests, pad_to[1])
     key, how = row_keys(seed, len(rests)), {"config": config, "positions": positions}
     if prefilled is None:
-        images_of_all, arrays = inputs.images(prompt), (prompt, lengths)
-        found = _score_program(model, *arrays, after, counts, key, images_of_all, **how)
+        rest = after, counts, key, inputs.images(prompt)
+        rope_length = prefill.rope_lengths(model, lengths, counts)
+        found = _score_program(model, prompt, lengths, *rest, rope_length, **how)
     else:
         _check_prefixes(model, prefilled, inputs.rows, config)
         found = _score_prefilled_program(model, prefilled.arrays, after, counts, key, **how)
@@ -184,11 +186,14 @@ def _score_program(
     counts: Int[Array, " B"],
     key: Key[Array, "*row"],
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
     *,
     config: CompressionConfig,
     positions: bool,
 ) -> _Found:
-    logits_BV, cache = prefill.prefill_compress(model, prompt, lengths, key, config, images)
+    logits_BV, cache = prefill.prefill_compress(
+        model, prompt, lengths, key, config, images, rope_length
+    )
     width = prompt.shape[1] if positions else None
     return _followed(model, logits_BV, cache, after, counts, width)
 

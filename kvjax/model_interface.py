@@ -91,17 +91,20 @@ class ProbeRequest:
 # ---------------------------------------------------------------------------- images
 @no_type_check  # jax maps trees to other leaves than arrays
 class Rotary(struct.PyTreeNode):
-    """Where the rotary embedding has a prompt's tokens, which is not where they are (M-RoPE).
+    """How the rotary embedding turns a prompt, where true positions alone do not say it.
 
     Masks, eviction and packing go by true positions, always.
 
     Attributes:
-      positions: `[B, T, 3]` time, row and column of each token.
-      shift: `[B]` rotary minus true position of whatever follows the prompt.
+      positions: `[B, T, 3]` time, row and column of each token (M-RoPE), or None for true ones.
+      shift: `[B]` rotary minus true position of whatever follows the prompt, or None for 0.
+      length: `[B]` tokens that a row's frequencies are chosen for, where a model scales them by the
+        length of a text (dynamic NTK, LongRoPE), or None.
     """
 
-    positions: Int[Array, "B T 3"]
-    shift: Int[Array, " B"]
+    positions: Int[Array, "B T 3"] | None = None
+    shift: Int[Array, " B"] | None = None
+    length: Int[Array, " B"] | None = None
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -125,7 +128,8 @@ class ImageFeatures(struct.PyTreeNode):
 
     Attributes:
       vectors: `[X, D]` of all images, in the model's own space.
-      places, rotary: as of `Images`.
+      places: as of `Images`.
+      rotary: how tokens are turned, or None where true positions say it.
     """
 
     vectors: Float[Array, "X D"] | None = None
@@ -144,6 +148,18 @@ class ImageFeatures(struct.PyTreeNode):
         """Rotary minus true position after the prompt, or None where they are the same."""
         return None if self.rotary is None else self.rotary.shift
 
+    @property
+    def rope_length(self) -> Int[Array, " B"] | None:
+        """Tokens that each row's frequencies are chosen for, or None where all rows' are alike."""
+        return None if self.rotary is None else self.rotary.length
+
+    def turned_for(self, rope_length: Int[Array, " B"] | None) -> "ImageFeatures":
+        """The same with frequencies chosen for this many tokens a row; None changes nothing."""
+        if rope_length is None:
+            return self
+        rotary = Rotary() if self.rotary is None else self.rotary
+        return self.replace(rotary=rotary.replace(length=rope_length))
+
 
 NO_IMAGES = ImageFeatures()
 
@@ -153,7 +169,10 @@ NO_IMAGES = ImageFeatures()
 class ModelShape(Protocol):
     """Sizes of a model and the tokens that end its answers (`kvjax.models.config.ModelConfig`).
 
-    `sliding_windows` has one entry a layer, None where it sees everything.
+    `sliding_windows` has one entry a layer, None where it sees everything; `context` is most tokens
+    of a prompt with its answer; `rope_by_length` says whether rows' rotary frequencies depend on
+    their length (`Rotary.length`); `stated_sampling` has pairs of what a checkpoint suggests, ()
+    for nothing.
     """
 
     @property
@@ -161,7 +180,11 @@ class ModelShape(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
-    def max_position_embeddings(self) -> int: ...
+    def context(self) -> int: ...
+    @property
+    def rope_by_length(self) -> bool: ...
+    @property
+    def stated_sampling(self) -> tuple[tuple[str, Any], ...]: ...
     @property
     def num_layers(self) -> int: ...
     @property

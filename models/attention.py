@@ -59,7 +59,10 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Whole sequences without a cache, differentiable: for training."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions)
+        length_B = None
+        if self.config.rope_by_length:
+            length_B = jnp.full(x_BTD.shape[:1], x_BTD.shape[1])
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions, length_B)
         out_BTNH = training_attention(q_BTNH, k_BTKH, v_BTKH, window=self.window)
         return self._output(out_BTNH)
 
@@ -72,24 +75,25 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K H"], Float[Array, "B T K H"], Probe]:
         """A whole prompt: the output, its keys (after RoPE) and values, and what was asked for.
 
-        `rotary` has what the rotary embedding turns by, where that is not the true positions.
+        `rotary` has what the rotary embedding turns by, where that is not the true positions at
+        frequencies that are the same for all rows.
         """
         batch, tokens, _ = x_BTD.shape
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
-        shift_B = None
+        shift_B = length_B = None
         if rotary is not None:
-            assert self.config.mrope_section is not None  # what makes it differ from positions
-            positions = pair_positions(rotary.positions, self.config.mrope_section)
-            shift_B = rotary.shift
+            shift_B, length_B = rotary.shift, rotary.length
+            if rotary.positions is not None:
+                assert self.config.mrope_section is not None  # what makes it differ from positions
+                positions = pair_positions(rotary.positions, self.config.mrope_section)
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         probe = Probe()
         if request.future:
-            frequencies = rope_frequencies(self.config)
-            mean, cov = expected_queries(
-                q_BTNH, lengths, frequencies, request.future, request.skipped, shift_B
-            )
+            frequencies = rope_frequencies(self.config, length_B)
+            ahead = request.future, request.skipped, shift_B, self.config.attention_factor
+            mean, cov = expected_queries(q_BTNH, lengths, frequencies, *ahead)
             probe = probe.replace(future_mean=mean, future_cov=cov)
-        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions)
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, positions, length_B)
         prompt = q_BTNH, k_BTKH, v_BTKH, lengths
         read = partial(prefill_attention, window=self.window)
         out_BTNH, lse_BNT = by_device(read, "BTNH,BTKH,BTKH,B->BTNH,BNT", *prompt)
@@ -113,7 +117,7 @@ class Attention(nnx.Module):
         shift, turned_BT = cache.rotary_shift, positions
         if shift is not None:
             turned_BT = positions + shift[:, None]
-        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, turned_BT)
+        q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, turned_BT, cache.rope_length)
         cache = cache.replace(tail=write_layer(cache.tail, self.layer, k_BTKH, v_BTKH, q_BTNH))
         out_BTNH = attend(q_BTNH, positions, cache, self.layer, self.window)
         return self._output(out_BTNH), cache
@@ -127,9 +131,10 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         return constrain(q_BTNH, "BTNH"), constrain(k_BTKH, "BTKH"), constrain(v_BTKH, "BTKH")
 
-    def _rotate(self, q_BTNH, k_BTKH, positions):
-        frequencies = rope_frequencies(self.config)
-        return rotate(q_BTNH, positions, frequencies), rotate(k_BTKH, positions, frequencies)
+    def _rotate(self, q_BTNH, k_BTKH, positions, rope_length):
+        frequencies = rope_frequencies(self.config, rope_length)
+        turned = positions, frequencies, self.config.attention_factor
+        return rotate(q_BTNH, *turned), rotate(k_BTKH, *turned)
 
     def _output(self, out_BTNH):
         out_BTX = out_BTNH.reshape(*out_BTNH.shape[:2], -1)

@@ -8,7 +8,7 @@ family's class in transformers. What is not implemented is an error, never an ap
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kvjax.models.checkpoints.checks import (
     boolean,
@@ -16,11 +16,15 @@ from kvjax.models.checkpoints.checks import (
     expect,
     is_int,
     naming,
+    optional_token_id,
     positive_float,
     positive_int,
     read_object,
     token_id,
+    token_ids,
 )
+from kvjax.models.generation_config import Stated, read_generation_config
+from kvjax.models.rope_scaling import DEFAULT_THETA, DynamicNtk, LongRope, Scaling, read_rope
 
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096,
@@ -59,40 +63,9 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2ForCausalLM": ("qwen2", _QWEN),
     "Qwen3ForCausalLM": ("qwen3", _QWEN | {"head_dim": 128}),
 }
-_DEFAULT_THETA = 10000.0
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size")
 # Every published config.json states these; a nested `text_config` may leave them to its class.
 _STATED = (*_WIDTHS, "num_hidden_layers", "num_attention_heads")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length a model was first trained on.
-
-    Attributes:
-      kind: "linear" (all frequencies divided by `factor`) or "llama3" (only the low ones).
-      factor: the divisor, > 0.
-      low_freq_factor: llama3 only: wavelengths above `original / low_freq_factor` are divided.
-      high_freq_factor: llama3 only: wavelengths below `original / high_freq_factor` are kept;
-        more than `low_freq_factor`.
-      original_max_position_embeddings: llama3 only: the `original` of the two lines above, tokens.
-
-    Raises:
-      ValueError: a number that is not positive, an unknown kind, or high <= low.
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self):
-        known = self.kind in ("linear", "llama3")
-        expect(known, "kind", "'linear' or 'llama3'", self.kind)
-        check_fields(self)
-        low, high = self.low_freq_factor, self.high_freq_factor
-        expect(high > low, "high_freq_factor", f"more than low_freq_factor = {low!r}", high)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +82,9 @@ class ModelConfig:
       mrope_section: None, or of M-RoPE (Qwen2-VL, Wang et al. 2024, section 2.1): how many of the
         H / 2 rotated pairs turn with a token's time, how many with its row, how many with its
         column. Text has one position for all three.
-      max_position_embeddings: tokens the model was trained for: prompt and answer at most. Of
-        linear scaling `from_hf` takes what a file states times the factor.
+      max_position_embeddings: tokens the model was trained for, with its scaling: what a file
+        states, or the length before scaling times the factor where the file states that length
+        (`rope_scaling.read_rope`).
       sliding_windows: one entry a layer: None, or w: a query at p sees keys p-w+1 .. p. The empty
         tuple stands for None in every layer.
       qkv_bias, o_bias, mlp_bias: which projections have biases.
@@ -119,6 +93,11 @@ class ModelConfig:
       hidden_act: "silu", the only one implemented.
       bos_token_id: None if the model has none.
       eos_token_ids: generation stops at any of them; may be empty.
+      max_context: the user's own limit in place of `max_position_embeddings`, or None. It changes
+        nothing that is computed, so configs that differ in it alone are equal.
+      stated_sampling: what the checkpoint's `generation_config.json` says of how tokens are drawn,
+        pairs of a name and a value; `kvjax.generation.suggestion.chosen` reads it. Not compared
+        either.
 
     Raises:
       ValueError: a value outside the ranges above.
@@ -133,8 +112,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float = 1e-6
-    rope_theta: float = _DEFAULT_THETA
-    rope_scaling: RopeScaling | None = None
+    rope_theta: float = DEFAULT_THETA
+    rope_scaling: Scaling | None = None
     mrope_section: tuple[int, int, int] | None = None
     max_position_embeddings: int = 2048
     sliding_windows: tuple[int | None, ...] = ()
@@ -146,6 +125,9 @@ class ModelConfig:
     hidden_act: str = "silu"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    # Neither is shown: a cache's origin goes by what is (`kvjax.cache.origin`).
+    max_context: int | None = dataclasses.field(default=None, repr=False, compare=False)
+    stated_sampling: Stated = dataclasses.field(default=(), repr=False, compare=False)
 
     def __post_init__(self):
         known = self.architecture in tuple(_FAMILIES)
@@ -156,8 +138,7 @@ class ModelConfig:
         expect(divides, "num_heads (num_attention_heads)", multiple, self.num_heads)
         expect(self.head_dim % 2 == 0, "head_dim", "even", self.head_dim)
         expect(self.hidden_act == "silu", "hidden_act", "'silu'", self.hidden_act)
-        known = isinstance(self.rope_scaling, RopeScaling | None)
-        expect(known, "rope_scaling", "a RopeScaling or None", self.rope_scaling)
+        self._check_scaling()
         if self.mrope_section is not None:
             pairs = self.head_dim // 2
             listed = isinstance(self.mrope_section, tuple) and len(self.mrope_section) == 3
@@ -165,7 +146,7 @@ class ModelConfig:
             fits = fits and sum(self.mrope_section) == pairs
             expected = f"three integers >= 0 that sum up to head_dim / 2 = {pairs}"
             expect(fits, "mrope_section", expected, self.mrope_section)
-        _bos_token_id(self.bos_token_id)
+        optional_token_id("bos_token_id", self.bos_token_id)
         for name in ("eos_token_ids", "sliding_windows"):
             value = getattr(self, name)
             expect(isinstance(value, tuple), name, "a tuple", value)
@@ -178,6 +159,34 @@ class ModelConfig:
             if window is not None:
                 positive_int("sliding_windows", window)
         object.__setattr__(self, "sliding_windows", windows)
+        if self.max_context is not None:
+            positive_int("max_context", self.max_context)
+
+    def _check_scaling(self):
+        scaling, pairs = self.rope_scaling, self.head_dim // 2
+        known = isinstance(scaling, Scaling | None)
+        expect(known, "rope_scaling", "a scaling of kvjax.models.rope_scaling or None", scaling)
+        if isinstance(scaling, LongRope):
+            expected = f"a list of head_dim / 2 = {pairs} numbers"
+            fits = len(scaling.short_factor) == pairs
+            expect(fits, "short_factor", expected, scaling.short_factor)
+        if isinstance(scaling, DynamicNtk):
+            expect(pairs > 1, "head_dim", "more than 2 (rope_type is 'dynamic')", self.head_dim)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer at most."""
+        return self.max_context or self.max_position_embeddings
+
+    @property
+    def rope_by_length(self) -> bool:
+        """Whether rotary frequencies depend on how long a text is (`Cache.rope_length`)."""
+        return self.rope_scaling is not None and self.rope_scaling.by_length
+
+    @property
+    def attention_factor(self) -> float:
+        """What the rotary embedding multiplies queries and keys by, beside turning them."""
+        return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
 
     @property
     def group_size(self) -> int:
@@ -202,17 +211,13 @@ class ModelConfig:
         family = _FAMILIES[architecture][0]
         attention_bias = boolean("attention_bias", keys.get("attention_bias", False))
         o_bias = family in ("llama", "qwen3") and attention_bias
-        rope_theta, rope_scaling = _rope(keys)
+        rope_theta, rope_scaling, context = read_rope(keys)
         expect(keys["hidden_act"] == "silu", "hidden_act", "'silu'", keys["hidden_act"])
-        names = (*_WIDTHS, "max_position_embeddings")
-        sizes: dict[str, Any] = {name: positive_int(name, keys[name]) for name in names}
-        if rope_scaling is not None and rope_scaling.kind == "linear":
-            # Such files state the length before scaling; those of llama3's kind the whole one.
-            sizes["max_position_embeddings"] *= max(rope_scaling.factor, 1.0)
-            sizes["max_position_embeddings"] = int(sizes["max_position_embeddings"])
+        sizes: dict[str, Any] = {name: positive_int(name, keys[name]) for name in _WIDTHS}
         return cls(
             architecture=architecture,
             **sizes,
+            max_position_embeddings=context,
             **_head_sizes(keys),
             num_layers=positive_int("num_hidden_layers", keys["num_hidden_layers"]),
             rms_norm_eps=positive_float("rms_norm_eps", keys["rms_norm_eps"]),
@@ -224,8 +229,8 @@ class ModelConfig:
             mlp_bias=family == "llama" and boolean("mlp_bias", keys.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
             tie_word_embeddings=boolean("tie_word_embeddings", keys["tie_word_embeddings"]),
-            bos_token_id=_bos_token_id(keys.get("bos_token_id")),
-            eos_token_ids=_eos_token_ids(keys.get("eos_token_id")),
+            bos_token_id=optional_token_id("bos_token_id", keys.get("bos_token_id")),
+            eos_token_ids=token_ids("eos_token_id", keys.get("eos_token_id")),
         )
 
 
@@ -259,36 +264,6 @@ def _head_sizes(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
 
 
-def _rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """The base of the frequencies and their scaling; precedence as in transformers 5."""
-    source = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
-    given = keys.get(source) or {}
-    expect(isinstance(given, Mapping), source, "an object or null", given)
-    if any(isinstance(value, Mapping) for value in given.values()):
-        # One entry a layer type. The decoder has one rotary embedding, so they have to agree.
-        entries = list(given.values())
-        same = all(entry == entries[0] for entry in entries)
-        expect(same, source, "the same for every layer type", given)
-        given = entries[0]
-    outer = {key: keys[key] for key in ("rope_theta", "partial_rotary_factor") if key in keys}
-    given = outer | dict(given)
-    partial = given.get("partial_rotary_factor")
-    expect(partial in (None, 1), "partial_rotary_factor", "1", partial)
-    theta = positive_float("rope_theta", given.get("rope_theta", _DEFAULT_THETA))
-    kind = given.get("rope_type", given.get("type"))
-    if kind in (None, "default"):
-        return theta, None
-    known = kind in ("linear", "llama3")
-    expect(known, f"{source}.rope_type", "'default', 'linear' or 'llama3'", kind)
-    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
-    numbers: dict[str, Any] = {n: positive_float(f"{source}.{n}", given.get(n)) for n in needed}
-    if kind == "llama3":
-        length = "original_max_position_embeddings"
-        original = keys.get(length, given.get(length, keys["max_position_embeddings"]))
-        numbers[length] = positive_int(length, original)
-    return theta, RopeScaling(kind, **numbers)
-
-
 def _sliding_windows(family: str, keys: Mapping[str, Any]) -> tuple[int | None, ...]:
     num_layers = positive_int("num_hidden_layers", keys["num_hidden_layers"])
     if family == "llama":
@@ -318,20 +293,12 @@ def _sliding_windows(family: str, keys: Mapping[str, Any]) -> tuple[int | None, 
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
-def _bos_token_id(value: Any) -> int | None:
-    return None if value is None else token_id("bos_token_id", value)
-
-
-def _eos_token_ids(value: Any) -> tuple[int, ...]:
-    listed = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return tuple(token_id("eos_token_id", token) for token in listed)
-
-
 def load_config(directory: str | Path) -> ModelConfig:
-    """Read `config.json`, and the special tokens of `generation_config.json` where there is one.
+    """Read `config.json`, and `generation_config.json` where there is one.
 
     As in transformers' `generate`, `bos_token_id` and `eos_token_id` of `generation_config.json`
     take precedence where they are not null: chat models list there every id that ends an answer.
+    What it says of sampling is kept for those who ask for it (`ModelConfig.stated_sampling`).
 
     Args:
       directory: a folder in the layout of the Hugging Face hub.
@@ -354,15 +321,6 @@ def load_config(directory: str | Path) -> ModelConfig:
 
 
 def with_generation_config(folder: Path, config: ModelConfig) -> ModelConfig:
-    """The config with the special tokens of `generation_config.json`, where there is one."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return config
-    with naming(path):
-        mapping = read_object(path)
-        bos = _bos_token_id(mapping.get("bos_token_id"))
-        return dataclasses.replace(
-            config,
-            bos_token_id=config.bos_token_id if bos is None else bos,
-            eos_token_ids=_eos_token_ids(mapping.get("eos_token_id")) or config.eos_token_ids,
-        )
+    """The config with what `generation_config.json` states, where there is one."""
+    stated = read_generation_config(folder)
+    return dataclasses.replace(config, **stated) if stated else config

@@ -14,7 +14,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kvjax.models.config import ModelConfig, RopeScaling
+from kvjax.models.config import ModelConfig
+from kvjax.models.rope_scaling import DynamicNtk, LongRope, RopeScaling, Yarn
 
 # A longer prompt goes through the MLP in parts: its activations, F wide, are most of what prefill
 # needs memory for.
@@ -92,13 +93,42 @@ def with_bias(x: Array, bias: nnx.Param | None) -> Array:
     return x if bias is None else x + bias[...]
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-    """Angle per position of each rotated pair, H / 2 of them, after the config's scaling."""
+def rope_frequencies(
+    config: ModelConfig, rope_length: Int[Array, " B"] | None = None
+) -> Float[Array, " half"] | Float[Array, "B half"]:
+    """Angle per position of each rotated pair, H / 2 of them, after the config's scaling.
+
+    Formulas are those of transformers 5 (modeling_rope_utils).
+
+    Args:
+      config: the architecture.
+      rope_length: tokens that each row's frequencies are chosen for, where they depend on the
+        length of a text (`config.rope_by_length`); without effect elsewhere.
+
+    Returns:
+      `[half]`, the same for all rows, or `[B, half]` where they depend on `rope_length`.
+
+    Raises:
+      ValueError: no `rope_length` where one is needed.
+    """
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, Yarn):
+        return _yarn_frequencies(frequencies, scaling, config)
+    if isinstance(scaling, DynamicNtk | LongRope):
+        if rope_length is None:
+            raise ValueError(
+                "rope_length=None, expected the tokens that each row's frequencies are chosen for"
+                f" (the model's rope_type is {scaling.kind!r})"
+            )
+        if isinstance(scaling, DynamicNtk):
+            return _dynamic_frequencies(exponent, scaling, config, rope_length)
+        factors = jnp.asarray([scaling.short_factor, scaling.long_factor], jnp.float32)
+        longer_B = rope_length > scaling.original_max_position_embeddings
+        return frequencies / jnp.where(longer_B[:, None], factors[1], factors[0])
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     return _llama3_frequencies(frequencies, scaling)
@@ -113,6 +143,37 @@ def _llama3_frequencies(frequencies: Array, scaling: RopeScaling) -> Array:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
+def _yarn_frequencies(frequencies: Array, scaling: Yarn, config: ModelConfig) -> Array:
+    """YaRN: pairs of few turns are slowed by `factor`, of many kept, a ramp over pairs between."""
+
+    def pair_of(turns: float) -> float:
+        """The pair, not a whole one, that turns so often within the original length."""
+        each = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return config.head_dim * math.log(each) / (2 * math.log(config.rope_theta))
+
+    first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    # transformers bounds pairs by H - 1, not by their number.
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    last += 0.001 if first == last else 0.0
+    pairs = jnp.arange(config.head_dim // 2, dtype=jnp.float32)
+    slowed = jnp.clip((pairs - first) / (last - first), 0.0, 1.0)
+    return slowed * frequencies / scaling.factor + (1 - slowed) * frequencies
+
+
+def _dynamic_frequencies(
+    exponent: Array, scaling: DynamicNtk, config: ModelConfig, rope_length: Int[Array, " B"]
+) -> Float[Array, "B half"]:
+    """Dynamic NTK: the base grows with the length beyond the original one."""
+    original, dim = scaling.original_max_position_embeddings, config.head_dim
+    beyond_B = jnp.maximum(rope_length - original, 0).astype(jnp.float32)
+    # factor * n / original - (factor - 1), which is exactly 1 up to the original length.
+    stretch_B = 1.0 + scaling.factor * (beyond_B / original)
+    base_B = config.rope_theta * stretch_B ** (dim / (dim - 2))
+    return 1.0 / base_B[:, None] ** exponent
+
+
 def pair_positions(
     rotary: Int[Array, "B T 3"], section: tuple[int, int, int]
 ) -> Int[Array, "B T half"]:
@@ -123,15 +184,19 @@ def pair_positions(
 def rotate(
     x: Float[Array, "B T X H"],
     positions: Int[Array, "B T"] | Int[Array, "B T half"],
-    frequencies: Float[Array, " half"],
+    frequencies: Float[Array, " half"] | Float[Array, "B half"],
+    factor: float = 1.0,
 ) -> Float[Array, "B T X H"]:
     """Rotary embedding in Hugging Face's half-split layout, angles in fp32.
 
-    `positions` of tokens, or of each of their pairs.
+    `positions` of tokens, or of each of their pairs. What comes out is `factor` times as long.
     """
     positions = positions if positions.ndim == 3 else positions[..., None]
+    frequencies = frequencies if frequencies.ndim == 1 else frequencies[:, None]
     angles = (positions.astype(jnp.float32) * frequencies)[..., None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if factor != 1.0:
+        cos, sin = factor * cos, factor * sin
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -1,5 +1,6 @@
 """load(): a Hugging Face directory, or a name on its hub, as a model and its tokenizer."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 
 from kvjax.inputs.image_processor import ClipImages, ImageConfig, QwenImages, load_image_config
 from kvjax.inputs.tokenizer import load_tokenizer
+from kvjax.models.checkpoints.checks import positive_int
 from kvjax.models.checkpoints.hub import local_folder
 from kvjax.models.checkpoints.orbax import is_orbax, load_orbax, load_orbax_config
 from kvjax.models.checkpoints.weights import load_decoder
@@ -26,6 +28,7 @@ def load(
     dtype: Any = jnp.float32,
     progress: bool = True,
     mesh: Mesh | None = None,
+    max_context: int | None = None,
 ) -> tuple[Decoder, Any]:
     """The decoder and the tokenizer of a checkpoint.
 
@@ -41,16 +44,18 @@ def load(
       progress: whether to show a bar on stderr.
       mesh: from `kvjax.sharding.make_mesh`: weights go straight to the devices that hold a part of
         them, and whatever runs the model runs on the mesh. JAX's default device without one.
+      max_context: most tokens of a prompt with its answer, in place of what the checkpoint was
+        trained for; it moves a limit and changes no number that is computed.
 
     Returns:
       The model, and None in place of a tokenizer where the directory has none.
 
     Raises:
       ValueError: what is missing, extra, misshapen, truncated or unknown, by name; a name or a
-        revision that the hub does not have, or a hub that cannot be reached.
+        revision that the hub does not have, or a hub that cannot be reached; a max_context below 1.
     """
     folder = local_folder(directory, revision, progress=progress)
-    model = load_model(folder, dtype=dtype, progress=progress, mesh=mesh)
+    model = load_model(folder, dtype=dtype, progress=progress, mesh=mesh, max_context=max_context)
     return model, load_tokenizer(folder)
 
 
@@ -75,9 +80,19 @@ def load_model(
     dtype: Any = jnp.float32,
     progress: bool = True,
     mesh: Mesh | None = None,
+    max_context: int | None = None,
 ) -> Decoder:
     """`load` without a tokenizer, which takes seconds to import."""
+    if max_context is not None:
+        positive_int("max_context", max_context)
     directory = local_folder(directory, revision, progress=progress)
+    model = _load(directory, dtype, progress, mesh)
+    if max_context is not None:
+        model.config = dataclasses.replace(model.config, max_context=max_context)
+    return model
+
+
+def _load(directory: str | Path, dtype: Any, progress: bool, mesh: Mesh | None) -> Decoder:
     if is_orbax(directory):
         return load_orbax(directory, mesh, dtype=dtype)
     architecture = vision_architecture(directory)

@@ -25,10 +25,11 @@ def last_queries(
 def expected_queries(
     q_BTNH: Float[Array, "B T N H"],
     lengths: Int[Array, " B"],
-    frequencies: Float[Array, " C"],
+    frequencies: Float[Array, " C"] | Float[Array, "B C"],
     future: int,
     skipped: int,
     shift: Int[Array, " B"] | None = None,
+    factor: float = 1.0,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N H H"]]:
     """Mean and covariance of the queries to come (Expected Attention, Devoto et al. 2025).
 
@@ -38,10 +39,11 @@ def expected_queries(
     Args:
       q_BTNH: queries before RoPE.
       lengths: real tokens of each row.
-      frequencies: RoPE's angle per position of each pair.
+      frequencies: RoPE's angle per position of each pair, the same for all rows or each row's.
       future: positions that are averaged over, at least 1.
       skipped: first queries, which are left out: attention sinks are unlike the others.
       shift: rotary minus true position of what follows the prompt (M-RoPE), 0 by default.
+      factor: what RoPE multiplies queries by (YaRN, LongRoPE).
     """
     positions_T = jnp.arange(q_BTNH.shape[1])
     counted_BT = (positions_T >= skipped) & (positions_T < lengths[:, None])
@@ -54,8 +56,11 @@ def expected_queries(
 
     next_B = lengths if shift is None else lengths + shift
     ahead = (next_B[:, None] + jnp.arange(future)).astype(jnp.float32)
+    frequencies = frequencies if frequencies.ndim == 1 else frequencies[:, None]
     angles = ahead[..., None] * frequencies
     cos_BC, sin_BC = jnp.cos(angles).mean(1), jnp.sin(angles).mean(1)
+    if factor != 1.0:
+        cos_BC, sin_BC = factor * cos_BC, factor * sin_BC
 
     def rotated(x):
         """R applied to the last axis; R is one matrix for each row."""

@@ -112,6 +112,8 @@ def _cache(layers, slots, batch: int, prompt: int, new: int) -> Cache:
 def decode_step(model: Decoder, cache: Cache, new: int, repeats: int) -> Timing:
     """Seconds of one step, the mean over new - 1 of them in one loop."""
     batch, vocab = cache.batch, model.config.vocab_size
+    if model.config.rope_by_length:
+        cache = cache.replace(rope_length=cache.prompt_lengths + new)
     rules = decode.greedy_rules()
     tokens, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
     logits = jnp.zeros((batch, vocab), jnp.float32)

@@ -113,8 +113,9 @@ def _arrays(cache: Cache) -> dict[str, Any]:
     }
     if cache.history is not None:
         found["history"] = _padded([one.tokens for one in cache.history])
-    if cache.rotary_shift is not None:
-        found["rotary_shift"] = cache.rotary_shift
+    for name in ("rotary_shift", "rope_length"):
+        if (array := getattr(cache, name)) is not None:
+            found[name] = array
     for index, (keys, values) in enumerate(zip(cache.tail.keys, cache.tail.values, strict=True)):
         found |= {f"tail.{index}.keys": keys, f"tail.{index}.values": values}
     for index, layer in enumerate(cache.layers):
@@ -151,6 +152,7 @@ def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
         next_positions=arrays["next_positions"],
         keep_ratio=facts["keep_ratio"],
         rotary_shift=arrays.get("rotary_shift"),
+        rope_length=arrays.get("rope_length"),
         origin=facts["model"],
         history=_history(arrays.get("history"), facts.get("turns")),
     )

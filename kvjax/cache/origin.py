@@ -39,7 +39,8 @@ def owned(cache: Cache, model: Model) -> Cache:
 def check_cache(cache: Cache, model: Model) -> None:
     """Raise ValueError where a cache has not the model's sizes and dtype, or another origin.
 
-    One without an origin (`kvjax.compress`) is compared in sizes and dtype alone.
+    One without an origin (`kvjax.compress`) is compared in sizes and dtype alone, and has to say
+    what its rows' rotary frequencies were chosen for, where the model's depend on length.
     """
     config, keys = model.config, cache.tail.keys
     _, kv_heads, _, head_dim = keys[0].shape
@@ -48,6 +49,11 @@ def check_cache(cache: Cache, model: Model) -> None:
     wanted = _told(config.num_layers, config.num_kv_heads, config.head_dim, dtype)
     if held != wanted:
         raise ValueError(f"cache has {held}, expected the model's {wanted}")
+    if config.rope_by_length and cache.rope_length is None:
+        raise ValueError(
+            "cache.rope_length is None, expected the tokens that each row's rotary frequencies were"
+            " chosen for (the model scales them by length)"
+        )
     if cache.origin is not None and cache.origin != fingerprint(model):
         raise ValueError(
             f"cache was made by another model (fingerprint {cache.origin[:12]}), expected one that"

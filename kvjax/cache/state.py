@@ -29,6 +29,9 @@ class Cache(struct.PyTreeNode):
       next_positions: `[B]` position of the row's next token, whatever was evicted.
       keep_ratio: whether the retained ratio is held while the answer grows (PrefixKV).
       rotary_shift: `[B]` rotary minus true position of new tokens (M-RoPE), or None for 0.
+      rope_length: `[B]` tokens that each row's rotary frequencies were chosen for, where the model
+        scales them by length (dynamic NTK, LongRoPE); None elsewhere. They stay as they are,
+        whatever is asked later.
       origin: fingerprint of the model that made it (`kvjax.cache.origin`); None inside of programs,
         and for one's own model (`kvjax.compress`).
       history: what each row has read (`kvjax.cache.history`), or all rows; None where `origin` is.
@@ -41,6 +44,7 @@ class Cache(struct.PyTreeNode):
     slots: Slots | None = None
     keep_ratio: bool = struct.field(pytree_node=False, default=False)
     rotary_shift: Int[Array, " B"] | None = None
+    rope_length: Int[Array, " B"] | None = None
     origin: str | None = struct.field(pytree_node=False, default=None)
     history: tuple[History, ...] | None = struct.field(pytree_node=False, default=None)
 

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
+        max_context=arguments.max_context,
     )
     rows = _rows(places, model, tokenizer, images)
     announce(config, [len(row) for row in rows])
@@ -87,7 +88,7 @@ def _rows(
             sample = read(model, sample, files or None).rows[0]
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-        check_length(sample, place, model.config.max_position_embeddings)
+        check_length(sample, place, model.config.context)
         rows.append(sample)
     return rows
 

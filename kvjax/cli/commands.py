@@ -22,6 +22,7 @@ from kvjax.cli.files import (
 from kvjax.cli.settings import (
     announce,
     compression,
+    drawn_by,
     recompression,
     resolved,
     sampling,
@@ -129,7 +130,7 @@ def train_tiny(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------- generate
 def generate(arguments: argparse.Namespace) -> None:
     """`kvjax generate`."""
-    config, rules = compression(arguments), sampling(arguments)
+    config, asked = compression(arguments), sampling(arguments)
     texts, ids = _given(arguments)
     prompts: Any = texts or list(ids.values())
     images = _pictures(arguments.image, prompts)
@@ -138,6 +139,7 @@ def generate(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
+        max_context=arguments.max_context,
     )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if texts and tokenizer is None:
@@ -149,6 +151,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if images and texts and isinstance(model, VisionModel) and not arguments.chat:
         texts = [with_placeholders(model, tokenizer, texts[0], len(images[0]))]
     rows = _rows(model, tokenizer, texts or prompts, images, arguments)
+    rules = drawn_by(asked, model)
     call = {
         "images": images,
         "max_new_tokens": arguments.max_new_tokens,
@@ -302,6 +305,7 @@ def score(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
+        max_context=arguments.max_context,
     )
     if isinstance(model, VisionModel) and images is not None:
         places = _with_features(places, images, model)
@@ -351,7 +355,7 @@ def _with_features(
 
 def _check_documents(places: dict[str, Document], model: Model, config: CompressionConfig) -> None:
     """Raise ValueError where a document, or the config for it, does not fit the model."""
-    context = model.config.max_position_embeddings
+    context = model.config.context
     for place, (tokens, _) in places.items():
         check_vocabulary(tokens, place, model.config.vocab_size)
         check_length(tokens, place, context)

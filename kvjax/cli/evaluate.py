@@ -50,8 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     quiet = not (mine.speaks and sys.stderr.isatty())
     directory = tiny.WEIGHTS if settings.model == "tiny" else settings.model
     model, tokenizer = kvjax.load(
-        directory, dtype=settings.dtype, progress=not quiet, mesh=mine.mesh
-    )
+        directory, dtype=settings.dtype, progress=not quiet, mesh=mine.mesh,
+        max_context=settings.max_context or None,
+    )  # fmt: skip
     if tokenizer is None:
         raise ValueError(f"model = {settings.model!r} has no tokenizer, expected one")
     counts = evaluate(

@@ -28,6 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of weights and cache (float32)",
     )
+    add("--max-context", type=int, metavar="N", help="most tokens of the prompt (the model's own)")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="F", help="the whole file as it is, in UTF-8")
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
+        max_context=arguments.max_context,
     )
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, expected one")
@@ -77,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     images = [pictures] if pictures else None
     inputs = read(model, [text], images, tokenizer=tokenizer, chat=arguments.chat)
     [row] = inputs.rows
-    check_length(row, given or "--prompt", model.config.max_position_embeddings)
+    check_length(row, given or "--prompt", model.config.context)
     kept = _masks(model, tokenizer, row, images, configs, arguments.seed)
     name = Path(directory).name if arguments.model else "the bundled one"
     facts = {

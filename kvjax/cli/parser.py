@@ -215,6 +215,12 @@ def _model_flags(parser: Parser) -> None:
         default="float32",
         help="of weights and cache (float32)",
     )
+    parser.add_argument(
+        "--max-context",
+        type=whole(1),
+        metavar="N",
+        help="most tokens of a prompt with its answer (what the model was trained for)",
+    )
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of random draws (0)")
 
 
@@ -286,11 +292,17 @@ def _answer_flags(parser: Parser) -> None:
     group = parser.add_argument_group("answer")
     add = group.add_argument
     add("--max-new-tokens", type=whole(1), default=128, metavar="N", help="(128)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 for greedy (0)")
-    add("--top-k", type=whole(0), default=0, metavar="N", help="0 for all tokens (0)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="1 for all tokens (1)")
-    add("--min-p", type=float, default=0.0, metavar="P", help="0 for all tokens (0)")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 for none (1)")
+    add(
+        "--sampling",
+        choices=("model",),
+        help="draw tokens as the checkpoint's generation_config.json suggests, in place of the next"
+        " five flags",
+    )
+    add("--temperature", type=float, metavar="T", help="0 for greedy (0)")
+    add("--top-k", type=whole(0), metavar="N", help="0 for all tokens (0)")
+    add("--top-p", type=float, metavar="P", help="1 for all tokens (1)")
+    add("--min-p", type=float, metavar="P", help="0 for all tokens (0)")
+    add("--repetition-penalty", type=float, metavar="R", help="1 for none (1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
     add(
         "--recompress-every",

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from kvjax.calibrate import read_profile
 from kvjax.compression.row_budgets import largest
 from kvjax.config import CompressionConfig, Recompress, parse_budget
 from kvjax.generation.sampling import Sampling
+from kvjax.generation.suggestion import chosen, suggestion
+from kvjax.model_interface import Model
 
 _OPTIONAL = (
     "window", "pooling", "kernel", "floor", "beta", "head_cap", "group", "reduce", "layout",
@@ -38,10 +40,31 @@ def recompression(arguments: argparse.Namespace) -> Recompress | None:
     return Recompress(**settings) if settings else None
 
 
-def sampling(arguments: argparse.Namespace) -> Sampling:
-    """How the flags of the answer ask tokens to be drawn."""
+def sampling(arguments: argparse.Namespace) -> Sampling | Literal["model"] | None:
+    """How the flags of the answer ask tokens to be drawn; None where none of them is given."""
     names = [field.name for field in dataclasses.fields(Sampling)]
-    return Sampling(**{name: getattr(arguments, name) for name in names})
+    given = {name: getattr(arguments, name) for name in names}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if arguments.sampling is None:
+        return Sampling(**settings) if settings else None
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"{flag} {value} beside --sampling model, expected one of the two")
+    return arguments.sampling
+
+
+def drawn_by(asked: Sampling | Literal["model"] | None, model: Model) -> Sampling:
+    """The rules that flags ask for; without any a line on stderr says what the checkpoint suggests.
+
+    Raises:
+      ValueError: as of `kvjax.generation.suggestion.chosen`.
+    """
+    stated = model.config.stated_sampling
+    found = suggestion(stated) if asked is None else None
+    if found is not None:
+        line = f"the checkpoint suggests {found}; greedy is used, --sampling model follows it"
+        print(line, file=sys.stderr, flush=True)
+    return chosen(asked, stated)
 
 
 def template_args(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def reconstruction_scores(
         prompt_lengths=lengths,
         next_positions=lengths,
         rotary_shift=features.shift,
+        rope_length=features.rope_length,
     )
 
     def chunk(scores, xs):

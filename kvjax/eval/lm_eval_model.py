@@ -50,6 +50,8 @@ class Harness(TemplateLM):
       batch_size: contexts at once.
       max_length: most tokens of a context and what follows it; longer contexts lose their
         beginning. The model's own by default.
+      max_context: the model's own limit of a context and what follows, in place of what it was
+        trained for.
       max_gen_toks: most tokens of an answer, where the task does not say.
       dtype: float32, bfloat16 or float16.
       split: devices that the model is split over; one by default.
@@ -68,6 +70,7 @@ class Harness(TemplateLM):
         *,
         batch_size: int | str = 8,
         max_length: int | None = None,
+        max_context: int | None = None,
         max_gen_toks: int = 256,
         dtype: str = "float32",
         split: int | None = None,
@@ -83,10 +86,13 @@ class Harness(TemplateLM):
         self.batch_size, self.max_gen_toks, self.seed = int(batch_size), int(max_gen_toks), seed
         directory = tiny.WEIGHTS if pretrained == "tiny" else Path(pretrained)
         mesh = workers(split).mesh
-        self.model, self.tokenizer = kvjax.load(directory, dtype=dtype, progress=False, mesh=mesh)
+        limit = None if max_context is None else int(max_context)
+        self.model, self.tokenizer = kvjax.load(
+            directory, dtype=dtype, progress=False, mesh=mesh, max_context=limit
+        )
         if self.tokenizer is None:
             raise ValueError(f"pretrained={pretrained!r} has no tokenizer, expected one")
-        own = self.model.config.max_position_embeddings
+        own = self.model.config.context
         self.max_length = own if max_length is None else int(max_length)
         if not 4 <= self.max_length <= own:
             raise ValueError(f"max_length={max_length}, expected 4 to the model's {own}")

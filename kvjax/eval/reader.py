@@ -27,9 +27,16 @@ class Reader:
         self.prefills = 0
 
     def read(
-        self, prompts: list[list[int]], images: Any, config: CompressionConfig
+        self,
+        prompts: list[list[int]],
+        images: Any,
+        config: CompressionConfig,
+        more: int | Sequence[int],
     ) -> PrefilledPrompts | None:
-        """The prompts as they are to be compressed with `config`; None: let it read them itself."""
+        """The prompts as they are to be compressed with `config`; None: let it read them itself.
+
+        `more` tokens are to follow each prompt, as in `kvjax.compress_prompt`.
+        """
         if prompts != self._prompts:
             tokens = bucket(max(map(len, prompts)))
             groups = by_prefill(self._configs, tokens)
@@ -42,6 +49,8 @@ class Reader:
             self._held = None  # before the next ones take their place
             self.prefills += 1
             group = self._groups[mine[0]]
-            found = kvjax.prefill_prompts(self._model, prompts, group, images=images)
+            found = kvjax.prefill_prompts(
+                self._model, prompts, group, images=images, max_new_tokens=more
+            )
             self._held = mine[0], found
         return self._held[1]

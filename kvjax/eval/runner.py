@@ -209,7 +209,8 @@ class _Run:
         asked = [question for question in wave if question]
         whole = [*asked, *asked[-1:] * (self.settings.batch - len(asked))]
         contexts = [list(question.context) for question in whole]
-        prefilled = self.reader.read(contexts, _images(whole), self.config)
+        more = [len(question.rest) for question in whole]
+        prefilled = self.reader.read(contexts, _images(whole), self.config, more)
         begin = time.perf_counter()
         found = kvjax.score(
             self.model,
@@ -249,7 +250,10 @@ class _Run:
         if self._at_once(questions):
             return kvjax.generate(self.model, **prompts, config=self.config, **call)
         if self.cache is None:
-            self.cache = kvjax.compress_prompt(self.model, **prompts, config=self.config, seed=seed)
+            more = _following(batch)
+            self.cache = kvjax.compress_prompt(
+                self.model, **prompts, config=self.config, seed=seed, max_new_tokens=more
+            )
         rest = [list(question.rest) for question in questions]
         return kvjax.generate(self.model, rest, cache=self.cache, **call)
 
@@ -263,11 +267,12 @@ class _Run:
             return {}
         if self._at_once(questions):
             prompts = [[*question.context, *question.rest] for question in questions]
-            images = _images(questions)
+            images, more = _images(questions), [self._steps(questions)] * len(questions)
         else:
+            more = _following(batch)
             prompts = [list(mine[0].context) for mine in batch]
             images = _images([mine[0] for mine in batch])
-        prefilled = self.reader.read(prompts, images, self.config)
+        prefilled = self.reader.read(prompts, images, self.config, more)
         return {"prompts": prefilled} if prefilled else {"prompts": prompts, "images": images}
 
     def _steps(self, questions: Sequence[Question]) -> int:
@@ -277,7 +282,7 @@ class _Run:
         """
         longest = max(question.ask.new_tokens for question in questions)
         used = max(question.size + len(question.rest) for question in questions)
-        fits = used + bucket(longest) <= self.model.config.max_position_embeddings
+        fits = used + bucket(longest) <= self.model.config.context
         return bucket(longest) if fits else longest
 
     def _judged(self, out, index: int, question: Question, own) -> dict[str, Any]:
@@ -299,6 +304,11 @@ class _Run:
             "bytes": out.cache_bytes // rows,
             "full_bytes": out.full_cache_bytes // rows,
         }
+
+
+def _following(batch: Sequence[Sequence[Question]]) -> list[int]:
+    """Tokens of the longest question of each document, with its answer."""
+    return [max(len(q.rest) + q.ask.new_tokens for q in mine) for mine in batch]
 
 
 def _images(questions: Sequence[Question]) -> list[list[str]] | None:

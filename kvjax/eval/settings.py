@@ -41,6 +41,7 @@ class EvalSettings:
       quantize: "int8" or "".
       prefill_once: prefill a batch once for all methods and budgets, whose keys and values are held
         whole meanwhile; otherwise once for each, layer by layer, in less memory.
+      max_context: most tokens of a prompt with its answer, 0 for what the model was trained for.
     """
 
     model: str
@@ -63,6 +64,7 @@ class EvalSettings:
     layout: str = ""
     quantize: str = ""
     prefill_once: bool = True
+    max_context: int = 0
 
     def __post_init__(self):
         for name, known in (("tasks", tuple(TASKS)), ("protocols", PROTOCOLS)):
@@ -74,6 +76,8 @@ class EvalSettings:
         for name in ("count", "batch", "questions", "continuation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+        if self.max_context < 0:
+            raise ValueError(f"max_context = {self.max_context}, expected at least 0")
         if not self.lengths or min(self.lengths) < 64:
             raise ValueError(f"lengths = {list(self.lengths)}, expected tokens of at least 64")
         self.configs()

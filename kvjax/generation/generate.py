@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,6 +14,7 @@ from kvjax.config import CompressionConfig, Recompress, check_config
 from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Answer, Held, drawn
 from kvjax.generation.detokenize import cut_at_stop
+from kvjax.generation.prefill import rope_lengths
 from kvjax.generation.prefilled import PrefilledPrompts, shared_request
 from kvjax.generation.programs import (
     answer_program,
@@ -23,7 +24,15 @@ from kvjax.generation.programs import (
     prefill_compress_program,
     prefill_program,
 )
-from kvjax.generation.request import FULL, Options, Request, check_rows, handed_back, instructed
+from kvjax.generation.request import (
+    FULL,
+    Options,
+    Request,
+    check_rows,
+    following,
+    handed_back,
+    instructed,
+)
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.generation.stream import CHUNK, closed, stages
 from kvjax.inputs.chat import Messages
@@ -66,7 +75,7 @@ def generate(
     *,
     max_new_tokens: int,
     tokenizer: Any = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Literal["model"] | None = None,
     seed: int | Sequence[int] = 0,
     eos_ids: Ends | None = None,
     stop: str | Sequence[str] = (),
@@ -87,9 +96,11 @@ def generate(
       prompts: a text or texts, token ids or rows of them, or a padded `[B, T]` array; what
         `prefill_prompts` made of them; None beside messages.
       config: what to keep; everything by default.
-      max_new_tokens: most tokens to draw a row, at least 1.
+      max_new_tokens: most tokens to draw a row, at least 1. A model that scales rotary frequencies
+        by length (dynamic NTK, LongRoPE) has a row's chosen for its prompt and as many tokens more.
       tokenizer: from `kvjax.load`; needed for text and for `stop`.
-      sampling: greedy by default.
+      sampling: greedy by default; "model" for what the checkpoint's `generation_config.json`
+        suggests.
       seed: of sampling, and of the `random` scorer: one number, or one a row. A row draws the same
         alone and in any batch; rows of one prompt need seeds of their own to differ.
       eos_ids: token or tokens that end a row; the model's own by default, () for none.
@@ -132,12 +143,13 @@ def generate(
         "recompress": recompress,
     }
     arrays = request.tokens, request.lengths, request.key, request.rules
+    prompt = request.images, request.rope_length
     if request.prefilled is not None:
         found = generate_prefilled_program(
             model, request.prefilled, *arrays, config=request.config, **common
         )
     elif request.cache is None:
-        found = generate_program(model, *arrays, request.images, config=request.config, **common)
+        found = generate_program(model, *arrays, *prompt, config=request.config, **common)
     else:
         found = answer_program(model, request.cache, *arrays, **common)
     return as_generation(model, request, *found)
@@ -153,6 +165,7 @@ def prefill_prompts(
     chat: bool = False,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
+    max_new_tokens: int | Sequence[int] = 0,
     mesh: Mesh | None = None,
 ) -> PrefilledPrompts:
     """Read prompts once, to compress them with each of several configs.
@@ -162,6 +175,7 @@ def prefill_prompts(
 
     Args:
       configs: all that are going to be used, but for budgets of other sizes of the same methods.
+      max_new_tokens: as in `compress_prompt`.
       Others: as in `generate`.
 
     Raises:
@@ -178,7 +192,9 @@ def prefill_prompts(
     configs = [instructed(config, tokenizer, vocabulary) for config in configs]
     tokens, lengths = pad(inputs.rows)
     request = shared_request(configs, tokens.shape[1])
-    arrays = prefill_program(model, tokens, lengths, inputs.images(tokens), request=request)
+    rope_length = rope_lengths(model, lengths, following(max_new_tokens, len(lengths)))
+    prompt = tokens, lengths, inputs.images(tokens), rope_length
+    arrays = prefill_program(model, *prompt, request=request)
     return PrefilledPrompts(inputs, arrays, request, fingerprint(model))
 
 
@@ -194,11 +210,18 @@ def compress_prompt(
     template_args: Mapping[str, Any] | None = None,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
+    max_new_tokens: int | Sequence[int] = 0,
     mesh: Mesh | None = None,
 ) -> Cache:
     """Compress documents once, to ask many questions of (`generate(cache=...)`).
 
-    Arguments as in `generate`. The questions are not seen while compressing.
+    Arguments as in `generate`, but for `max_new_tokens`: tokens of questions and answers that are
+    to follow, one number or one a document. They matter where the model scales rotary frequencies
+    by length (dynamic NTK, LongRoPE): a row's are chosen for its document and as many more tokens,
+    and stay so, however many follow. The questions are not seen while compressing.
+
+    Raises:
+      ValueError: as `generate`; max_new_tokens below 0, or another number of them than documents.
     """
     check_config(config)
     if isinstance(prompts, PrefilledPrompts):
@@ -210,8 +233,9 @@ def compress_prompt(
     model = place(model, mesh)
     check_rows(model, inputs.rows, config)
     tokens, lengths = pad(inputs.rows)
+    rope_length = rope_lengths(model, lengths, following(max_new_tokens, len(lengths)))
     config = instructed(config, tokenizer, model.config.vocab_size)
-    prompt = tokens, lengths, row_keys(seed, len(lengths)), inputs.images(tokens)
+    prompt = tokens, lengths, row_keys(seed, len(lengths)), inputs.images(tokens), rope_length
     cache = prefill_compress_program(model, *prompt, config=config)[1]
     history = extended(BEGUN, inputs.given, inputs.turns)
     return cache.replace(origin=fingerprint(model), history=history)

@@ -9,6 +9,7 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
@@ -28,6 +29,7 @@ from kvjax.model_interface import (
     encode_images,
 )
 
+Lengths = Int[Array, " B"] | Int[np.ndarray, " B"]
 # A question or a scored text longer than this runs against the cache in several blocks, so that
 # its scores never span the whole of it.
 BLOCK = 128
@@ -45,7 +47,7 @@ class Prefilled(struct.PyTreeNode):
       keys, values: after RoPE, `[B, T, K, H]` each.
       probes: what was asked for.
       lengths: real tokens of each prompt.
-      rotary_shift: as of `Cache`.
+      rotary_shift, rope_length: as of `Cache`.
     """
 
     logits: Float[Array, "B V"]
@@ -54,6 +56,7 @@ class Prefilled(struct.PyTreeNode):
     probes: tuple[Probe, ...]
     lengths: Int[Array, " B"]
     rotary_shift: Int[Array, " B"] | None = None
+    rope_length: Int[Array, " B"] | None = None
 
 
 def prefill(
@@ -64,6 +67,7 @@ def prefill(
     features: ImageFeatures = NO_IMAGES,
 ) -> Prefilled:
     """Read prompts, and leave of every layer what any scorer that `request` serves looks at."""
+    features = _turned(model, lengths, features)
     x_BTD = features.put(model.embed(tokens))
     layers = []
     for layer in model.layers:
@@ -76,7 +80,8 @@ def prefill(
         )
         probes = tuple(p.replace(reconstruction=s) for p, s in zip(probes, scores, strict=True))
     logits = last_logits(model, x_BTD, lengths)
-    return Prefilled(logits, keys, values, probes, lengths, features.shift)
+    turned = features.shift, features.rope_length
+    return Prefilled(logits, keys, values, probes, lengths, *turned)
 
 
 def prefill_in_groups(
@@ -85,13 +90,15 @@ def prefill_in_groups(
     lengths: Int[Array, " B"],
     request: ProbeRequest,
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
 ) -> Prefilled:
-    """`prefill` of a batch, in groups of rows where it is large."""
+    """`prefill` of a batch, in groups of rows where it is large; arguments as there."""
+    features = encode_images(model, images).turned_for(rope_length)
 
     def read(tokens, lengths, features, _):
         return prefill(model, tokens, lengths, request, features)
 
-    return _in_groups(read, model, tokens, lengths, encode_images(model, images), None)
+    return _in_groups(read, model, tokens, lengths, features, None)
 
 
 def compress_prefilled(
@@ -113,7 +120,30 @@ def compress_prefilled(
     layers = zip(prompts.keys, prompts.values, prompts.probes, strict=True)
     for index, layer in enumerate(layers):
         kept = add_layer(kept, index, *layer, plan)
-    return finish(kept, plan).replace(rotary_shift=prompts.rotary_shift)
+    return _turning(finish(kept, plan), prompts)
+
+
+def _turning(cache: Cache, prompts: Prefilled | ImageFeatures) -> Cache:
+    """The cache, which knows how the rotary embedding turns what follows its prompts."""
+    shift = prompts.rotary_shift if isinstance(prompts, Prefilled) else prompts.shift
+    return cache.replace(rotary_shift=shift, rope_length=prompts.rope_length)
+
+
+def rope_lengths(
+    model: Model, lengths: Lengths, more: Lengths | int = 0
+) -> Int[Array, " B"] | None:
+    """Tokens that each row's rotary frequencies are chosen for: its own, and `more` to come.
+
+    None where the model's frequencies are the same for every length.
+    """
+    return jnp.asarray(lengths + more) if model.config.rope_by_length else None
+
+
+def _turned(model: Model, lengths, features: ImageFeatures) -> ImageFeatures:
+    """Features that say what each row's frequencies are chosen for: its prompt, by default."""
+    if features.rope_length is not None:
+        return features
+    return features.turned_for(rope_lengths(model, lengths))
 
 
 def prefill_compress(
@@ -123,6 +153,7 @@ def prefill_compress(
     key: Key[Array, "*row"],
     config: CompressionConfig,
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Prefill and compress a batch of prompts, in groups of rows where it is large.
 
@@ -135,12 +166,14 @@ def prefill_compress(
       key: of the `random` scorer, one for all rows or one a row.
       config: what is kept.
       images: of all rows, encoded by the model's tower before any row is prefilled.
+      rope_length: from `rope_lengths`; without it a row's frequencies are chosen for its prompt.
     """
+    features = encode_images(model, images).turned_for(rope_length)
 
     def read(tokens, lengths, features, key):
         return _prefill_compress(model, tokens, lengths, key, config, features)
 
-    return _in_groups(read, model, tokens, lengths, encode_images(model, images), key)
+    return _in_groups(read, model, tokens, lengths, features, key)
 
 
 def _in_groups(
@@ -152,6 +185,7 @@ def _in_groups(
     key: Key[Array, "*row"] | None,
 ) -> Any:
     """`read(tokens, lengths, features, key)` of all rows, PREFILL_TOKENS or fewer at once."""
+    features = _turned(model, lengths, features)
     batch, width = tokens.shape
     shards = math.gcd(batch, sharding.parts((sharding.DATA,)))
     groups = _groups(batch // shards, width)
@@ -205,7 +239,7 @@ def _prefill_compress(model, tokens, lengths, key, config, features):
         kept = add_layer(kept, index, keys, values, probe, plan)
         # Without the barrier XLA may keep every layer's keys and values alive to the end.
         x_BTD, kept = lax.optimization_barrier((x_BTD, kept))
-    cache = finish(kept, plan).replace(rotary_shift=features.shift)
+    cache = _turning(finish(kept, plan), features)
     return last_logits(model, x_BTD, lengths), cache
 
 

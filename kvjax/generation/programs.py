@@ -94,6 +94,7 @@ def generate_program(
     key: Key[Array, "*row"],
     rules: Rules,
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
     *,
     config: CompressionConfig,
     new_tokens: int,
@@ -102,7 +103,9 @@ def generate_program(
     recompress: Recompress | None = None,
 ) -> tuple[Answer, Held, Cache | None]:
     """Prefill, compress and decode; the cache comes back, answer included, where `whole`."""
-    logits, cache = prefill.prefill_compress(model, tokens, lengths, key, config, images)
+    logits, cache = prefill.prefill_compress(
+        model, tokens, lengths, key, config, images, rope_length
+    )
     cache = with_room(cache, tail_slots)
     prompt = logits, tokens, lengths, key
     return _answer(model, cache, prompt, rules, new_tokens, whole, recompress, config.fraction)
@@ -114,11 +117,12 @@ def prefill_program(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
     *,
     request: ProbeRequest,
 ) -> Prefilled:
     """Prompts that are going to be compressed more than once."""
-    return prefill.prefill_in_groups(model, tokens, lengths, request, images)
+    return prefill.prefill_in_groups(model, tokens, lengths, request, images, rope_length)
 
 
 @partial(Program, static_argnames=("config", "windows"))
@@ -218,11 +222,14 @@ def prefill_compress_program(
     lengths: Int[Array, " B"],
     key: Key[Array, "*row"],
     images: Images | None = None,
+    rope_length: Int[Array, " B"] | None = None,
     *,
     config: CompressionConfig,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """The first stage of a stream."""
-    logits, cache = prefill.prefill_compress(model, tokens, lengths, key, config, images)
+    logits, cache = prefill.prefill_compress(
+        model, tokens, lengths, key, config, images, rope_length
+    )
     return logits, _readable(cache)
 
 

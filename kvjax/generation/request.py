@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, Literal, no_type_check
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,11 @@ from kvjax.compression.room import check_held
 from kvjax.config import CompressionConfig, Recompress, check_config, check_repeat
 from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Rules
-from kvjax.generation.prefill import Prefilled
+from kvjax.generation.prefill import Prefilled, rope_lengths
 from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
+from kvjax.generation.suggestion import chosen
 from kvjax.inputs.chat import Messages
 from kvjax.inputs.multimodal import Pictures
 from kvjax.inputs.prompts import (
@@ -65,7 +66,7 @@ class Options:
 
     max_new_tokens: int
     tokenizer: Any = None
-    sampling: Sampling | None = None
+    sampling: Sampling | Literal["model"] | None = None
     seed: int | Sequence[int] = 0
     eos_ids: Ends | None = None
     stop: str | Sequence[str] = ()
@@ -104,6 +105,7 @@ class Request(struct.PyTreeNode):
     rules: Rules
     cache: Cache | None
     images: Images | None
+    rope_length: Int[Array, " B"] | None
     prefilled: Prefilled | None
     config: CompressionConfig = struct.field(pytree_node=False)
     new_tokens: int = struct.field(pytree_node=False)
@@ -165,12 +167,15 @@ class Request(struct.PyTreeNode):
         if recompress is not None:
             _check_held(recompress, shape, config, tokens.shape[1], lengths, cache)
         sampling = options.sampling or Sampling()
+        if not isinstance(sampling, Sampling):
+            sampling = chosen(sampling, shape.stated_sampling)
         eos = eos_tokens(options.eos_ids, shape.eos_token_ids, shape.vocab_size)
         rules = Rules(
             values=sampling.values,
             eos=jnp.array([*eos, -1], jnp.int32),
             switches=sampling.switches,
         )
+        reads = cache is None and prefilled is None
         request = cls(
             tokens=jnp.asarray(tokens),
             lengths=jnp.asarray(lengths),
@@ -178,6 +183,7 @@ class Request(struct.PyTreeNode):
             rules=rules,
             cache=cache,
             images=None if prefilled else inputs.images(tokens),
+            rope_length=rope_lengths(model, lengths, new_tokens) if reads else None,
             prefilled=prefilled,
             config=config,
             new_tokens=new_tokens,
@@ -202,6 +208,25 @@ def _prefilled(
             raise ValueError(f"{name} is given beside prefilled prompts, expected it without them")
     prompts.check(model, config)
     return prompts.inputs
+
+
+def following(max_new_tokens: int | Sequence[int], rows: int) -> Int[np.ndarray, " B"]:
+    """Tokens that are to follow each row, from one number or one a row.
+
+    Raises:
+      ValueError: another number of them than rows, or one that is no integer of at least 0.
+    """
+    if isinstance(max_new_tokens, int | np.integer):
+        each = [max_new_tokens] * rows
+    else:
+        each = list(max_new_tokens)
+    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in each)
+    if not whole or len(each) != rows or min(each) < 0:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens!r}, expected an integer of at least 0, or one for each"
+            f" of the {rows} prompts"
+        )
+    return np.array(each, np.int32)
 
 
 def doubled(slots: int) -> int:
@@ -285,7 +310,7 @@ def check_rows(
     """
     check_repeat(config, model.config.vocab_size)
     used = used or [0] * len(rows)
-    check_context(rows, used, new_tokens, model.config.max_position_embeddings)
+    check_context(rows, used, new_tokens, model.config.context)
     if config.profile is not None and len(config.profile) != model.config.num_layers:
         raise ValueError(
             f"profile has {len(config.profile)} layers, expected {model.config.num_layers}"

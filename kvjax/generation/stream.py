@@ -88,7 +88,7 @@ def _begin(model: Model, request: Request) -> State:
         )
         cache = with_room(cache, request.tail_slots)
     elif asked is None:
-        rest, config = (request.key, request.images), request.config
+        rest, config = (request.key, request.images, request.rope_length), request.config
         logits, cache = prefill_compress_program(model, *prompt, *rest, config=config)
         cache = with_room(cache, request.tail_slots)
     else:

@@ -68,14 +68,15 @@ def timed_generate(
         answer = decode.decode_in_segments(model, cache, answer, rules, recompress, ratio)[1]
         return answer, held
 
-    def read(model, tokens, lengths, images):
-        features = encode_images(model, images)
+    def read(model, tokens, lengths, images, rope_length):
+        features = encode_images(model, images).turned_for(rope_length)
         return prefill.prefill(model, tokens, lengths, observe, features)
 
-    prompts = phases.run("prefill", read, model, *prompt, request.images)
-    cache = phases.run("compress", shrink, prompts, request.key)
-    logits = prompts.logits
-    del prompts
+    seen = request.images, request.rope_length
+    read_prompts = phases.run("prefill", read, model, *prompt, *seen)
+    cache = phases.run("compress", shrink, read_prompts, request.key)
+    logits = read_prompts.logits
+    del read_prompts
     answer, held = phases.run(
         "decode", answer_all, model, logits, cache, *prompt, request.key, request.rules
     )

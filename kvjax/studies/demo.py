@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"kvjax: {error}", file=sys.stderr)
         return 2
-    context = model.config.max_position_embeddings - 8
+    context = model.config.context - 8
     if not 64 <= options.length <= context:
         print(f"kvjax: --length {options.length}, expected 64 to {context}", file=sys.stderr)
         return 2

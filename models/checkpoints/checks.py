@@ -50,6 +50,17 @@ def token_id(name: str, value: Any) -> int:
     return value
 
 
+def optional_token_id(name: str, value: Any) -> int | None:
+    """The value, an integer of at least 0 or None."""
+    return None if value is None else token_id(name, value)
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """A token id, several in a list, or None for none, as a tuple."""
+    listed = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return tuple(token_id(name, token) for token in listed)
+
+
 def check_fields(config: Any) -> None:
     """Check every field of a dataclass whose type is int, float or bool alone."""
     checks = {int: positive_int, float: positive_float, bool: boolean}

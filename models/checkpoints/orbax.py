@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 
 from kvjax import sharding
 from kvjax.models.checkpoints.weights import check_reads_text, parameter_at, tensor_specs
-from kvjax.models.config import ModelConfig, RopeScaling
+from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
+from kvjax.models.rope_scaling import scaling_of
 
 FORMAT = "kvjax-orbax-1"
 CONFIG = "kvjax.json"
@@ -55,7 +56,7 @@ def save_orbax(model: Decoder, directory: str | Path) -> Path:
     facts = {
         "format": FORMAT,
         "dtype": model.embed.table_VD[...].dtype.name,
-        "config": dataclasses.asdict(model.config),
+        "config": _fields(model.config),
     }
     if jax.process_index() == 0:
         text = json.dumps(facts, indent=2) + "\n"
@@ -120,6 +121,15 @@ def is_orbax(directory: str | Path) -> bool:
     return (Path(directory) / CONFIG).is_file()
 
 
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    """What a file says of a config: all but the user's own limit and a suggestion of nothing."""
+    fields = dataclasses.asdict(config)
+    del fields["max_context"]
+    if not config.stated_sampling:
+        del fields["stated_sampling"]
+    return fields
+
+
 def _read_config(path: Path) -> tuple[ModelConfig, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -127,9 +137,11 @@ def _read_config(path: Path) -> tuple[ModelConfig, Any]:
             raise ValueError(f"format {facts['format']!r} and dtype {facts['dtype']!r}")
         fields = dict(facts["config"])
         scaling = fields["rope_scaling"]
-        fields["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
+        fields["rope_scaling"] = None if scaling is None else scaling_of(scaling)
         for name in ("sliding_windows", "eos_token_ids", "mrope_section"):
             fields[name] = None if fields.get(name) is None else tuple(fields[name])
+        stated = fields.get("stated_sampling", ())
+        fields["stated_sampling"] = tuple((name, value) for name, value in stated)
         return ModelConfig(**fields), jnp.dtype(facts["dtype"])
     except OSError:
         raise ValueError(f"{path} cannot be read, expected what save_orbax wrote") from None

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from kvjax.models.config import ModelConfig, RopeScaling, load_config
+from kvjax.models.config import ModelConfig, load_config
+from kvjax.models.rope_scaling import DynamicNtk, RopeScaling, Yarn, scaling_of
 
 FIXTURES = sorted(Path(__file__).parents[1].glob("fixtures/hf/*/config.json"))
 
@@ -234,6 +235,102 @@ def test_llama3_original_length_falls_back_as_in_transformers():
     assert config.rope_scaling.original_max_position_embeddings == 64
 
 
+def scaled(**changes):
+    """The scaling of a config.json, and the context that goes with it."""
+    config = ModelConfig.from_hf(mapping(**changes))
+    return config.rope_scaling, config.context
+
+
+LN4 = 1.3862944
+
+
+@pytest.mark.parametrize(
+    ("given", "attention", "context"),
+    [
+        ({}, 0.1 * LN4 + 1, 2048),  # as Qwen2.5 is told to be changed: the file states 512
+        ({ORIGINAL: 128}, 0.1 * LN4 + 1, 512),  # as DeepSeek: the whole length is stated
+        ({ORIGINAL: 200}, 0.1 * LN4 + 1, 800),
+        ({"attention_factor": 1.25}, 1.25, 2048),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, (0.2 * LN4 + 1) / (0.05 * LN4 + 1), 2048),
+        ({"mscale": 2.0, "mscale_all_dim": 0}, 0.1 * LN4 + 1, 2048),
+        ({"mscale": 2.0}, 0.1 * LN4 + 1, 2048),
+        ({"factor": 0.5}, 1.0, 512),
+        ({"factor": None, ORIGINAL: 128}, 0.1 * LN4 + 1, 512),
+    ],
+)
+def test_yarn(given, attention, context):
+    """The attention factor is worked out by hand; what is stated comes before what is inferred."""
+    scaling, found = scaled(rope_scaling={"type": "yarn", "factor": 4.0} | given)
+    assert found == context
+    assert scaling.attention_factor == pytest.approx(attention, rel=1e-6)
+    original = given.get(ORIGINAL, 512)
+    assert scaling == Yarn(
+        factor=given.get("factor") or 4.0,
+        original_max_position_embeddings=original,
+        attention_factor=scaling.attention_factor,
+    )
+
+
+def test_yarn_with_every_setting():
+    given = {"beta_fast": 16, "beta_slow": 2, "truncate": False, "attention_factor": 1}
+    scaling, _ = scaled(rope_parameters={"rope_type": "yarn", "factor": 2, ORIGINAL: 64} | given)
+    numbers = {"factor": 2.0, "attention_factor": 1.0, "beta_fast": 16.0, "beta_slow": 2.0}
+    assert scaling == Yarn(**numbers, truncate=False, original_max_position_embeddings=64)
+    nulls = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale"))
+    again, _ = scaled(rope_scaling={"type": "yarn", "factor": 4.0} | nulls)
+    assert again == scaled(rope_scaling={"type": "yarn", "factor": 4.0})[0]
+
+
+def test_dynamic():
+    """Its original length is the one stated, as in transformers, whatever else the file names."""
+    for extra in ({}, {ORIGINAL: 64}):
+        scaling, context = scaled(rope_scaling={"type": "dynamic", "factor": 2.5} | extra)
+        assert scaling == DynamicNtk(factor=2.5, original_max_position_embeddings=512)
+        assert context == 1280
+
+
+SETS = {"short_factor": [1, 1.5, 2, 3], "long_factor": [2, 3, 4, 5.5]}
+
+
+# sqrt(1 + ln 4 / ln 128); a factor that is stated, of 2, comes before 512 / 128.
+@pytest.mark.parametrize(
+    ("given", "original", "attention", "context"),
+    [
+        ({ORIGINAL: 128}, 128, 1.1338934, 512),
+        ({ORIGINAL: 128, "factor": 2.0}, 128, 1.0690450, 512),
+        ({ORIGINAL: 128, "factor": 8.0}, 128, 1.1952286, 1024),
+        ({ORIGINAL: 128, "attention_factor": 1.5}, 128, 1.5, 512),
+        ({}, 512, 1.0, 512),
+    ],
+)
+def test_longrope(given, original, attention, context):
+    scaling, found = scaled(rope_scaling={"type": "longrope"} | SETS | given)
+    assert found == context
+    assert scaling.attention_factor == pytest.approx(attention, rel=1e-6)
+    assert (scaling.short_factor, scaling.long_factor) == ((1, 1.5, 2, 3), (2, 3, 4, 5.5))
+    assert scaling.original_max_position_embeddings == original
+    # Phi-3 has the original length beside the scaling, which comes first.
+    beside = {ORIGINAL: original, "rope_scaling": {"type": "longrope"} | SETS | given}
+    assert scaled(**beside)[0] == scaling
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"type": "yarn", "factor": 4.0},
+        {"type": "dynamic", "factor": 4.0},
+        {"type": "longrope", ORIGINAL: 128} | SETS,
+    ],
+)
+def test_scalings_can_be_hashed_written_and_read(given):
+    config = ModelConfig.from_hf(mapping(rope_scaling=given))
+    assert hash(config) != hash(ModelConfig.from_hf(LLAMA))
+    fields = json.loads(json.dumps(dataclasses.asdict(config.rope_scaling)))
+    assert scaling_of(fields) == config.rope_scaling
+    assert config.rope_by_length == (given["type"] in ("dynamic", "longrope"))
+
+
 SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim max_position_embeddings"
@@ -249,6 +346,7 @@ def test_every_number_is_checked_under_its_key(key, value):
     assert re.match(rf"{key} must be a positive .*, got {re.escape(repr(value))}$", message)
 
 
+YARN = {"type": "yarn", "factor": 2.0}
 REFUSED = [
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
     ({"hidden_act": None}, "hidden_act must be 'silu', got None"),
@@ -274,6 +372,31 @@ REFUSED = [
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor must be a positive finite"),
     ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "high_freq_factor must be more"),
     ({"rope_scaling": LLAMA3_ROPE | {ORIGINAL: 0}}, f"{ORIGINAL} must be a positive integer"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor must be a positive finite"),
+    (
+        {"rope_scaling": YARN | {"beta_fast": 0.5}},
+        "beta_fast must be at least beta_slow =",
+    ),
+    (
+        {"rope_scaling": YARN | {"truncate": 1}},
+        "rope_scaling.truncate must be true or",
+    ),
+    ({"rope_scaling": YARN | {"mscale": -1}}, "rope_scaling.mscale must be a positive finite"),
+    ({"rope_scaling": YARN | {ORIGINAL: 1.5}}, f"{ORIGINAL} must be a positive integer, got 1.5"),
+    ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor must be a positive finite"),
+    (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+        "head_dim must be more than 2 (rope_type is 'dynamic'), got 2",
+    ),
+    ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.short_factor must be a list of numbers"),
+    (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2]}},
+        "short_factor must be a list of head_dim / 2 = 4 numbers, got (1.0, 2.0)",
+    ),
+    (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [1]}},
+        "long_factor must be as long as short_factor (2), got (1.0,)",
+    ),
     ({"rope_parameters": {FULL: {"rope_theta": 1e6}, SLIDING: {}}}, "rope_parameters must be the"),
 ]
 REFUSED_WINDOWS = [
@@ -296,11 +419,12 @@ def test_refusals_name_the_key_its_value_and_what_is_expected(family, changes, m
     assert ", got " in refused
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su", "mrope"])
+@pytest.mark.parametrize("kind", ["su", "mrope", "proportional"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_rope_scalings_that_are_not_implemented(kind, key):
     message = refusal(ModelConfig.from_hf, mapping(**{key: {"rope_type": kind, "factor": 2.0}}))
-    assert message == f"{key}.rope_type must be 'default', 'linear' or 'llama3', got {kind!r}"
+    known = "'default', 'linear', 'llama3', 'yarn', 'dynamic' or 'longrope'"
+    assert message == f"{key}.rope_type must be {known}, got {kind!r}"
 
 
 def test_long_values_are_cut_in_messages():
@@ -346,6 +470,27 @@ def test_generation_config_takes_precedence_where_it_says_something(tmp_path):
     assert load_config(tmp_path).bos_token_id == 7
     write(tmp_path, "generation_config.json", bos_token_id=None, temperature=0.6)
     assert load_config(tmp_path) == ModelConfig.from_hf(LLAMA)
+
+
+def test_what_a_checkpoint_says_of_sampling_is_kept(tmp_path):
+    write(tmp_path, **LLAMA)
+    assert load_config(tmp_path).stated_sampling == ()
+    neutral = {"top_p": 1.0, "min_p": None, "num_beams": 1, "bad_words_ids": [], "max_length": 9}
+    said = {"temperature": 0.6, "do_sample": True, "suppress_tokens": [3, 4]}
+    write(tmp_path, "generation_config.json", **neutral, **said)
+    config = load_config(tmp_path)
+    expected = (("do_sample", True), ("temperature", 0.6), ("suppress_tokens", "[3, 4]"))
+    assert config.stated_sampling == expected
+
+
+def test_neither_limit_nor_suggestion_is_part_of_what_a_model_is(tmp_path):
+    """A cache's origin goes by `repr`, compiled programs by equality and hash."""
+    plain = ModelConfig.from_hf(LLAMA)
+    other = dataclasses.replace(plain, max_context=64, stated_sampling=(("top_k", 5),))
+    assert (repr(other), other, hash(other)) == (repr(plain), plain, hash(plain))
+    assert (plain.context, other.context) == (512, 64)
+    refused = refusal(dataclasses.replace, plain, max_context=0)
+    assert refused == "max_context must be a positive integer, got 0"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.generation import sampling
+from kvjax.generation import sampling, suggestion
 from kvjax.generation.sampling import Sampling
 
 QUICK = {"xla_backend_optimization_level": 0}  # compile time is all that these tests cost
@@ -271,3 +271,50 @@ def test_switches():
 def test_values_outside_their_range(name, value, expected):
     with pytest.raises(ValueError, match=rf"^{name}={value}, expected {expected}$"):
         Sampling(**{name: value})
+
+
+# ---------------------------------------------------------------------------- what a model suggests
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": True}, Sampling(temperature=1.0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1},
+            Sampling(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1),
+        ),
+        # As in transformers: without do_sample the rest has no effect, but for the penalty.
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 20}, Sampling()),
+        ({"repetition_penalty": 1.05, "top_k": 20}, Sampling(repetition_penalty=1.05)),
+    ],
+)
+def test_a_models_own_rules(stated, expected):
+    assert suggestion.chosen("model", tuple(stated.items())) == expected
+
+
+def test_rules_of_a_call_come_before_a_models():
+    stated = (("do_sample", True), ("typical_p", 0.9))
+    assert suggestion.chosen(None, stated) == Sampling()
+    assert suggestion.chosen(Sampling(top_k=3), stated) == Sampling(top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stated", "message"),
+    [
+        ("greedy", {}, "sampling='greedy', expected a kvjax.Sampling, 'model' or None"),
+        ("model", {"typical_p": 0.9}, "sampling='model': the checkpoint sets typical_p=0.9, which"),
+        ("model", {"do_sample": True, "top_p": "0.9"}, "sampling='model': top_p='0.9', expected a"),
+        ("model", {"do_sample": True, "top_p": 1.5}, "top_p=1.5, expected a number above 0 and"),
+    ],
+)
+def test_rules_that_are_refused(asked, stated, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        suggestion.chosen(asked, tuple(stated.items()))
+    assert str(caught.value).startswith(message)
+
+
+def test_suggestions_in_words():
+    stated = (("do_sample", True), ("temperature", 0.6), ("top_p", 0.9), ("num_beams", 2))
+    assert suggestion.suggestion(stated) == "temperature=0.6, top_p=0.9"
+    assert suggestion.suggestion(stated[1:]) is None
+    assert suggestion.suggestion(stated[:1]) is None

@@ -128,6 +128,22 @@ def test_what_padding_holds_does_not_reach_the_expectation():
     assert not np.asarray(clean[1][2]).any()  # one query has no covariance
 
 
+def test_expectation_by_each_rows_frequencies_and_a_factor():
+    """Queries that are 1.5 times as long have a mean 1.5 and a covariance 2.25 times as large."""
+    q_BTNH, lengths = jnp.asarray(normal(1, 3, T, 4, 8)), jnp.array([T, 9, 5])
+    rows_BC = jnp.array([[1.0, 0.3, 0.1, 0.02], [1.0, 0.2, 0.04, 0.01], [0.9, 0.3, 0.1, 0.0]])
+    call = jax.jit(expected_queries, static_argnums=(3, 4), static_argnames="factor")
+    together = call(q_BTNH, lengths, rows_BC, FUTURE, SKIPPED)
+    longer = call(q_BTNH, lengths, rows_BC, FUTURE, SKIPPED, factor=1.5)
+    for times, found, one in zip((1.5, 2.25), longer, together, strict=True):
+        np.testing.assert_allclose(found, times * np.asarray(one), rtol=1e-5, atol=1e-6)
+    for row in range(3):
+        mine = slice(row, row + 1)
+        alone = call(q_BTNH[mine], lengths[mine], rows_BC[row], FUTURE, SKIPPED)
+        for found, one in zip(together, alone, strict=True):
+            np.testing.assert_allclose(found[row], one[0], rtol=1e-5, atol=1e-6)
+
+
 def test_expected_queries_by_hand():
     # Queries (9, 9), (1, 0), (3, 0): the sink left out, mean (2, 0), variance 1 along the first.
     q = jnp.array([[9.0, 9], [1, 0], [3, 0]]).reshape(1, 3, 1, 2)

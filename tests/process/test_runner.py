@@ -216,6 +216,28 @@ def test_answers_are_drawn_to_a_bucket_where_the_context_has_room(loaded, size, 
     assert one._steps(asked) == steps
 
 
+def test_a_document_is_compressed_for_all_that_will_be_asked_of_it(loaded, monkeypatch):
+    """Each row for its own longest question with its answer: frequencies may go by it."""
+    model, tokenizer = loaded
+    asks = [Ask(id="a", question="", answers=(), new_tokens=n, metric="exact") for n in (17, 20)]
+    whole = Document(id="d", task="t", context="", asks=tuple(asks))
+
+    def question(ask, rest):
+        return runner.Question("t", 64, whole, ask, (1, 2), (2,) * rest, 2)
+
+    batch = [[question(asks[0], 9), question(asks[1], 4)], [question(asks[0], 3)]]
+    compress, told = kvjax.compress_prompt, []
+
+    def compress_prompt(*arguments, **named):
+        told.append(named["max_new_tokens"])
+        return compress(*arguments, **named)
+
+    monkeypatch.setattr(kvjax, "compress_prompt", compress_prompt)
+    one = runner._Run(model, tokenizer, runner.FULL, "full", "unseen", SETTINGS)
+    one._generate(batch, [mine[0] for mine in batch])
+    assert told == [[26, 20]]
+
+
 def test_chat_templates_enclose_context_and_question(loaded):
     class Chat:
         """Words to lengths; a template that adds words around."""
@@ -309,6 +331,7 @@ def test_killed_and_run_again(whole, tmp_path):
         ('methods = ["snapvk"]', "methods, budgets: method='snapvk', expected one of"),
         ('budgets = ["250%"]', "methods, budgets: budget"),
         ("batch = 0", "batch = 0, expected at least 1"),
+        ("max_context = -1", "max_context = -1, expected at least 0"),
         ("lengths = [5]", r"lengths = \[5\], expected tokens of at least 64"),
         ('protocol = ["seen"]', "unknown key protocol, expected model, tasks"),
         ('count = "many"', "count = 'many', expected one int"),
