@@ -1,4 +1,4 @@
-"""load(): a Hugging Face directory as a model and its tokenizer."""
+"""load(): a Hugging Face directory, or a GGUF file, as a model and its tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,8 @@ from jax.sharding import Mesh
 
 from kvjax.inputs.image_processor import ClipImages, ImageConfig, QwenImages, load_image_config
 from kvjax.inputs.tokenizer import load_tokenizer
+from kvjax.models.checkpoints.gguf import load_gguf, load_gguf_config, load_gguf_tokenizer
+from kvjax.models.checkpoints.gguf_file import is_gguf
 from kvjax.models.checkpoints.orbax import is_orbax, load_orbax, load_orbax_config
 from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.models.config import ModelConfig, load_config
@@ -31,21 +33,24 @@ def load(
       directory: `config.json`, safetensors (one file or shards with an index), tokenizer files,
         and the image processor's settings where the model sees (LLaVA-1.5,
         Qwen2.5-VL); or what
-        `kvjax.models.checkpoints.orbax.save_orbax` wrote, with tokenizer files.
+        `kvjax.models.checkpoints.orbax.save_orbax` wrote, with tokenizer files; or a GGUF file
+        (extra `gguf`), whose weights are dequantised.
       dtype: of weights, activations and cache: jnp.float32, jnp.bfloat16 or jnp.float16.
       progress: whether to show a bar on stderr.
       mesh: from `kvjax.sharding.make_mesh`: weights go straight to the devices that hold a part of
         them, and whatever runs the model runs on the mesh. JAX's default device without one.
 
     Returns:
-      The model, and None in place of a tokenizer where the directory has none.
+      The model, and None in place of a tokenizer where there is none.
 
     Raises:
       ValueError: what is missing, extra, misshapen, truncated or unknown, by name.
+      ImportError: a GGUF file, and the package gguf is not installed.
     """
-    return load_model(directory, dtype=dtype, progress=progress, mesh=mesh), load_tokenizer(
-        directory
-    )
+    model = load_model(directory, dtype=dtype, progress=progress, mesh=mesh)
+    if is_gguf(directory):
+        return model, load_gguf_tokenizer(directory)
+    return model, load_tokenizer(directory)
 
 
 def load_model_config(directory: str | Path) -> ModelConfig:
@@ -54,6 +59,8 @@ def load_model_config(directory: str | Path) -> ModelConfig:
     Raises:
       ValueError: what is missing or unknown, by name.
     """
+    if is_gguf(directory):
+        return load_gguf_config(directory)
     if is_orbax(directory):
         return load_orbax_config(directory)
     architecture = vision_architecture(directory)
@@ -70,6 +77,8 @@ def load_model(
     mesh: Mesh | None = None,
 ) -> Decoder:
     """`load` without a tokenizer, which takes seconds to import."""
+    if is_gguf(directory):
+        return load_gguf(directory, dtype=dtype, progress=progress, mesh=mesh)
     if is_orbax(directory):
         return load_orbax(directory, mesh, dtype=dtype)
     architecture = vision_architecture(directory)

@@ -13,6 +13,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ _LAYER = (
     ("mlp.up_proj.bias", "mlp.up_bias_F", "F", "mlp_bias"),
     ("mlp.down_proj.bias", "mlp.down_bias_D", "D", "mlp_bias"),
 )
-_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes a value
+_DTYPES = ("BF16", "F16", "F32")  # safetensors' names
 _ROWS = 256  # rows transposed at once: about 5 times as fast as a whole matrix (cache misses)
 
 
@@ -190,6 +191,7 @@ def fill[Model: Decoder](
     dtype: np.dtype,
     progress: bool,
     mesh: Mesh | None,
+    opened: Callable[[Path], AbstractContextManager[Any]] | None = None,
 ) -> Model:
     """The model that `build` would make, with a checkpoint's weights and never any others.
 
@@ -198,24 +200,30 @@ def fill[Model: Decoder](
       specs: its tensors, by their names in the files; all of them are checked (`check_tensors`).
       stored: from `read_headers`.
       dtype, progress, mesh: as of `load_decoder`.
+      opened: opens a file for reading its tensors, by the methods of `safe_open`; that by default.
     """
+    opened = opened or _open_safetensors
     decoder = nnx.eval_shape(build)
     if mesh is not None:
         mesh = sharding.fitted(mesh, decoder.config.num_heads, decoder.config.num_kv_heads)
-    total = sum(math.prod(stored[n].shape) * _DTYPES[stored[n].dtype] for n in specs)
+    total = sum(math.prod(spec.shape) for spec in specs.values()) * dtype.itemsize
     bar = tqdm(
         total=total, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False
     )
     with bar:
         for path in sorted({stored[name].path for name in specs}):
-            with safe_open(path, framework="np") as file:
+            with opened(path) as file:
                 for name in file.offset_keys():
                     if name in specs and stored[name].path == path:
                         value = _load_tensor(file, name, specs[name], dtype, path, mesh)
                         parameter_at(decoder, specs[name].attribute).set_value(value)
                         _free_host_copy(value)
-                        bar.update(math.prod(value.shape) * _DTYPES[stored[name].dtype])
+                        bar.update(value.nbytes)
     return decoder
+
+
+def _open_safetensors(path: Path) -> AbstractContextManager[Any]:
+    return safe_open(path, framework="np")
 
 
 def _load_tensor(
@@ -354,31 +362,34 @@ def check_tensors(
     source: Path,
     stored: Mapping[str, Stored],
     ignored: Sequence[str] = (),
+    dtypes: Sequence[str] = _DTYPES,
+    described: str = "config.json",
 ) -> None:
     """Raise ValueError where a checkpoint is not what the specs say.
 
-    `ignored` are names, or beginnings of names that end in a dot, that may be there too.
+    `ignored` are names, or beginnings of names that end in a dot, that may be there too; `dtypes`
+    are those that can be read; `described` is what the specs were made from.
     """
     missing = [name for name in specs if name not in stored]
     if missing:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         raise ValueError(
             f"{source} lacks tensor {missing[0]!r}{more}, expected in a {architecture} "
-            "with this config.json"
+            f"with this {described}"
         )
     parts = tuple(part for part in ignored if part.endswith("."))
     for name, (path, shape, dtype) in stored.items():
         if name in specs:
             expected = specs[name].file_shape
-            if dtype not in _DTYPES:
-                known = ", ".join(_DTYPES)
+            if dtype not in dtypes:
+                known = ", ".join(dtypes)
                 raise ValueError(
                     f"{path}: tensor {name!r} has dtype {dtype}, expected one of {known}"
                 )
             if shape != expected:
                 raise ValueError(
                     f"{path}: tensor {name!r} has shape {shape}, expected {expected}, "
-                    "as config.json has it"
+                    f"as {described} has it"
                 )
         elif (
             name not in ignored
@@ -387,5 +398,5 @@ def check_tensors(
         ):
             raise ValueError(
                 f"{path} holds tensor {name!r}, not expected in a {architecture} with this "
-                "config.json"
+                f"{described}"
             )
