@@ -47,9 +47,10 @@ def load(
       ValueError: what is missing, extra, misshapen, truncated or unknown, by name.
       ImportError: a GGUF file, and the package gguf is not installed.
     """
-    model = load_model(directory, dtype=dtype, progress=progress, mesh=mesh)
     if is_gguf(directory):
-        return model, load_gguf_tokenizer(directory)
+        tokenizer = load_gguf_tokenizer(directory)  # first: its errors come within a second
+        return load_gguf(directory, dtype=dtype, progress=progress, mesh=mesh), tokenizer
+    model = load_model(directory, dtype=dtype, progress=progress, mesh=mesh)
     return model, load_tokenizer(directory)
 
 

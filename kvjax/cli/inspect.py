@@ -20,7 +20,11 @@ _METHODS = "snapkv,ada-snapkv,prefixkv,ada-prefixkv,kvzip,streaming-llm"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `kvjax inspect`."""
     add = parser.add_argument
-    add("--model", metavar="DIR", help="as on the Hugging Face hub (the bundled model)")
+    add(
+        "--model",
+        metavar="DIR",
+        help="as on the Hugging Face hub, or a GGUF file (the bundled model)",
+    )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

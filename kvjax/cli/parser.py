@@ -170,7 +170,7 @@ def _bench_flags(parser: Parser) -> None:
     def either(name: str) -> str:
         return f"({small[name]}; {large[name]} of budgets)"
 
-    known = f"{', '.join(PRESETS)}, random weights, or a checkpoint's directory"
+    known = f"{', '.join(PRESETS)}, random weights, or a checkpoint's directory or GGUF file"
     add("--model", metavar="M", help=f"{known} {either('model')}")
     add("--batch", metavar="N,N", help=f"rows {either('batch')}")
     add("--prompt", type=whole(64), metavar="N", help=f"tokens {either('prompt')}")
@@ -192,7 +192,8 @@ def _model_flags(parser: Parser) -> None:
         "--model",
         required=True,
         metavar="DIR",
-        help="config.json, safetensors and tokenizer files, as on the Hugging Face hub",
+        help="config.json, safetensors and tokenizer files, as on the Hugging Face hub; or a GGUF"
+        " file",
     )
     parser.add_argument(
         "--dtype",

@@ -309,15 +309,15 @@ class Rows:
 class TensorFile:
     """The tensors of one file, under the names of methods that `safetensors.safe_open` has."""
 
-    def __init__(self, path: Path, source: Gguf, orders: Mapping[str, np.ndarray]):
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], orders: Mapping[str, np.ndarray]):
         """Map the file.
 
         Args:
-          path: one of the files that `source.tensors` name.
-          source: from `read_gguf`.
+          path: one of the files that `tensors` name.
+          tensors: of `read_gguf`.
           orders: tensors whose rows stand in another order: where to find each row.
         """
-        self._tensors = {name: one for name, one in source.tensors.items() if one.path == path}
+        self._tensors = {name: one for name, one in tensors.items() if one.path == path}
         self._data, self._orders = np.memmap(path, np.uint8, "r"), orders
 
     def __enter__(self) -> "TensorFile":

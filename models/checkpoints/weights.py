@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ _LAYER = (
     ("mlp.down_proj.bias", "mlp.down_bias_D", "D", "mlp_bias"),
 )
 _DTYPES = ("BF16", "F16", "F32")  # safetensors' names
+_OPENED = partial(safe_open, framework="np")
 _ROWS = 256  # rows transposed at once: about 5 times as fast as a whole matrix (cache misses)
 
 
@@ -191,7 +193,7 @@ def fill[Model: Decoder](
     dtype: np.dtype,
     progress: bool,
     mesh: Mesh | None,
-    opened: Callable[[Path], AbstractContextManager[Any]] | None = None,
+    opened: Callable[[Path], AbstractContextManager[Any]] = _OPENED,
 ) -> Model:
     """The model that `build` would make, with a checkpoint's weights and never any others.
 
@@ -200,9 +202,8 @@ def fill[Model: Decoder](
       specs: its tensors, by their names in the files; all of them are checked (`check_tensors`).
       stored: from `read_headers`.
       dtype, progress, mesh: as of `load_decoder`.
-      opened: opens a file for reading its tensors, by the methods of `safe_open`; that by default.
+      opened: opens a file for reading its tensors, with the methods of `safe_open`.
     """
-    opened = opened or _open_safetensors
     decoder = nnx.eval_shape(build)
     if mesh is not None:
         mesh = sharding.fitted(mesh, decoder.config.num_heads, decoder.config.num_kv_heads)
@@ -222,16 +223,12 @@ def fill[Model: Decoder](
     return decoder
 
 
-def _open_safetensors(path: Path) -> AbstractContextManager[Any]:
-    return safe_open(path, framework="np")
-
-
 def _load_tensor(
     file: Any, name: str, spec: TensorSpec, dtype: np.dtype, path: Path, mesh: Mesh | None
 ) -> jax.Array:
     """Read, cast, lay out and place one tensor."""
 
-    def checked(raw: np.ndarray) -> np.ndarray:
+    def checked(raw: Any) -> np.ndarray:
         # The kernel of a convolution over patches is a matrix, a row a channel.
         flat = raw.reshape(len(raw), -1) if raw.ndim > len(spec.axes) else raw
         array = _lay_out(flat, spec, dtype)
@@ -268,7 +265,8 @@ def _free_host_copy(value: jax.Array) -> None:
     gc.collect(0)
 
 
-def _read_tensor(file: Any, name: str) -> np.ndarray:
+def _read_tensor(file: Any, name: str) -> Any:
+    """An array, or what is like one in shape and gives its rows when it is sliced."""
     return file.get_tensor(name)
 
 
@@ -276,7 +274,7 @@ def _read_part(file: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
     return file.get_slice(name)[index]
 
 
-def _lay_out(raw: np.ndarray, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
+def _lay_out(raw: Any, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
     """A fresh C-ordered array, so that the tensor as read can be freed at once."""
     array = np.empty(raw.shape[::-1] if spec.transposed else raw.shape, dtype)
     with np.errstate(over="ignore"):
