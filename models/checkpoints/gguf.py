@@ -10,7 +10,8 @@ Face's back, in which component i is rotated with i + H/2.
 """
 
 import functools
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER[part]}.{ending}"
 
 
-def _opener(source: Gguf, config: ModelConfig) -> "functools.partial[AbstractContextManager[Any]]":
+def _opener(source: Gguf, config: ModelConfig) -> Callable[[Path], TensorFile]:
     """What opens each of the source's files, with the rows of q and k in Hugging Face's order."""
     orders = {}
     if source.metadata["general.architecture"] == "llama":

@@ -47,9 +47,9 @@ def hf_config(source: Gguf) -> dict[str, Any]:
     metadata = source.metadata
     kind = metadata.get("general.type", "model")
     expect(kind == "model", "general.type", "'model'", kind)
-    family = metadata.get("general.architecture")
-    known = f"one of {', '.join(_ARCHITECTURES)}"
-    expect(family in tuple(_ARCHITECTURES), "general.architecture", known, family)
+    family = metadata.get("general.architecture", "")
+    known = isinstance(family, str) and family in _ARCHITECTURES
+    expect(known, "general.architecture", f"one of {', '.join(_ARCHITECTURES)}", family)
     prefix = f"{family}."
     keys = {name[len(prefix) :]: one for name, one in metadata.items() if name.startswith(prefix)}
     for name in sorted(keys.keys() - _READ):
