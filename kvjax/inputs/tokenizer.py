@@ -38,7 +38,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     if settings.is_file():
         try:
             json.loads(settings.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{settings} is not valid JSON ({error})") from None
     with quiet_transformers() as transformers, _without_marks(folder) as clean:
         # What a damaged file raises is not documented; KeyError and bare Exception are among it.

@@ -333,7 +333,7 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         listed = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         return {str(name): str(shard) for name, shard in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         raise ValueError(f"{index} must be JSON with an object 'weight_map'") from None
 
 

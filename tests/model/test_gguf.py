@@ -1,7 +1,6 @@
-"""GGUF files: weights, config, tokenizer, conversion, and the message of every refusal.
+"""GGUF files: weights, config, conversion, and the message of every refusal.
 
-Tiny files are written here by `gguf.GGUFWriter`, from random tensors under Hugging Face's names;
-what a type of block means is spelled out in float64, not taken from the package that reads it.
+What a type of block means is spelled out in float64, not taken from the package that reads it.
 """
 
 import json
@@ -14,6 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from gguf_cases import (
+    CASES,
+    HF,
+    SIZES,
+    TOKENS,
+    VOCABULARY,
+    D,
+    H,
+    N,
+    V,
+    stored,
+    tensors,
+    write,
+)
 from safetensors.numpy import load_file, save_file
 
 import kvjax
@@ -29,115 +42,6 @@ from kvjax.models.checkpoints.weights import parameter_at, tensor_specs
 from kvjax.models.config import ModelConfig, RopeScaling
 from kvjax.models.layers import rope_frequencies
 from kvjax.sharding import make_mesh
-
-D, F, L, N, K, H, V = 32, 64, 2, 4, 2, 8, 300
-SIZES = {
-    "context_length": 128, "embedding_length": D, "feed_forward_length": F, "block_count": L,
-    "attention.head_count": N, "attention.head_count_kv": K, "attention.key_length": H,
-}  # fmt: skip
-HF = {
-    "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": L,
-    "num_attention_heads": N, "num_key_value_heads": K, "head_dim": H, "rope_theta": 5000.0,
-    "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": [2, 0],
-}  # fmt: skip
-# (llama.cpp's architecture, what else its metadata say, config.json beyond HF)
-CASES = {
-    "llama": ("llama", {}, {"model_type": "llama"}),
-    "tied": ("llama", {}, {"model_type": "llama", "tie_word_embeddings": True}),
-    "biases": ("llama", {}, {"model_type": "llama", "attention_bias": True, "mlp_bias": True}),
-    "mistral": (
-        "llama",
-        {"attention.sliding_window": 8},
-        {"model_type": "mistral", "sliding_window": 8},
-    ),
-    "qwen2": ("qwen2", {}, {"model_type": "qwen2"}),
-    "qwen3": ("qwen3", {}, {"model_type": "qwen3"}),
-}
-NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-BYTES = [chr(point) for point in (*range(33, 127), *range(161, 173), *range(174, 256))]
-BYTES += [chr(256 + extra) for extra in range(256 - len(BYTES))]  # GPT-2's letters for bytes
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "1 2", "Ã ©", "ā Ă"]
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES]
-TOKENS += [merge.replace(" ", "") for merge in MERGES]
-VOCABULARY = {
-    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": TOKENS,
-    "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(TOKENS) - 3)],
-    "tokenizer.ggml.merges": MERGES, "tokenizer.ggml.bos_token_id": 1,
-    "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.add_bos_token": False,
-    "tokenizer.chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}",
-}  # fmt: skip
-
-
-def tensors(case: str) -> dict[str, np.ndarray]:
-    """A random checkpoint of the case under Hugging Face's names, fp32."""
-    config = ModelConfig.from_hf(HF | CASES[case][2])
-    rng = np.random.default_rng(0)
-    shapes = {name: spec.file_shape for name, spec in tensor_specs(config).items()}
-    return {name: rng.normal(0, 0.2, one).astype(np.float32) for name, one in shapes.items()}
-
-
-def their_name(name: str) -> str:
-    stem, ending = name.rsplit(".", 1)
-    if stem in NAMES:
-        return f"{NAMES[stem]}.{ending}"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.{ending}"
-
-
-def interleaved(array: np.ndarray) -> np.ndarray:
-    """Rows as llama.cpp stores q and k of Llama: components 0, H/2, 1, H/2 + 1, .. of each head."""
-    order = [head + half + i for head in range(0, len(array), H) for i in range(H // 2)
-             for half in (0, H // 2)]  # fmt: skip
-    return array[order]
-
-
-def stored(case: str) -> dict[str, np.ndarray]:
-    """The case's tensors as a GGUF file has them."""
-    moved = {}
-    for name, array in tensors(case).items():
-        turned = CASES[case][0] == "llama" and ("q_proj" in name or "k_proj" in name)
-        moved[their_name(name)] = interleaved(array) if turned else array
-    return moved
-
-
-def write(
-    path: Path,
-    case: str = "llama",
-    change: dict | None = None,
-    arrays: dict[str, np.ndarray] | None = None,
-    **options,
-) -> Path:
-    """A file of the case; `change` has metadata instead of its own, None to leave one out."""
-    family, more, _ = CASES[case]
-    metadata = {f"{family}.{name}": value for name, value in (SIZES | more).items()}
-    metadata[f"{family}.attention.layer_norm_rms_epsilon"] = 1e-5
-    metadata[f"{family}.rope.freq_base"] = 5000.0
-    metadata |= VOCABULARY | (change or {})
-    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", family), **options)
-    for name, value in metadata.items():
-        add(writer, name, value)
-    for name, array in (stored(case) if arrays is None else arrays).items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add(writer, name: str, value) -> None:
-    if value is None:
-        return
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-    kinds |= {str: writer.add_string, list: writer.add_array}
-    kinds[type(value)](name, value)
 
 
 def leaves(model) -> dict[str, np.ndarray]:
@@ -486,95 +390,6 @@ def test_types_and_windows_that_are_not_read(tmp_path):
     change = {"qwen2.attention.sliding_window": 8}
     message = refusal(write(tmp_path / "tiny.gguf", "qwen2", change))
     assert "qwen2.attention.sliding_window must be absent, got 8" in message
-
-
-# ---------------------------------------------------------------------------- tokenizer
-def tokenizer_of(path: Path, **change):
-    change = {f"tokenizer.ggml.{name}": value for name, value in change.items()}
-    model, tokenizer = kvjax.load(write(path, change=change), progress=False)
-    return model.config, tokenizer
-
-
-def pieces(tokenizer, text: str) -> list[str]:
-    return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
-
-
-@pytest.mark.parametrize(
-    ("pre", "text", "expected"),
-    [
-        ("smollm", "hello wor12", ["hello", "Ġwor", "1", "2"]),
-        ("gpt-2", "hello wor12", ["hello", "Ġwor", "12"]),
-        ("llama-bpe", "hello wor12", ["<|im_start|>", "hello", "Ġwor", "12"]),
-        ("qwen2", "hello wor12", ["hello", "Ġwor", "1", "2"]),
-        ("tekken", "hello wor12", ["<|im_start|>", "hello", "Ġwor", "1", "2"]),
-        ("default", "hello wor12", ["hello", "Ġwor", "12"]),
-        ("qwen2", "é<|im_end|>hello", ["Ã©", "<|im_end|>", "hello"]),
-        ("gpt-2", "\x01\x02", ["āĂ"]),
-    ],
-)
-def test_pre_tokenizers(tmp_path, pre, text, expected):
-    _, tokenizer = tokenizer_of(tmp_path / "tiny.gguf", pre=pre, add_bos_token=None)
-    assert pieces(tokenizer, text) == expected
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<|im_end|>", "")
-
-
-def test_bos_is_put_where_the_file_says_so_and_nowhere_else(tmp_path):
-    path = tmp_path / "tiny.gguf"
-    _, tokenizer = tokenizer_of(path, pre="llama-bpe")
-    assert pieces(tokenizer, "hello") == ["hello"]
-    _, tokenizer = tokenizer_of(path, add_bos_token=True, add_eos_token=True)
-    assert pieces(tokenizer, "hello") == ["<|im_start|>", "hello", "<|im_end|>"]
-    assert pieces(tokenizer, "") == ["<|im_start|>", "<|im_end|>"]
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    assert rendered == "<|im_start|>a"
-    message = "tokenizer.ggml.bos_token_id is missing, expected"
-    change = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}
-    assert message in refusal(write(path, change=change))
-
-
-def test_tokens_that_end_an_answer(tmp_path):
-    path = tmp_path / "tiny.gguf"
-    config, tokenizer = tokenizer_of(path)
-    # <|im_end|> by its id, <|endoftext|> by its text.
-    assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 0))
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
-    # Marked as plain text, as some conversions have it: still one token, and still an end.
-    config, tokenizer = tokenizer_of(
-        path, token_type=[1] * len(TOKENS), eos_token_id=0, eot_token_id=5
-    )
-    assert config.eos_token_ids == (0, 5, 2)
-    assert pieces(tokenizer, "hello<|im_end|>") == ["hello", "<|im_end|>"]
-    assert tokenizer.decode(tokenizer("hello<|im_end|>")["input_ids"], True) == "hello"
-
-
-def sentence_pieces(**change) -> dict:
-    """A SentencePiece vocabulary: bytes, letters, and pieces with scores."""
-    control = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
-    tokens = [*control, *((f"<0x{byte:02X}>", 6) for byte in range(256))]
-    made = ["▁h", "el", "▁hel", "lo", "▁hello", "▁▁", "▁▁▁", *"▁helow", "[INST]"]
-    tokens += [(piece, 1) for piece in made]
-    scores = [0.0] * 259 + [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -6.0, *[-9.0] * 6, 0.0]
-    types = [kind for _, kind in tokens[:-1]] + [4]
-    return dict(
-        model="llama", pre=None, tokens=[piece for piece, _ in tokens], token_type=types,
-        scores=scores, merges=None, add_bos_token=None, bos_token_id=1, eos_token_id=2,
-    ) | change  # fmt: skip
-
-
-def test_sentence_pieces(tmp_path):
-    config, tokenizer = tokenizer_of(tmp_path / "tiny.gguf", **sentence_pieces())
-    assert config.eos_token_ids == (2,)
-    assert pieces(tokenizer, "hello") == ["<s>", "▁hello"]
-    assert pieces(tokenizer, "hello   low") == ["<s>", "▁hello", "▁▁▁", "lo", "w"]
-    assert pieces(tokenizer, "é") == ["<s>", "▁", "<0xC3>", "<0xA9>"]
-    assert pieces(tokenizer, "[INST]hello") == ["<s>", "[INST]", "▁hello"]
-    for text in ("hello   low", "é 中", "  hello"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    change = sentence_pieces(add_space_prefix=False, add_bos_token=False)
-    _, tokenizer = tokenizer_of(tmp_path / "tiny.gguf", **change)
-    assert pieces(tokenizer, "hello hello") == ["h", "el", "lo", "▁hello"]
-    assert tokenizer.decode(tokenizer(" hello")["input_ids"]) == " hello"
 
 
 # ---------------------------------------------------------------------------- damaged files
