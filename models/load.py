@@ -49,7 +49,7 @@ def load(
     """
     if is_gguf(directory):
         tokenizer = load_gguf_tokenizer(directory)  # first: its errors come within a second
-        return load_gguf(directory, dtype=dtype, progress=progress, mesh=mesh), tokenizer
+        return load_model(directory, dtype=dtype, progress=progress, mesh=mesh), tokenizer
     model = load_model(directory, dtype=dtype, progress=progress, mesh=mesh)
     return model, load_tokenizer(directory)
 

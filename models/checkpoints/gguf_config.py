@@ -60,7 +60,8 @@ def hf_config(source: Gguf) -> dict[str, Any]:
     architecture, model_type = _ARCHITECTURES[family]
     bos, ends = special_tokens(metadata)
     config: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": ends}
-    config |= _sizes(source, prefix, keys) | _rope(source, prefix, keys)
+    sizes = _sizes(source, prefix, keys)
+    config |= sizes | _rope(source, prefix, keys, sizes["head_dim"] // 2)
     config |= _biases(source, family)
     window = keys.get("attention.sliding_window", 0)
     if window:
@@ -117,8 +118,8 @@ def _biases(source: Gguf, family: str) -> dict[str, Any]:
     return bias | ({"mlp_bias": found["ffn_up"]} if family == "llama" else {})
 
 
-def _rope(source: Gguf, prefix: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The base of the frequencies and their scaling."""
+def _rope(source: Gguf, prefix: str, keys: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """The base of the frequencies of a head's rotated pairs, and their scaling."""
     name = f"{prefix}rope.freq_base"
     theta = positive_float(name, keys.get("rope.freq_base", 10000.0))
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0))
@@ -142,7 +143,7 @@ def _rope(source: Gguf, prefix: str, keys: Mapping[str, Any]) -> dict[str, Any]:
             if f"rope.scaling.{name}" in keys
         }
     if FREQUENCIES in source.tensors:
-        factors = _frequency_factors(source)
+        factors = _frequency_factors(source, pairs)
         if not (factors == 1).all():
             expect(
                 scaling is None, f"{prefix}rope.scaling.type", f"none beside {FREQUENCIES}", kind
@@ -151,10 +152,11 @@ def _rope(source: Gguf, prefix: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _frequency_factors(source: Gguf) -> Float[np.ndarray, " half"]:
+def _frequency_factors(source: Gguf, pairs: int) -> Float[np.ndarray, " half"]:
     tensor = source.tensors[FREQUENCIES]
     expect(tensor.dtype == "F32", f"the type of {FREQUENCIES}", "F32", tensor.dtype)
-    expect(len(tensor.shape) == 1, f"the shape of {FREQUENCIES}", "of one axis", tensor.shape)
+    fits = tensor.shape == (pairs,)
+    expect(fits, f"the shape of {FREQUENCIES}", f"({pairs},), half of a head", tensor.shape)
     with TensorFile(tensor.path, source.tensors, {}) as file:
         factors = np.array(file.get_tensor(FREQUENCIES)[:])
     positive = bool((np.isfinite(factors) & (factors >= 1)).all())

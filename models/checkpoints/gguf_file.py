@@ -318,7 +318,8 @@ class TensorFile:
           orders: tensors whose rows stand in another order: where to find each row.
         """
         self._tensors = {name: one for name, one in tensors.items() if one.path == path}
-        self._data, self._orders = np.memmap(path, np.uint8, "r"), orders
+        # As a plain array: every slice of a memmap costs more than some blocks take.
+        self._data, self._orders = np.memmap(path, np.uint8, "r").view(np.ndarray), orders
 
     def __enter__(self) -> "TensorFile":
         return self

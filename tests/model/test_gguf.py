@@ -328,6 +328,9 @@ def test_frequency_factors_of_a_file(tmp_path):
     assert load_gguf_config(path).rope_scaling == scaling
     arrays["rope_freqs.weight"] = np.ones(H // 2, np.float32)
     assert load_gguf_config(write(path, arrays=arrays)).rope_scaling is None
+    arrays["rope_freqs.weight"] = np.ones(5, np.float32)
+    message = "the shape of rope_freqs.weight must be (4,), half of a head, got (5,)"
+    assert message in refusal(write(path, arrays=arrays))
     arrays["rope_freqs.weight"] = np.array([1, 2, 3, 1], np.float32)
     assert "rope_freqs.weight must be the factors of Llama 3's scaling" in refusal(
         write(path, arrays=arrays)
