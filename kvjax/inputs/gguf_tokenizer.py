@@ -5,6 +5,7 @@ each, tokens that end an answer. Two kinds of vocabulary are read: "gpt2" (byte-
 merges and the name of a pre-tokenizer) and "llama" (SentencePiece: tokens with scores).
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ _KEY = "tokenizer.ggml."
 # llama.cpp's numbers of token types.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _TYPES = range(7)
+_LONGEST = 512  # characters of a token; finding merges takes time by its square
 # Texts of tokens that end an answer whatever the metadata say (llama.cpp's list for chat models) ..
 _ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
@@ -180,8 +182,13 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary | None:
         raise ValueError(f"{_KEY}tokens must be a list of texts, got {_short(pieces)}")
     # llama.cpp gives a token without a text one of its own, too.
     pieces = [piece or f"[EMPTY_{token}]" for token, piece in enumerate(pieces)]
+    longest = max(pieces, key=len)
+    if len(longest) > _LONGEST:
+        raise ValueError(
+            f"{_KEY}tokens has {_short(longest)}, expected at most {_LONGEST} characters"
+        )
     if len(set(pieces)) < len(pieces):
-        twice = next(piece for token, piece in enumerate(pieces) if piece in pieces[:token])
+        twice = collections.Counter(pieces).most_common(1)[0][0]
         raise ValueError(f"{_KEY}tokens has {twice!r} twice")
     types = metadata.get(f"{_KEY}token_type")
     if types is None:

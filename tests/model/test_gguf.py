@@ -94,6 +94,18 @@ def test_logits_equal_those_of_the_directory_that_convert_writes(tmp_path, run):
         np.testing.assert_array_equal(saved[name], array)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_convert_writes_is_the_same_model(tmp_path, case):
+    source = write(tmp_path / "tiny.gguf", case)
+    out = convert_gguf(source, tmp_path / "out", dtype="bfloat16", progress=False)
+    ours = load_gguf(source, dtype=jnp.bfloat16, progress=False)
+    theirs = kvjax.load(out, dtype=jnp.bfloat16, progress=False)[0]
+    assert ours.config == theirs.config
+    wanted = leaves(theirs)
+    for name, array in leaves(ours).items():
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+
+
 def test_convert_leaves_nothing_half_written(tmp_path):
     arrays = stored("llama")
     arrays["blk.1.ffn_up.weight"][3, 5] = 1e6
@@ -366,6 +378,7 @@ def test_linear_scaling_and_what_changes_nothing(tmp_path):
         ({"tokenizer.ggml.merges": ["h q"]}, "tokenizer.ggml.merges has 'h q', expected two"),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges must be a list of texts, got No"),
         ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "tokenizer.ggml.tokens has 'a' twice"),
+        ({"tokenizer.ggml.tokens": ["a", "b" * 600]}, "expected at most 512 characters"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type must have a number for each of 269 tok"),
         ({"tokenizer.ggml.eos_token_id": 999}, "eos_token_id must be a token id (0 to 268), got 9"),
         (
