@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kvjax.models.checkpoints.gguf_file import is_gguf
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.load import load_model, load_model_config
@@ -39,7 +40,8 @@ def preset(name: str, context: int) -> ModelConfig:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"--model {name}, expected one of {', '.join(PRESETS)}, or a checkpoint's directory"
+            f"--model {name}, expected one of {', '.join(PRESETS)}, a checkpoint's directory, or"
+            " a GGUF file"
         )
     shape = dict(zip(_KEYS, PRESETS[name], strict=True))
     extra = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": context}
@@ -47,23 +49,23 @@ def preset(name: str, context: int) -> ModelConfig:
 
 
 def model_config(name: str, context: int) -> ModelConfig:
-    """A preset's for this context, or that of a checkpoint's directory.
+    """A preset's for this context, or that of a checkpoint's directory or GGUF file.
 
     Raises:
       ValueError: neither, or a checkpoint that is not read.
     """
-    return load_model_config(name) if _is_directory(name) else preset(name, context)
+    return load_model_config(name) if _is_checkpoint(name) else preset(name, context)
 
 
 def model_of(name: str, config: ModelConfig) -> Decoder:
     """A checkpoint's weights, or random ones of this config, in the default dtype."""
-    if _is_directory(name):
+    if _is_checkpoint(name):
         return load_model(name, dtype=default_dtype(), progress=False)
     return random_model(config)
 
 
-def _is_directory(name: str) -> bool:
-    return name not in PRESETS and Path(name).is_dir()
+def _is_checkpoint(name: str) -> bool:
+    return name not in PRESETS and (Path(name).is_dir() or is_gguf(name))
 
 
 def default_dtype() -> Any:

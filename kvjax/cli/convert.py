@@ -16,7 +16,12 @@ _BESIDE = (
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `kvjax convert`."""
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="such as stories15M.bin; a directory for orbax")
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a GGUF file (of one in parts the first), or of llama2.c, such as stories15M.bin; for"
+        " orbax a Hugging Face directory or a GGUF file",
+    )
     add(
         "vocabulary",
         metavar="VOCABULARY",
@@ -28,14 +33,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=("huggingface", "orbax"),
         default="huggingface",
-        help="huggingface: from a llama2.c checkpoint; orbax: from a Hugging Face directory, to"
-        " load straight to the shards of any mesh (huggingface)",
+        help="huggingface: from a GGUF file or a llama2.c checkpoint; orbax: from a Hugging Face"
+        " directory or a GGUF file, to load straight to the shards of any mesh (huggingface)",
     )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="bfloat16",
-        help="of an Orbax checkpoint's weights (bfloat16)",
+        help="of the weights (bfloat16; from a GGUF file to huggingface float32, which loses"
+        " nothing)",
     )
     add(
         "--split",
@@ -56,27 +61,47 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.to == "orbax":
         _to_orbax(arguments)
         return
+    from kvjax.models.checkpoints.gguf_file import is_gguf
+
+    if is_gguf(arguments.checkpoint):
+        _from_gguf(arguments)
+        return
     from kvjax.models.checkpoints.llama2c import convert_llama2c
 
     if arguments.vocabulary is None:
         raise ValueError(
-            "VOCABULARY is missing, expected a llama2.c checkpoint, its vocabulary and OUT"
+            "VOCABULARY is missing, expected a llama2.c checkpoint, its vocabulary and OUT, or a"
+            " GGUF file and OUT"
         )
     print(convert_llama2c(arguments.checkpoint, arguments.vocabulary, arguments.out))
+
+
+def _from_gguf(arguments: argparse.Namespace) -> None:
+    from kvjax.models.checkpoints.gguf import convert_gguf
+
+    if arguments.vocabulary is not None:
+        raise ValueError(
+            f"VOCABULARY {arguments.vocabulary}, expected a GGUF file and OUT alone, as the file"
+            " has its vocabulary"
+        )
+    dtype, progress = arguments.dtype or "float32", sys.stderr.isatty()
+    print(convert_gguf(arguments.checkpoint, arguments.out, dtype=dtype, progress=progress))
 
 
 def _to_orbax(arguments: argparse.Namespace) -> None:
     import jax
 
     from kvjax.eval.pod import join, workers
-    from kvjax.models.checkpoints.llama2c import check_out
+    from kvjax.models.checkpoints.export import check_out
+    from kvjax.models.checkpoints.gguf import save_gguf_tokenizer
+    from kvjax.models.checkpoints.gguf_file import is_gguf
     from kvjax.models.checkpoints.orbax import save_orbax
     from kvjax.models.load import load_model
 
     if arguments.vocabulary is not None:
         raise ValueError(
-            f"VOCABULARY {arguments.vocabulary}, expected a Hugging Face directory and OUT alone"
-            " with --to orbax"
+            f"VOCABULARY {arguments.vocabulary}, expected a Hugging Face directory or a GGUF file,"
+            " and OUT alone, with --to orbax"
         )
     source, out = Path(arguments.checkpoint), Path(arguments.out).absolute()
     if arguments.distributed:
@@ -86,10 +111,13 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
         check_out(out)
     mesh = workers(arguments.split).mesh
     quiet = not (first and sys.stderr.isatty())
-    model = load_model(source, dtype=arguments.dtype, progress=not quiet, mesh=mesh)
+    dtype = arguments.dtype or "bfloat16"
+    model = load_model(source, dtype=dtype, progress=not quiet, mesh=mesh)
     try:
         save_orbax(model, out)
-        if first:
+        if first and is_gguf(source):
+            save_gguf_tokenizer(source, out)
+        elif first:
             for name in _BESIDE:
                 if (source / name).is_file():
                     shutil.copy(source / name, out / name)

@@ -20,7 +20,7 @@ _METHODS = "snapkv,ada-snapkv,prefixkv,ada-prefixkv,kvzip,streaming-llm"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `kvjax inspect`."""
     add = parser.add_argument
-    add("--model", metavar="M", help="a folder, or org/name on the hub (the bundled model)")
+    add("--model", metavar="M", help="a folder, a GGUF file or org/name (the bundled model)")
     add("--revision", metavar="R", help="branch, tag or commit of a name on the hub (main)")
     add(
         "--dtype",

@@ -181,7 +181,7 @@ def _bench_flags(parser: Parser) -> None:
     def either(name: str) -> str:
         return f"({small[name]}; {large[name]} of budgets)"
 
-    known = f"{', '.join(PRESETS)}, random weights, or a checkpoint's directory"
+    known = f"{', '.join(PRESETS)}, random weights, or a checkpoint's directory or GGUF file"
     add("--model", metavar="M", help=f"{known} {either('model')}")
     add("--batch", metavar="N,N", help=f"rows {either('batch')}")
     add("--prompt", type=whole(64), metavar="N", help=f"tokens {either('prompt')}")
@@ -203,8 +203,8 @@ def _model_flags(parser: Parser) -> None:
         "--model",
         required=True,
         metavar="M",
-        help="a folder with config.json, safetensors and tokenizer files, or org/name on the"
-        " Hugging Face hub",
+        help="a folder with config.json, safetensors and tokenizer files, a GGUF file, or org/name"
+        " on the Hugging Face hub",
     )
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit of a name on the hub (main)"

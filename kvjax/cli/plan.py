@@ -27,7 +27,11 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         help="TOML of several rows, such as configs/plan/llama.toml; repeatable, in place of the"
         " flags up to --limits",
     )
-    add("--model", metavar="M", help=f"a directory with config.json, or {', '.join(PRESETS)}")
+    add(
+        "--model",
+        metavar="M",
+        help=f"a directory with config.json, a GGUF file, or {', '.join(PRESETS)}",
+    )
     add("--topology", metavar="T", help=", ".join(TOPOLOGIES))
     add("--split", default="", metavar="DxM", help="parts of the batch x of the model")
     add("--batch", type=whole(1), metavar="N", help="rows (one a part of the batch)")

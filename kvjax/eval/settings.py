@@ -16,7 +16,7 @@ class EvalSettings:
     """An evaluation; every field is a key of the file.
 
     Attributes:
-      model: a Hugging Face directory, or "tiny" for the bundled model.
+      model: a Hugging Face directory or a GGUF file, or "tiny" for the bundled model.
       tasks: names of `kvjax.eval.tasks.TASKS`.
       methods: names of `kvjax.METHODS`, each with settings of its own if need be, as in
         "prefixkv:layers=uniform" or "snapkv/padded:window=64,kernel=5" (`kvjax.spelling`); results

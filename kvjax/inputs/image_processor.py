@@ -242,7 +242,7 @@ def load_image_config(directory: str | Path, kind: type[ImageConfig] | None = No
         name = str(found).removesuffix("Fast").removesuffix("Pil")
         expect(name in names, "image_processor_type", f"one of {', '.join(names)}", found)
         return (ClipImages if name in _CLIP else QwenImages).from_hf(mapping)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -38,9 +38,9 @@ def load_tokenizer(directory: str | Path) -> Any:
     if settings.is_file():
         try:
             json.loads(settings.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{settings} is not valid JSON ({error})") from None
-    with _quiet_transformers() as transformers, _without_marks(folder) as clean:
+    with quiet_transformers() as transformers, _without_marks(folder) as clean:
         # What a damaged file raises is not documented; KeyError and bare Exception are among it.
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -104,7 +104,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[Any]:
+def quiet_transformers() -> Iterator[Any]:
     """transformers, imported without its advice to install torch, and silent until the end."""
     switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(switch)

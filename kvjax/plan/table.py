@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from kvjax.config import CompressionConfig, parse_budget
+from kvjax.models.checkpoints.gguf import load_gguf_config
+from kvjax.models.checkpoints.gguf_file import is_gguf
 from kvjax.models.config import ModelConfig, load_config
 from kvjax.models.presets import PRESETS, preset
 from kvjax.plan.limits import Limit
@@ -98,12 +100,15 @@ class PlanSettings:
 
 
 def model_config(name: str, context: int) -> ModelConfig:
-    """A preset's, or that of a directory's config.json."""
+    """A preset's, or that of a directory's config.json or of a GGUF file."""
     if name in PRESETS:
         return preset(name, context)
+    if is_gguf(name):
+        return load_gguf_config(name)
     if not (Path(name) / "config.json").is_file():
         raise ValueError(
-            f"model={name!r}, expected a directory with config.json or one of {', '.join(PRESETS)}"
+            f"model={name!r}, expected a directory with config.json, a GGUF file, or one of"
+            f" {', '.join(PRESETS)}"
         )
     return load_config(name)
 

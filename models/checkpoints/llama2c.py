@@ -13,11 +13,8 @@ llama2.c rotates neighbouring pairs of a head's components by RoPE, Hugging Face
 i + H/2, so the rows of wq and wk change places within each head; attention scores do not notice.
 """
 
-import json
 import math
 import os
-import secrets
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,8 @@ import numpy as np
 from jaxtyping import Float
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
+
+from kvjax.models.checkpoints.export import check_out, new_folder, write_json, write_safetensors
 
 _MAGIC = 0x616B3432  # "ak42", written as a uint32
 _HEADER_BYTES, _OLD_HEADER_BYTES = 256, 28  # of versions 1 and 2, and of version 0
@@ -328,33 +327,15 @@ def _write_safetensors(path: Path, checkpoint: _Checkpoint) -> None:
     for layer in range(header.layers):
         prefix = f"model.layers.{layer}"
         names += [(f"{prefix}.{target}.weight", name, layer) for name, target in _PER_LAYER.items()]
-    table: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for target, name, _ in names:
-        begin, end = end, end + 4 * math.prod(header.shape(name))
-        table[target] = {"dtype": "F32", "shape": header.shape(name), "data_offsets": [begin, end]}
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, name, layer in names:
-            values = checkpoint.read(name, layer)
-            if name in ("wq", "wk"):
-                values = _half_split(values, header.head_dim)
-            file.write(np.ascontiguousarray(values, "<f4").data)
+    sources = {target: (name, layer) for target, name, layer in names}
 
+    def read(target: str) -> Float[np.ndarray, "..."]:
+        name, layer = sources[target]
+        values = checkpoint.read(name, layer)
+        return _half_split(values, header.head_dim) if name in ("wq", "wk") else values
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def check_out(out: Path) -> None:
-    """Raise ValueError unless `out` can be made, or is an empty directory."""
-    found = next(path for path in (out, *out.parents) if path.exists())
-    if not found.is_dir():
-        raise ValueError(f"out {out} cannot be made: {found} is not a directory")
-    if found == out and any(out.iterdir()):
-        raise ValueError(f"out {out} is not empty; name a directory that is new or empty")
+    shapes = {target: header.shape(name) for target, (name, _) in sources.items()}
+    write_safetensors(path, shapes, np.float32, read)
 
 
 def convert_llama2c(checkpoint: str | Path, vocabulary: str | Path, out: str | Path) -> Path:
@@ -386,16 +367,9 @@ def convert_llama2c(checkpoint: str | Path, vocabulary: str | Path, out: str | P
     _check_vocabulary(Path(vocabulary), pieces, model)
     tokenizer = _tokenizer(Path(vocabulary), pieces)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    building.mkdir()
-    try:
-        _write_safetensors(building / "model.safetensors", model)
-        tokenizer.save(str(building / "tokenizer.json"))
-        _write_json(building / "config.json", _model_config(model.header))
-        _write_json(building / "tokenizer_config.json", _tokenizer_config(model.header))
-        os.replace(building, out)  # takes the place of an empty directory
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    with new_folder(out) as folder:
+        _write_safetensors(folder / "model.safetensors", model)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(folder / "config.json", _model_config(model.header))
+        write_json(folder / "tokenizer_config.json", _tokenizer_config(model.header))
     return out

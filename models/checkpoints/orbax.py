@@ -145,5 +145,5 @@ def _read_config(path: Path) -> tuple[ModelConfig, Any]:
         return ModelConfig(**fields), jnp.dtype(facts["dtype"])
     except OSError:
         raise ValueError(f"{path} cannot be read, expected what save_orbax wrote") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not what save_orbax wrote ({error})") from None

@@ -13,6 +13,8 @@ import gc
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +60,8 @@ _LAYER = (
     ("mlp.up_proj.bias", "mlp.up_bias_F", "F", "mlp_bias"),
     ("mlp.down_proj.bias", "mlp.down_bias_D", "D", "mlp_bias"),
 )
-_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # safetensors' names, bytes a value
+_DTYPES = ("BF16", "F16", "F32")  # safetensors' names
+_OPENED = partial(safe_open, framework="np")
 _ROWS = 256  # rows transposed at once: about 5 times as fast as a whole matrix (cache misses)
 
 
@@ -205,6 +208,7 @@ def fill[Model: Decoder](
     dtype: np.dtype,
     progress: bool,
     mesh: Mesh | None,
+    opened: Callable[[Path], AbstractContextManager[Any]] = _OPENED,
 ) -> Model:
     """The model that `build` would make, with a checkpoint's weights and never any others.
 
@@ -213,23 +217,24 @@ def fill[Model: Decoder](
       specs: its tensors, by their names in the files; all of them are checked (`check_tensors`).
       stored: from `read_headers`.
       dtype, progress, mesh: as of `load_decoder`.
+      opened: opens a file for reading its tensors, with the methods of `safe_open`.
     """
     decoder = nnx.eval_shape(build)
     if mesh is not None:
         mesh = sharding.fitted(mesh, decoder.config.num_heads, decoder.config.num_kv_heads)
-    total = sum(math.prod(stored[n].shape) * _DTYPES[stored[n].dtype] for n in specs)
+    total = sum(math.prod(spec.shape) for spec in specs.values()) * dtype.itemsize
     bar = tqdm(
         total=total, desc="weights", unit="B", unit_scale=True, disable=not progress, leave=False
     )
     with bar:
         for path in sorted({stored[name].path for name in specs}):
-            with safe_open(path, framework="np") as file:
+            with opened(path) as file:
                 for name in file.offset_keys():
                     if name in specs and stored[name].path == path:
                         value = _load_tensor(file, name, specs[name], dtype, path, mesh)
                         parameter_at(decoder, specs[name].attribute).set_value(value)
                         _free_host_copy(value)
-                        bar.update(math.prod(value.shape) * _DTYPES[stored[name].dtype])
+                        bar.update(value.nbytes)
     return decoder
 
 
@@ -238,7 +243,7 @@ def _load_tensor(
 ) -> jax.Array:
     """Read, cast, lay out and place one tensor."""
 
-    def checked(raw: np.ndarray) -> np.ndarray:
+    def checked(raw: Any) -> np.ndarray:
         # The kernel of a convolution over patches is a matrix, a row a channel.
         flat = raw.reshape(len(raw), -1) if raw.ndim > len(spec.axes) else raw
         array = _lay_out(flat, spec, dtype)
@@ -275,7 +280,8 @@ def _free_host_copy(value: jax.Array) -> None:
     gc.collect(0)
 
 
-def _read_tensor(file: Any, name: str) -> np.ndarray:
+def _read_tensor(file: Any, name: str) -> Any:
+    """An array, or what is like one in shape and gives its rows when it is sliced."""
     return file.get_tensor(name)
 
 
@@ -283,7 +289,7 @@ def _read_part(file: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
     return file.get_slice(name)[index]
 
 
-def _lay_out(raw: np.ndarray, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
+def _lay_out(raw: Any, spec: TensorSpec, dtype: np.dtype) -> np.ndarray:
     """A fresh C-ordered array, so that the tensor as read can be freed at once."""
     array = np.empty(raw.shape[::-1] if spec.transposed else raw.shape, dtype)
     with np.errstate(over="ignore"):
@@ -341,7 +347,7 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         listed = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         return {str(name): str(shard) for name, shard in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         raise ValueError(f"{index} must be JSON with an object 'weight_map'") from None
 
 
@@ -368,31 +374,34 @@ def check_tensors(
     source: Path,
     stored: Mapping[str, Stored],
     ignored: Sequence[str] = (),
+    dtypes: Sequence[str] = _DTYPES,
+    described: str = "config.json",
 ) -> None:
     """Raise ValueError where a checkpoint is not what the specs say.
 
-    `ignored` are names, or beginnings of names that end in a dot, that may be there too.
+    `ignored` are names, or beginnings of names that end in a dot, that may be there too; `dtypes`
+    are those that can be read; `described` is what the specs were made from.
     """
     missing = [name for name in specs if name not in stored]
     if missing:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         raise ValueError(
             f"{source} lacks tensor {missing[0]!r}{more}, expected in a {architecture} "
-            "with this config.json"
+            f"with this {described}"
         )
     parts = tuple(part for part in ignored if part.endswith("."))
     for name, (path, shape, dtype) in stored.items():
         if name in specs:
             expected = specs[name].file_shape
-            if dtype not in _DTYPES:
-                known = ", ".join(_DTYPES)
+            if dtype not in dtypes:
+                known = ", ".join(dtypes)
                 raise ValueError(
                     f"{path}: tensor {name!r} has dtype {dtype}, expected one of {known}"
                 )
             if shape != expected:
                 raise ValueError(
                     f"{path}: tensor {name!r} has shape {shape}, expected {expected}, "
-                    "as config.json has it"
+                    f"as {described} has it"
                 )
         elif (
             name not in ignored
@@ -401,5 +410,5 @@ def check_tensors(
         ):
             raise ValueError(
                 f"{path} holds tensor {name!r}, not expected in a {architecture} with this "
-                "config.json"
+                f"{described}"
             )

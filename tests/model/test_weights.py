@@ -7,6 +7,7 @@ another size; what each must become is spelled out, not taken from the loader's 
 import gc
 import json
 import re
+import struct
 import weakref
 from pathlib import Path
 
@@ -342,6 +343,41 @@ def test_damaged_files(tmp_path, name, damage, reason):
     message = refusal(tmp_path)
     assert message.startswith(f"{path} is not a complete safetensors file (")
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [1 << 40, 1 << 40]},
+        {"shape": [D, F]},
+        {"shape": [-1]},
+        {"dtype": "F64"},
+        {"dtype": "nope"},
+        {"data_offsets": [0, 1 << 50]},
+        {"data_offsets": [4, 8]},
+    ],
+    ids=str,
+)
+def test_headers_that_lie(tmp_path, change):
+    path = write(tmp_path, "llama", tensors("llama")) / "model.safetensors"
+    whole = path.read_bytes()
+    (size,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + size])
+    header[NAME] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size :])
+    message = refusal(tmp_path)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+
+
+def test_json_without_an_end(tmp_path):
+    folder = write(tmp_path, "llama", tensors("llama"), 3)
+    index, deep = folder / "model.safetensors.index.json", "[" * 200_000
+    index.write_text(deep)
+    assert refusal(folder) == f"{index} must be JSON with an object 'weight_map'"
+    (folder / "config.json").write_text(deep)
+    assert refusal(folder).startswith(f"{folder / 'config.json'}: not valid JSON (maximum recur")
 
 
 def edit_index(folder: Path, change) -> Path:
