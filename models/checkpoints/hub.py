@@ -63,30 +63,33 @@ def local_folder(
         try:
             found = api.model_info(model, revision=revision, timeout=_TIMEOUT)
         except Exception as error:  # of whichever HTTP client huggingface_hub is built on
-            if _is_answer(error):
-                _refuse(error, model, revision)
             return _cached(model, revision, error)
         names = [file.rfilename for file in found.siblings or ()]
+        _check_files(names, model, revision)
         try:
             return _fetched(api, model, revision, str(found.sha), names)
-        except ValueError:
-            raise
         except Exception as error:
+            if isinstance(error, errors.RepositoryNotFoundError):  # a gated one shows its names
+                _refuse(error, model, revision)
             raise ValueError(
                 f"{_named(model, revision)} could not be fetched, what came whole is kept"
                 f" ({_told(error)})"
             ) from None
 
 
-def _fetched(
-    api: HfApi, model: str, revision: str | None, commit: str, names: Sequence[str]
-) -> Path:
-    """The folder of a repository that holds these files, once all that are needed are there."""
+def _check_files(names: Sequence[str], model: str, revision: str | None) -> None:
+    """Raise ValueError where a repository holds no config or no safetensors."""
     named = _named(model, revision)
     if _CONFIG not in names:
         raise ValueError(f"{named} has no {_CONFIG} on the hub, expected a model")
     if not {_WEIGHTS, _INDEX} & set(names):
         raise ValueError(f"{named} has no {_WEIGHTS} on the hub{bin_hint(names, model)}")
+
+
+def _fetched(
+    api: HfApi, model: str, revision: str | None, commit: str, names: Sequence[str]
+) -> Path:
+    """The folder of a repository that holds these files, once all that are needed are there."""
 
     def fetch(name: str, at: str | None = commit) -> Path:
         return Path(api.hf_hub_download(model, name, revision=at))
@@ -102,11 +105,13 @@ def _fetched(
 
 
 def _cached(model: str, revision: str | None, error: Exception) -> Path:
-    """The folder in the cache, if it is complete, as the hub cannot be asked."""
+    """The folder in the cache, if it is complete, as the hub said no or cannot be asked."""
     named = _named(model, revision)
     try:
         found = snapshot_download(model, revision=revision, local_files_only=True)
     except Exception:
+        if _is_answer(error):
+            _refuse(error, model, revision)
         raise ValueError(
             f"{named} is no folder here, not in the cache, and the hub cannot be asked"
             f" ({_told(error)})"

@@ -102,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, X_Error_Code="GatedRepo")
         if path.startswith("/api/"):
             return self.about(path)
+        if fault == "gated files":
+            return self.answer(403, X_Error_Code="GatedRepo")
         return self.file(path.split(f"/{NAME}/resolve/")[1])
 
     def about(self, path: str) -> None:
@@ -234,12 +236,18 @@ def asked(run, tmp_path):
         ("404", "is no folder here, and no public model on the hub (a private one needs HF_TOKEN)"),
         ("401", "is no folder here, and no public model on the hub (a private one needs HF_TOKEN)"),
         ("gated", "is gated: ask for access on its page, and set HF_TOKEN"),
+        ("gated files", "is gated: ask for access on its page, and set HF_TOKEN"),
     ],
 )
 def test_a_hub_that_says_no(server, cache, asked, fault, message):
     server.fault = fault
     assert asked() == f"model {NAME!r} {message}"
-    assert not list(cache.rglob("*.json"))
+    assert not list(cache.rglob("config.json"))
+
+
+def test_what_is_cached_needs_no_leave(server, cache, files):
+    snapshot, server.fault = fill_cache(cache, files), "401"
+    assert local_folder(NAME, progress=False) == snapshot.resolve()
 
 
 def test_a_revision_that_is_none(server, asked):
