@@ -6,6 +6,7 @@ What a type of block means is spelled out in float64, not taken from the package
 import json
 import re
 import struct
+import sys
 from pathlib import Path
 
 import gguf
@@ -36,7 +37,7 @@ from kvjax.models.checkpoints.gguf import (
     load_gguf_config,
     load_gguf_tokenizer,
 )
-from kvjax.models.checkpoints.gguf_config import llama3_scaling
+from kvjax.models.checkpoints.gguf_config import hf_config, llama3_scaling
 from kvjax.models.checkpoints.gguf_file import TYPES, Tensor, TensorFile, is_gguf, read_gguf
 from kvjax.models.checkpoints.weights import parameter_at, tensor_specs
 from kvjax.models.config import ModelConfig, RopeScaling
@@ -357,6 +358,20 @@ def test_linear_scaling_and_what_changes_nothing(tmp_path):
     assert config.max_position_embeddings == 4 * 128
 
 
+def test_yarn_is_read_as_config_json_has_it(tmp_path):
+    names = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+    names |= {"yarn_beta_fast": 16.0, "yarn_attn_factor": 1.5}
+    change = {f"llama.rope.scaling.{name}": value for name, value in names.items()}
+    found = hf_config(read_gguf(write(tmp_path / "tiny.gguf", change=change)))
+    assert found["rope_scaling"] == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+        "beta_fast": 16.0, "attention_factor": 1.5,
+    }  # fmt: skip
+    change["llama.rope.scaling.attn_factor"] = 2.0
+    message = refusal(write(tmp_path / "tiny.gguf", change=change))
+    assert "llama.rope.scaling.attn_factor is 2.0, expected no such setting" in message
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -517,3 +532,17 @@ def test_other_names_and_folders(tmp_path):
     assert [is_gguf(path) for path in (source, other, tmp_path / "absent.gguf")] == [True] * 3
     assert not any(is_gguf(path) for path in (tmp_path, tmp_path / "no", tmp_path / "folder.gguf"))
     assert leaves(load_gguf(other, progress=False)).keys() == leaves(load_gguf(source)).keys()
+
+
+def test_without_the_package_it_is_named(tmp_path, monkeypatch, run):
+    source = write(tmp_path / "tiny.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        ImportError, match=r"GGUF files need the package gguf: pip install 'kvjax\["
+    ):
+        kvjax.load(source)
+    code, _, err = run("generate", "--model", source, "--prompt", "a")
+    assert (code, err) == (
+        2,
+        "kvjax: GGUF files need the package gguf: pip install 'kvjax[gguf]'\n",
+    )
