@@ -17,7 +17,8 @@ from kvjax.cache.own_model import append, claim, claimed_positions, decode_atten
 from kvjax.cache.state import Cache
 from kvjax.compression.compress import compress, probe_request
 from kvjax.config import CompressionConfig, ConfigError, Recompress, parse_budget
-from kvjax.generation.generate import Generation, compress_prompt, generate, prefill_prompts
+from kvjax.generation.generate import Generation, compress_prompt, generate
+from kvjax.generation.prefill_once import prefill_prompts
 from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import compilations
 from kvjax.generation.sampling import Sampling

@@ -98,6 +98,11 @@ class ModelConfig:
       stated_sampling: what the checkpoint's `generation_config.json` says of how tokens are drawn,
         pairs of a name and a value; `kvjax.generation.suggestion.chosen` reads it. Not compared
         either.
+      context: follows from these: tokens of a prompt and its answer at most.
+      rope_by_length: follows: whether rotary frequencies depend on how long a text is
+        (`Cache.rope_length`).
+      attention_factor: follows: what the rotary embedding multiplies queries and keys by, beside
+        turning them.
 
     Raises:
       ValueError: a value outside the ranges above.
@@ -128,6 +133,9 @@ class ModelConfig:
     # Neither is shown: a cache's origin goes by what is (`kvjax.cache.origin`).
     max_context: int | None = dataclasses.field(default=None, repr=False, compare=False)
     stated_sampling: Stated = dataclasses.field(default=(), repr=False, compare=False)
+    context: int = dataclasses.field(init=False, repr=False, compare=False)
+    rope_by_length: bool = dataclasses.field(init=False, repr=False, compare=False)
+    attention_factor: float = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         known = self.architecture in tuple(_FAMILIES)
@@ -161,6 +169,14 @@ class ModelConfig:
         object.__setattr__(self, "sliding_windows", windows)
         if self.max_context is not None:
             positive_int("max_context", self.max_context)
+        scaling = self.rope_scaling
+        derived = {
+            "context": self.max_context or self.max_position_embeddings,
+            "rope_by_length": scaling is not None and scaling.by_length,
+            "attention_factor": 1.0 if scaling is None else scaling.attention_factor,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def _check_scaling(self):
         scaling, pairs = self.rope_scaling, self.head_dim // 2
@@ -172,21 +188,6 @@ class ModelConfig:
             expect(fits, "short_factor", expected, scaling.short_factor)
         if isinstance(scaling, DynamicNtk):
             expect(pairs > 1, "head_dim", "more than 2 (rope_type is 'dynamic')", self.head_dim)
-
-    @property
-    def context(self) -> int:
-        """Tokens of a prompt and its answer at most."""
-        return self.max_context or self.max_position_embeddings
-
-    @property
-    def rope_by_length(self) -> bool:
-        """Whether rotary frequencies depend on how long a text is (`Cache.rope_length`)."""
-        return self.rope_scaling is not None and self.rope_scaling.by_length
-
-    @property
-    def attention_factor(self) -> float:
-        """What the rotary embedding multiplies queries and keys by, beside turning them."""
-        return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
 
     @property
     def group_size(self) -> int:

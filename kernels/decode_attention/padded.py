@@ -124,12 +124,12 @@ def _blocks(q, query_positions, evicted, k, v, positions, window, block, blocks)
         v_BKCH = jnp.where(at_BKC1 >= 0, v_BKCH, 0)  # 0 * NaN would be NaN
         return add((k_BKCH, v_BKCH, at_BKC1), carry, jnp.tile(seen_BKCT, group))
 
-    def add(held, carry, seen_BKCX=None):
+    def add(held, carry, mask_BKCX=None):
         k_BKCH, v_BKCH, _ = held
         s_BKCX = jnp.einsum("BKCH,BKHX->BKCX", k_BKCH, q_BKHX, preferred_element_type=jnp.float32)
         s_BKCX = s_BKCX * head_dim**-0.5  # in fp32, not in q's dtype
-        if seen_BKCX is not None:
-            s_BKCX = jnp.where(seen_BKCX, s_BKCX, -jnp.inf)
+        if mask_BKCX is not None:
+            s_BKCX = jnp.where(mask_BKCX, s_BKCX, -jnp.inf)
         # On a CPU a product with what lies the other way round takes half as long again.
         return added(carry, s_BKCX, lax.optimization_barrier(v_BKCH.swapaxes(2, 3)))
 

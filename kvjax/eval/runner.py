@@ -218,7 +218,7 @@ class _Run:
             [len(question.context) for question in whole],
             self.config,
             seed=self.settings.seed,
-            images=None if prefilled else _images(whole),
+            images=_images(whole),
             prefilled=prefilled,
         )
         seconds = (time.perf_counter() - begin) / len(asked)

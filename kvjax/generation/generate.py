@@ -15,14 +15,13 @@ from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Answer, Held, drawn
 from kvjax.generation.detokenize import cut_at_stop
 from kvjax.generation.prefill import rope_lengths
-from kvjax.generation.prefilled import PrefilledPrompts, shared_request
+from kvjax.generation.prefilled import PrefilledPrompts
 from kvjax.generation.programs import (
     answer_program,
     compress_program,
     generate_prefilled_program,
     generate_program,
     prefill_compress_program,
-    prefill_program,
 )
 from kvjax.generation.request import (
     FULL,
@@ -153,49 +152,6 @@ def generate(
     else:
         found = answer_program(model, request.cache, *arrays, **common)
     return as_generation(model, request, *found)
-
-
-@always_32_bits
-def prefill_prompts(
-    model: Model,
-    prompts: Prompts,
-    configs: Sequence[CompressionConfig],
-    *,
-    tokenizer: Any = None,
-    chat: bool = False,
-    attention_mask: np.ndarray | None = None,
-    images: Pictures | None = None,
-    max_new_tokens: int | Sequence[int] = 0,
-    mesh: Mesh | None = None,
-) -> PrefilledPrompts:
-    """Read prompts once, to compress them with each of several configs.
-
-    `generate`, `stream`, `compress_prompt` and `score` take the result in place of prompts, and
-    give what they would give for the prompts themselves. It holds every key and value.
-
-    Args:
-      configs: all that are going to be used, but for budgets of other sizes of the same methods.
-      max_new_tokens: as in `compress_prompt`.
-      Others: as in `generate`.
-
-    Raises:
-      ValueError: as `generate`; configs that repeat the prompt, or expect queries, in two ways.
-    """
-    inputs = read(
-        model, prompts, images, tokenizer=tokenizer, chat=chat, attention_mask=attention_mask
-    )
-    model = place(model, mesh)
-    vocabulary = model.config.vocab_size
-    check_rows(model, inputs.rows, FULL)
-    for config in configs:
-        check_config(config)
-    configs = [instructed(config, tokenizer, vocabulary) for config in configs]
-    tokens, lengths = pad(inputs.rows)
-    request = shared_request(configs, tokens.shape[1])
-    rope_length = rope_lengths(model, lengths, following(max_new_tokens, len(lengths)))
-    prompt = tokens, lengths, inputs.images(tokens), rope_length
-    arrays = prefill_program(model, *prompt, request=request)
-    return PrefilledPrompts(inputs, arrays, request, fingerprint(model))
 
 
 @always_32_bits

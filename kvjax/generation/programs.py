@@ -23,7 +23,7 @@ from kvjax.exact import in_32_bits
 from kvjax.generation import decode, prefill
 from kvjax.generation.decode import Answer, Held, Rules
 from kvjax.generation.prefill import Prefilled
-from kvjax.model_interface import Images, Model, ProbeRequest
+from kvjax.model_interface import Images, Model
 
 
 class Program:
@@ -109,20 +109,6 @@ def generate_program(
     cache = with_room(cache, tail_slots)
     prompt = logits, tokens, lengths, key
     return _answer(model, cache, prompt, rules, new_tokens, whole, recompress, config.fraction)
-
-
-@partial(Program, static_argnames="request")
-def prefill_program(
-    model: Model,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    images: Images | None = None,
-    rope_length: Int[Array, " B"] | None = None,
-    *,
-    request: ProbeRequest,
-) -> Prefilled:
-    """Prompts that are going to be compressed more than once."""
-    return prefill.prefill_in_groups(model, tokens, lengths, request, images, rope_length)
 
 
 @partial(Program, static_argnames=("config", "windows"))
@@ -322,7 +308,6 @@ _PROGRAMS = (
     generate_program,
     generate_prefilled_program,
     answer_program,
-    prefill_program,
     compress_program,
     prefill_compress_program,
     ask_program,

@@ -62,10 +62,10 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def check_fields(config: Any) -> None:
-    """Check every field of a dataclass whose type is int, float or bool alone."""
+    """Check every field of a dataclass that is given and whose type is int, float or bool alone."""
     checks = {int: positive_int, float: positive_float, bool: boolean}
     for field in dataclasses.fields(config):
-        if field.type in checks:
+        if field.type in checks and field.init:
             checks[field.type](field.name, getattr(config, field.name))
 
 

@@ -17,7 +17,7 @@ from kvjax import tiny
 from kvjax.eval import runner
 from kvjax.eval.journal import key_of, read_rows
 from kvjax.eval.pod import Workers
-from kvjax.eval.questions import as_tokens, batches, waves
+from kvjax.eval.questions import as_tokens, batches, questions_of, waves
 from kvjax.eval.reader import Reader
 from kvjax.eval.runner import evaluate
 from kvjax.eval.settings import EvalSettings, load_eval_settings
@@ -233,7 +233,7 @@ def test_a_document_is_compressed_for_all_that_will_be_asked_of_it(loaded, monke
         return compress(*arguments, **named)
 
     monkeypatch.setattr(kvjax, "compress_prompt", compress_prompt)
-    one = runner._Run(model, tokenizer, runner.FULL, "full", "unseen", SETTINGS)
+    one = runner._Run(model, tokenizer, runner.FULL, "full", "unseen", SETTINGS, Reader(model, []))
     one._generate(batch, [mine[0] for mine in batch])
     assert told == [[26, 20]]
 
@@ -292,7 +292,7 @@ def test_longbench_keeps_its_few_shot_and_code_tasks_plain(tmp_path, name, chat)
         model="tiny", tasks=(f"longbench/{name}",), methods=("full",), budgets=(), chat=True,
         lengths=(4096,), data=str(tmp_path),
     )  # fmt: skip
-    [question] = runner._questions(settings, None, Trimming(), Workers(0, 1))
+    [question] = questions_of(settings, None, Trimming(), Workers(0, 1))
     text = "".join(map(chr, [*question.context, *question.rest]))
     assert text.startswith("<u>") == text.endswith("<e>") == chat
     assert (text[0] == "\x01") != chat  # BOS is the template's own affair
