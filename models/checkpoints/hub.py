@@ -15,7 +15,8 @@ from huggingface_hub import HfApi, errors, snapshot_download, utils
 
 from kvjax.models.checkpoints.checks import bin_hint
 
-_NAME = re.compile(r"[\w.-]*\w[\w.-]*/[\w.-]*\w[\w.-]*")
+# What ends like a file is a path.
+_NAME = re.compile(r"[\w.-]*\w[\w.-]*/[\w.-]*\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)")
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SMALL = (
     _CONFIG, _INDEX, "generation_config.json", "preprocessor_config.json", "processor_config.json",

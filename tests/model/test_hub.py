@@ -206,7 +206,9 @@ def test_a_path_wins(tmp_path, monkeypatch, server):
         kvjax.load(NAME, revision="v2")
 
 
-@pytest.mark.parametrize("path", ["tiny", "a/b/c", "/a/b", "./a", "../a", "a/", "/b", "a b/c"])
+@pytest.mark.parametrize(
+    "path", ["tiny", "a/b/c", "/a/b", "./a", "../a", "a/", "/b", "a b/c", "a/b.gguf"]
+)
 def test_what_is_no_name_stays_a_path(path):
     assert local_folder(path) == Path(path)
 
