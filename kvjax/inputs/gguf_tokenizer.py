@@ -172,11 +172,11 @@ class _Vocabulary:
 
 def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary | None:
     """The vocabulary, checked; None where the metadata say that there is none."""
-    kind = metadata.get(f"{_KEY}model")
-    if kind in (None, "none", "no_vocab"):
+    kind = metadata.get(f"{_KEY}model", "none")
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama", "none", "no_vocab"):
+        raise ValueError(f"{_KEY}model must be 'gpt2' or 'llama', got {_short(kind)}")
+    if kind in ("none", "no_vocab"):
         return None
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{_KEY}model must be 'gpt2' or 'llama', got {kind!r}")
     pieces = metadata.get(f"{_KEY}tokens")
     if not isinstance(pieces, list) or not pieces:
         raise ValueError(f"{_KEY}tokens must be a list of texts, got {_short(pieces)}")
@@ -199,7 +199,7 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary | None:
     pre = metadata.get(f"{_KEY}pre", "default")
     if kind == "llama":
         return _Vocabulary(kind, pieces, types, _Pre((), bos=True))
-    if pre not in _PRES:
+    if not isinstance(pre, str) or pre not in _PRES:
         raise ValueError(f"{_KEY}pre must be one of {', '.join(sorted(_PRES))}, got {_short(pre)}")
     return _Vocabulary(kind, pieces, types, _PRES[pre])
 

@@ -33,6 +33,8 @@ _READ = {
     "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "attention.causal", "expert_count", "expert_used_count", "tensor_data_layout",
 }  # fmt: skip
+# What may be a list of values, one for each layer; they have to agree.
+_BY_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 # Llama 3's own numbers, which all of its published models share; the factor differs.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_LENGTH = 8192
@@ -46,7 +48,7 @@ def hf_config(source: Gguf) -> dict[str, Any]:
     """
     metadata = source.metadata
     kind = metadata.get("general.type", "model")
-    expect(kind == "model", "general.type", "'model'", kind)
+    expect(isinstance(kind, str) and kind == "model", "general.type", "'model'", kind)
     family = metadata.get("general.architecture", "")
     known = isinstance(family, str) and family in _ARCHITECTURES
     expect(known, "general.architecture", f"one of {', '.join(_ARCHITECTURES)}", family)
@@ -54,6 +56,9 @@ def hf_config(source: Gguf) -> dict[str, Any]:
     keys = {name[len(prefix) :]: one for name, one in metadata.items() if name.startswith(prefix)}
     for name in sorted(keys.keys() - _READ):
         raise ValueError(f"{prefix}{name} is {keys[name]!r}, expected no such setting")
+    for name, value in keys.items():
+        one = name in _BY_LAYER or isinstance(value, bool | int | float | str)
+        expect(one, f"{prefix}{name}", "one value", value)
     for name, only in (("expert_count", 0), ("expert_used_count", 0), ("attention.causal", True)):
         found = keys.get(name, only)
         expect(found == only, f"{prefix}{name}", repr(only), found)
@@ -78,10 +83,13 @@ def _sizes(source: Gguf, prefix: str, keys: Mapping[str, Any]) -> dict[str, Any]
     def positive(name: str, default: Any = None) -> int:
         value = keys.get(name, default)
         if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
-            value = value[0].item()  # one for each layer
+            value = value[0].item()
         return positive_int(f"{prefix}{name}", value)
 
     heads, width = positive("attention.head_count"), positive("embedding_length")
+    kv_heads = positive("attention.head_count_kv", heads)
+    multiple = f"a multiple of {prefix}attention.head_count_kv = {kv_heads}"
+    expect(heads % kv_heads == 0, f"{prefix}attention.head_count", multiple, heads)
     head_dim = positive("attention.key_length", width // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         value = positive(name, head_dim)
@@ -89,11 +97,10 @@ def _sizes(source: Gguf, prefix: str, keys: Mapping[str, Any]) -> dict[str, Any]
     table = source.tensors.get("token_embd.weight")
     if table is None:
         raise ValueError("lacks tensor 'token_embd.weight', expected in every model")
-    tokens = source.metadata.get("tokenizer.ggml.tokens", ())
-    listed = f"at most the {table.shape[0]} rows of token_embd.weight"
-    expect(
-        len(tokens) <= table.shape[0], "the number of tokenizer.ggml.tokens", listed, len(tokens)
-    )
+    tokens = source.metadata.get("tokenizer.ggml.tokens")
+    count, most = len(tokens) if isinstance(tokens, list) else 0, table.shape[0]
+    listed = f"at most the {most} rows of token_embd.weight"
+    expect(count <= most, "the number of tokenizer.ggml.tokens", listed, count)
     epsilon = "attention.layer_norm_rms_epsilon"
     return {
         "vocab_size": table.shape[0],
@@ -101,7 +108,7 @@ def _sizes(source: Gguf, prefix: str, keys: Mapping[str, Any]) -> dict[str, Any]
         "intermediate_size": positive("feed_forward_length"),
         "num_hidden_layers": positive("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": positive("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": positive("context_length"),
         "rms_norm_eps": positive_float(f"{prefix}{epsilon}", keys.get(epsilon)),

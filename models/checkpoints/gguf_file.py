@@ -85,21 +85,21 @@ def read_gguf(path: str | Path) -> Gguf:
     """
     first = _read_file(Path(path))
     count = first.metadata.get("split.count", 0)
-    if count in (0, 1):
+    if is_int(count, 0) and count < 2:
         return first
     tensors = dict(first.tensors)
     for number, part in enumerate(_other_parts(first), start=1):
         other = _read_file(part)
         expected = {"split.no": number, "split.count": count}
         for key, value in expected.items():
-            if other.metadata.get(key) != value:
-                found = other.metadata.get(key)
+            found = other.metadata.get(key)
+            if not is_int(found, 0) or found != value:
                 raise ValueError(f"{part}: {key} must be {value}, got {found!r}")
         for name in sorted(other.tensors.keys() & tensors.keys()):
             raise ValueError(f"{part} holds tensor {name!r}, which {tensors[name].path} has too")
         tensors |= other.tensors
     total = first.metadata.get("split.tensors.count", len(tensors))
-    if total != len(tensors):
+    if not is_int(total, 0) or total != len(tensors):
         raise ValueError(f"{path}: split.tensors.count must be {len(tensors)}, got {total!r}")
     return first._replace(tensors=tensors)
 
@@ -113,7 +113,8 @@ def _other_parts(first: Gguf) -> list[Path]:
             " NAME-00001-of-0000N.gguf"
         )
     names = [f"{name[1]}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
-    if metadata.get("split.no") != 0 or path.name != names[0]:
+    number = metadata.get("split.no")
+    if not is_int(number, 0) or number or path.name != names[0]:
         raise ValueError(f"{path} is not the first of {count} parts, expected {names[0]}")
     return [path.with_name(other) for other in names[1:]]
 

@@ -31,6 +31,7 @@ from gguf_cases import (
 from safetensors.numpy import load_file, save_file
 
 import kvjax
+from kvjax.inputs.gguf_tokenizer import tokenizer_parts
 from kvjax.models.checkpoints.gguf import (
     convert_gguf,
     load_gguf,
@@ -174,6 +175,8 @@ def test_a_model_in_parts(tmp_path):
     assert f"is not the first of {len(parts)} parts, expected {parts[0].name}" in refusal(parts[1])
     (tmp_path / "other.gguf").write_bytes(parts[0].read_bytes())
     assert "expected the first under its name" in refusal(tmp_path / "other.gguf")
+    other = write(tmp_path / "odd.gguf", change={"split.count": [1, 2]})
+    assert "is one of array([1, 2]" in refusal(other)
     content = parts[1].read_bytes()
     parts[1].write_bytes(parts[2].read_bytes())
     assert f"{parts[1]}: split.no must be 1, got 2" == refusal(parts[0])
@@ -424,6 +427,13 @@ def test_types_and_windows_that_are_not_read(tmp_path):
 
 
 # ---------------------------------------------------------------------------- damaged files
+EXTRA = (
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "attention.value_length",
+    "attention.causal", "expert_count", "rope.freq_base", "rope.dimension_count",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -508,6 +518,23 @@ def test_a_hundred_damaged_files_are_each_one_sentence(tmp_path):
             assert str(path) in message
             assert "\n" not in message
     assert refused > 80
+
+
+def test_metadata_of_other_types_are_each_one_sentence(tmp_path):
+    """Whatever stands at a key, it is taken or refused in one sentence about a key."""
+    source = read_gguf(write(tmp_path / "tiny.gguf"))
+    keys = {f"llama.{name}" for name in (*SIZES, *EXTRA)} | VOCABULARY.keys()
+    values = (0, 7, 0.5, float("nan"), True, "a text", ["a", "b"], np.array([1, 2]), np.ones(1))
+    for key in sorted(keys | {"general.architecture", "general.type"}):
+        for value in values:
+            metadata = source.metadata | {key: value}
+            try:
+                ModelConfig.from_hf(hf_config(source._replace(metadata=metadata)))
+                tokenizer_parts(metadata, 128)
+            except ValueError as error:
+                message = str(error)
+                assert re.match(r"(the number of )?[\w.]+ (must|is|has)", message), message
+                assert "\n" not in message
 
 
 def complaint(path: Path) -> str:
