@@ -101,4 +101,4 @@ gpu-check tpu-check:
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test test-all mutants lives lint types fidelity stories study report compile-matrix plan bench gpu-check tpu-check clean
+.PHONY: help setup demo test test-all mutants lives lint types fidelity stories study report real compile-matrix plan bench gpu-check tpu-check clean

@@ -93,7 +93,7 @@ def score(
         rope_length = prefill.rope_lengths(model, lengths, counts)
         found = _score_program(model, prompt, lengths, *rest, rope_length, **how)
     else:
-        _check_prefixes(model, prefilled, inputs.rows, config)
+        _check_prefixes(model, prefilled, inputs.rows, config, counts)
         found = _score_prefilled_program(model, prefilled.arrays, after, counts, key, **how)
     nll, top1, counts_BLK, kept = found
     nll, top1 = np.asarray(nll), np.asarray(top1)  # sliced here, not row by row on the device
@@ -143,9 +143,14 @@ def _divided(
 
 
 def _check_prefixes(
-    model: Model, prefilled: PrefilledPrompts, rows: list[list[int]], config: CompressionConfig
+    model: Model,
+    prefilled: PrefilledPrompts,
+    rows: list[list[int]],
+    config: CompressionConfig,
+    counts,
 ):
     prefilled.check(model, config)
+    prefilled.check_following(counts)
     if prefilled.inputs.rows != rows:
         raise ValueError("prefilled holds other prompts, expected the prefixes of these texts")
 

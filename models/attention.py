@@ -131,7 +131,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         return constrain(q_BTNH, "BTNH"), constrain(k_BTKH, "BTKH"), constrain(v_BTKH, "BTKH")
 
-    def _rotate(self, q_BTNH, k_BTKH, positions, rope_length):
+    def _rotate(self, q_BTNH, k_BTKH, positions, rope_length=None):
         frequencies = rope_frequencies(self.config, rope_length)
         turned = positions, frequencies, self.config.attention_factor
         return rotate(q_BTNH, *turned), rotate(k_BTKH, *turned)

@@ -58,6 +58,8 @@ def load(
         revision that the hub does not have, or a hub that cannot be reached; a max_context below 1.
       ImportError: a GGUF file, and the package gguf is not installed.
     """
+    if max_context is not None:
+        positive_int("max_context", max_context)
     folder = local_folder(directory, revision, progress=progress)
     load_text = load_gguf_tokenizer if is_gguf(folder) else load_tokenizer
     tokenizer = load_text(folder)  # first: its errors come within a second
@@ -91,8 +93,6 @@ def load_model(
     max_context: int | None = None,
 ) -> Decoder:
     """`load` without a tokenizer, which takes seconds to import."""
-    if max_context is not None:
-        positive_int("max_context", max_context)
     directory = local_folder(directory, revision, progress=progress)
     model = _load(directory, dtype, progress, mesh)
     if max_context is not None:

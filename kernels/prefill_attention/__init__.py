@@ -33,7 +33,8 @@ def prefill_attention(
 
     Args:
       q, k, v: queries, keys and values after RoPE; K divides N and keys are never repeated.
-      lengths: real tokens of each row, 1..T; what follows is padding and is never attended.
+      lengths: real tokens of each row, 1..T; what follows is padding, which no real token attends
+        to.
       window: a query at p sees keys p - window + 1 .. p; None for all of them.
       implementation: "xla" (chunked online softmax), "cudnn" (GPU), "splash" (TPU); by default
         the platform's own, and "xla" where that one cannot take these shapes or dtypes.
@@ -41,7 +42,7 @@ def prefill_attention(
     Returns:
       The output in q's dtype and the log-sum-exp of each query's scaled scores in fp32
       (`accumulated` scores reuse it). Rows of padding hold values without meaning: a finite
-      output, and a log-sum-exp that is -inf where a window leaves the row nothing to see.
+      output, and a log-sum-exp that may be -inf.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, expected a divisor of q's {q.shape[2]}")

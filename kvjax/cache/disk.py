@@ -59,7 +59,8 @@ def save_cache(
         "config": dataclasses.asdict(config) if config else None,
         "keep_ratio": cache.keep_ratio,
         "layers": len(cache.tail.keys),
-        "turns": cache.history and [one.turns for one in cache.history],
+        "turns": cache.history
+        and [one.turns and [dict(turn) for turn in one.turns] for one in cache.history],
         "slots": slots and {name: getattr(slots, name) for name in _STATIC},
         "sha256": _digest(arrays),
     }

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kvjax.cli.files import (
     read_images,
     read_samples,
 )
-from kvjax.cli.settings import announce
+from kvjax.cli.settings import announce, loading
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.inputs.multimodal import with_placeholders
 from kvjax.inputs.prompts import as_rows
@@ -37,13 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     picture = _picture(arguments.output) if figures.available() else None
     for path in filter(None, (arguments.output, picture)):
         check_writable(path)  # before the long work, not after it
-    model, tokenizer = kvjax.load(
-        arguments.model,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        progress=sys.stderr.isatty(),
-        max_context=arguments.max_context,
-    )
+    model, tokenizer = kvjax.load(arguments.model, **loading(arguments))
     rows = _rows(places, model, tokenizer, images)
     announce(config, [len(row) for row in rows])
     profile = calibrate(

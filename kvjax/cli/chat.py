@@ -10,8 +10,16 @@ from typing import Any
 
 import kvjax
 from kvjax.cache.state import Cache
-from kvjax.cli.files import read_text
-from kvjax.cli.settings import announce, compression, recompression, sampling, template_args
+from kvjax.cli.files import check_vocabulary, read_text
+from kvjax.cli.settings import (
+    announce,
+    compression,
+    drawn_by,
+    loading,
+    recompression,
+    sampling,
+    template_args,
+)
 from kvjax.config import CompressionConfig
 from kvjax.inputs.chat import Turn, opening, turn_tokens
 from kvjax.model_interface import Model
@@ -50,26 +58,22 @@ class Setting:
 
 def run(arguments: argparse.Namespace) -> None:
     """`kvjax chat`: one question a line; slow imports come late."""
-    config, rules = compression(arguments), sampling(arguments)
+    config, asked = compression(arguments), sampling(arguments)
     document = None if arguments.document is None else read_text(arguments.document)
     if document is not None and not document.strip():
         raise ValueError(f"--document {arguments.document} is empty, expected a text")
-    model, tokenizer = kvjax.load(
-        arguments.model,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        progress=sys.stderr.isatty(),
-    )
+    model, tokenizer = kvjax.load(arguments.model, **loading(arguments))
     if tokenizer is None:
         raise ValueError(f"--model {arguments.model} has no tokenizer, expected one for a chat")
     call = {
         "max_new_tokens": arguments.max_new_tokens,
-        "sampling": rules,
+        "sampling": drawn_by(asked, model),
         "seed": arguments.seed,
         "eos_ids": () if arguments.ignore_eos else arguments.eos,
         "stop": arguments.stop,
         "recompress": recompression(arguments),
     }
+    _check(call, model)  # before the document is read
     setting = Setting(model, tokenizer, config, template_args(arguments), call)
     begun = _begun(setting, arguments.system, document)
     talk = begun
@@ -79,11 +83,27 @@ def run(arguments: argparse.Namespace) -> None:
         if line == "/reset":
             talk = begun
         elif line == "/kept":
-            print("\n".join(kept(talk.cache)), flush=True)
+            print("\n".join(kept(talk.cache, call["recompress"] is None)), flush=True)
         elif line.startswith("/"):
             print(f"kvjax: {line}, expected a question, {_COMMANDS}", file=sys.stderr, flush=True)
         else:
             talk = _answered(setting, talk, line)
+
+
+def _check(call: dict[str, Any], model: Model) -> None:
+    """Raise ValueError for flags that no question could be answered with."""
+    check_vocabulary(call["eos_ids"] or [], "--eos", model.config.vocab_size)
+    rule = call["recompress"]
+    if rule is not None and rule.budget is None:
+        raise ValueError(
+            "--recompress-every without --recompress-budget, expected both in a chat, as the"
+            " ratio of a document's cache is fixed"
+        )
+    if call["max_new_tokens"] >= model.config.context:
+        raise ValueError(
+            f"--max-new-tokens {call['max_new_tokens']}, expected less than the context of"
+            f" {model.config.context} tokens"
+        )
 
 
 def _lines() -> Iterator[str]:
@@ -115,6 +135,8 @@ def _begun(setting: Setting, system: str | None, document: str | None) -> Talk:
             template_args=setting.template,
             tokenizer=setting.tokenizer,
             seed=setting.call["seed"],
+            # A talk may go on to the end of the context.
+            max_new_tokens=max(0, setting.model.config.context - tokens),
         )
         cache.next_positions.block_until_ready()
         bar.update(tokens)
@@ -162,24 +184,29 @@ def _answered(setting: Setting, talk: Talk, question: str) -> Talk:
     )
 
 
-def kept(cache: Cache | None) -> list[str]:
-    """Lines that say what a cache holds of its prompt: in all, and a bar for each layer."""
+def kept(cache: Cache | None, whole_answers: bool = True) -> list[str]:
+    """Lines that say what a cache holds: in all, and a bar for each layer.
+
+    `whole_answers` says whether what followed the prompt is held whole: not if compressed again.
+    """
     if cache is None:
         return ["nothing is held yet"]
     counts_LK = cache.counts[0]
     layers, heads = counts_LK.shape
     tokens, since = int(cache.prompt_lengths[0]), int(cache.next_positions[0])
-    entries, full = int(counts_LK.sum()), tokens * layers * heads
+    read = tokens if whole_answers else since
+    entries, full = int(counts_LK.sum()), read * layers * heads
     keys = cache.tail.keys[0]
     # A full cache has a key and a value of each entry, in the tail's dtype.
     whole = full * 2 * keys.shape[-1] * keys.dtype.itemsize
     lines = [
-        f"{tokens} tokens compressed, {since - tokens} since, which are held whole",
+        f"{tokens} tokens compressed, {since - tokens} since"
+        + (", which are held whole" if whole_answers else ", compressed too"),
         f"entries {entries:,} of {full:,} ({entries / full:.1%})",
         f"bytes {cache.nbytes:,} of {whole:,} ({cache.nbytes / whole:.1%})",
     ]
     for layer, held in enumerate(counts_LK.sum(-1).tolist()):
-        share = held / (tokens * heads)
+        share = held / (read * heads)
         bar = "#" * round(_BAR * share)
         lines.append(f"layer {layer:2} {bar:.<{_BAR}} {share:.1%}")
     return lines

@@ -23,6 +23,7 @@ from kvjax.cli.settings import (
     announce,
     compression,
     drawn_by,
+    loading,
     recompression,
     resolved,
     sampling,
@@ -134,13 +135,7 @@ def generate(arguments: argparse.Namespace) -> None:
     texts, ids = _given(arguments)
     prompts: Any = texts or list(ids.values())
     images = _pictures(arguments.image, prompts)
-    model, tokenizer = kvjax.load(
-        arguments.model,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        progress=sys.stderr.isatty(),
-        max_context=arguments.max_context,
-    )
+    model, tokenizer = kvjax.load(arguments.model, **loading(arguments))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if texts and tokenizer is None:
         raise ValueError(f"{arguments.model} has no tokenizer, expected token ids (--tokens)")
@@ -300,13 +295,7 @@ def score(arguments: argparse.Namespace) -> None:
     config = compression(arguments)
     places = read_documents(arguments.tokens)
     images = read_images(arguments.tokens)
-    model = load_model(
-        arguments.model,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        progress=sys.stderr.isatty(),
-        max_context=arguments.max_context,
-    )
+    model = load_model(arguments.model, **loading(arguments))
     if isinstance(model, VisionModel) and images is not None:
         places = _with_features(places, images, model)
     _check_documents(places, model, config)

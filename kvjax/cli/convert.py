@@ -8,8 +8,9 @@ from pathlib import Path
 # What a checkpoint's folder holds beside its weights; what is there is copied.
 _BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json",
 )  # fmt: skip
 
 
@@ -63,9 +64,16 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from kvjax.models.checkpoints.gguf_file import is_gguf
 
+    for flag, given in (("--split", arguments.split), ("--distributed", arguments.distributed)):
+        if given:
+            raise ValueError(f"{flag} is of Orbax checkpoints, expected --to orbax beside it")
     if is_gguf(arguments.checkpoint):
         _from_gguf(arguments)
         return
+    if arguments.dtype is not None:
+        raise ValueError(
+            f"--dtype {arguments.dtype}, expected none: llama2.c's weights are float32"
+        )
     from kvjax.models.checkpoints.llama2c import convert_llama2c
 
     if arguments.vocabulary is None:

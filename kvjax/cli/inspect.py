@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import kvjax
+from kvjax.cli.settings import loading
 from kvjax.config import CompressionConfig, parse_budget
 from kvjax.methods import METHODS
 from kvjax.model_interface import Model, VisionModel
@@ -65,13 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = arguments.prompt if given is None else read_text(given)
     pictures = [load_image(file) for file in arguments.image or ()]
     directory = arguments.model or tiny.WEIGHTS
-    model, tokenizer = kvjax.load(
-        directory,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        progress=sys.stderr.isatty(),
-        max_context=arguments.max_context,
-    )
+    model, tokenizer = kvjax.load(directory, **loading(arguments))
     if tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer, expected one")
     if pictures and isinstance(model, VisionModel) and not arguments.chat:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from kvjax.compression.row_budgets import largest
 from kvjax.config import CompressionConfig, Recompress, parse_budget
 from kvjax.generation.sampling import Sampling
 from kvjax.generation.suggestion import chosen, suggestion
+from kvjax.inputs.chat import check_template_args
 from kvjax.model_interface import Model
 
 _OPTIONAL = (
@@ -67,6 +69,20 @@ def drawn_by(asked: Sampling | Literal["model"] | None, model: Model) -> Samplin
     return chosen(asked, stated)
 
 
+def loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of a model come to as keywords of `kvjax.load`.
+
+    From here on transformers keeps to itself that a text is longer than its tokenizer expects.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return {
+        "revision": arguments.revision,
+        "dtype": arguments.dtype,
+        "progress": sys.stderr.isatty(),
+        "max_context": arguments.max_context,
+    }
+
+
 def template_args(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a chat template, NAME=VALUE each; values are JSON, or text as it is.
 
@@ -78,6 +94,7 @@ def template_args(arguments: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = given.partition("=")
         if not (name and equals):
             raise ValueError(f"--template-arg {given!r}, expected NAME=VALUE")
+        check_template_args([name])
         try:
             found[name] = json.loads(value)
         except ValueError:

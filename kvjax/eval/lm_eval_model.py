@@ -17,7 +17,6 @@ What is compressed:
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -77,6 +76,7 @@ class Harness(TemplateLM):
         seed: int = 0,
         device: Any = None,
         max_batch_size: Any = None,
+        revision: str | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -84,11 +84,11 @@ class Harness(TemplateLM):
         given = None if budget is None else parse_budget(str(budget))
         self.config = CompressionConfig.named(method, given)
         self.batch_size, self.max_gen_toks, self.seed = int(batch_size), int(max_gen_toks), seed
-        directory = tiny.WEIGHTS if pretrained == "tiny" else Path(pretrained)
+        directory = tiny.WEIGHTS if pretrained == "tiny" else pretrained
         mesh = workers(split).mesh
         limit = None if max_context is None else int(max_context)
         self.model, self.tokenizer = kvjax.load(
-            directory, dtype=dtype, progress=False, mesh=mesh, max_context=limit
+            directory, revision=revision, dtype=dtype, progress=False, mesh=mesh, max_context=limit
         )
         if self.tokenizer is None:
             raise ValueError(f"pretrained={pretrained!r} has no tokenizer, expected one")

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 import kvjax
 from kvjax.config import CompressionConfig
 from kvjax.generation.prefilled import PrefilledPrompts, by_prefill
@@ -21,7 +23,7 @@ class Reader:
 
     def __init__(self, model: Model, configs: Sequence[CompressionConfig]):
         self._model, self._configs = model, configs
-        self._prompts: list[list[int]] = []
+        self._key: Any = None
         self._groups: list[list[CompressionConfig]] = []
         self._held: tuple[int, PrefilledPrompts] | None = None
         self.prefills = 0
@@ -36,12 +38,16 @@ class Reader:
         """The prompts as they are to be compressed with `config`; None: let it read them itself.
 
         `more` tokens are to follow each prompt, as in `kvjax.compress_prompt`.
+
+        Raises:
+          RuntimeError: keys and values that do not fit; from then on nothing is read ahead.
         """
-        if prompts != self._prompts:
+        key = prompts, images, more
+        if key != self._key:
             tokens = bucket(max(map(len, prompts)))
             groups = by_prefill(self._configs, tokens)
             self._groups = [[self._configs[number] for number in group] for group in groups]
-            self._prompts, self._held = prompts, None
+            self._key, self._held = key, None
         mine = [number for number, group in enumerate(self._groups) if config in group]
         if not mine or len(self._groups[mine[0]]) == 1:
             return None
@@ -49,8 +55,17 @@ class Reader:
             self._held = None  # before the next ones take their place
             self.prefills += 1
             group = self._groups[mine[0]]
-            found = kvjax.prefill_prompts(
-                self._model, prompts, group, images=images, max_new_tokens=more
-            )
+            try:
+                found = kvjax.prefill_prompts(
+                    self._model, prompts, group, images=images, max_new_tokens=more
+                )
+                jax.block_until_ready(found.arrays)  # its seconds are nobody's
+            except RuntimeError:
+                self._configs, self._groups = [], []
+                raise
             self._held = mine[0], found
         return self._held[1]
+
+    def forget(self):
+        """Let go of what is held."""
+        self._key = self._held = None

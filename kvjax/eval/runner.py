@@ -177,7 +177,8 @@ class _Run:
         except (ValueError, RuntimeError) as error:
             if len(wave) == 1:
                 return [_nothing(error)]
-        found = []
+        self.cache, found = None, []
+        self.reader.forget()  # room for one row after the other
         reader = Reader(self.model, [])
         for mine, question in zip(batch, wave, strict=True):
             alone = dataclasses.replace(self, cache=None, reader=reader)

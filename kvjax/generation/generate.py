@@ -15,7 +15,7 @@ from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Answer, Held, drawn
 from kvjax.generation.detokenize import cut_at_stop
 from kvjax.generation.prefill import rope_lengths
-from kvjax.generation.prefilled import PrefilledPrompts
+from kvjax.generation.prefilled import PrefilledPrompts, refuse_beside
 from kvjax.generation.programs import (
     answer_program,
     compress_program,
@@ -181,7 +181,14 @@ def compress_prompt(
     """
     check_config(config)
     if isinstance(prompts, PrefilledPrompts):
-        return _compress_prefilled(model, prompts, config, tokenizer, seed)
+        refuse_beside(
+            attention_mask=attention_mask,
+            images=images,
+            messages=messages,
+            template_args=template_args,
+        )
+        prompts.check_following(following(max_new_tokens, len(prompts.inputs.rows)))
+        return _compress_prefilled(place(model, mesh), prompts, config, tokenizer, seed)
     inputs = read(
         model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask,
         messages=messages, template_args=template_args, answered=False,

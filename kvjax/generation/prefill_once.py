@@ -30,7 +30,6 @@ def prefill_prompts(
     configs: Sequence[CompressionConfig],
     *,
     tokenizer: Any = None,
-    chat: bool = False,
     attention_mask: np.ndarray | None = None,
     images: Pictures | None = None,
     max_new_tokens: int | Sequence[int] = 0,
@@ -38,20 +37,19 @@ def prefill_prompts(
 ) -> PrefilledPrompts:
     """Read prompts once, to compress them with each of several configs.
 
-    `generate`, `stream`, `compress_prompt` and `score` take the result in place of prompts, and
-    give what they would give for the prompts themselves. It holds every key and value.
+    `generate`, `stream` and `compress_prompt` take the result in place of prompts, `score` as
+    `prefilled=`, and give what they would give for the prompts themselves. It holds every key and
+    value.
 
     Args:
-      configs: all that are going to be used, but for budgets of other sizes of the same methods.
+      configs: all that are going to be used; other budgets of the same methods may join.
       max_new_tokens: as in `compress_prompt`.
       Others: as in `generate`.
 
     Raises:
       ValueError: as `generate`; configs that repeat the prompt, or expect queries, in two ways.
     """
-    inputs = read(
-        model, prompts, images, tokenizer=tokenizer, chat=chat, attention_mask=attention_mask
-    )
+    inputs = read(model, prompts, images, tokenizer=tokenizer, attention_mask=attention_mask)
     model = place(model, mesh)
     vocabulary = model.config.vocab_size
     check_rows(model, inputs.rows, FULL)

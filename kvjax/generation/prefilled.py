@@ -1,9 +1,13 @@
 """Prompts that are read once and compressed many times: by method, by budget."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import Any
+
+import numpy as np
 
 from kvjax.cache.origin import fingerprint
 from kvjax.compression.compress import probe_request
@@ -12,10 +16,12 @@ from kvjax.generation.prefill import Prefilled
 from kvjax.inputs.prompts import ModelInputs
 from kvjax.model_interface import Model, ProbeRequest
 
+_MOST = 0.999  # of a prompt: nothing is kept whole, and windows are as wide as they get
+
 
 @dataclass(frozen=True)
 class PrefilledPrompts:
-    """What `kvjax.prefill_prompts` gives, in place of prompts to `generate` and its relatives.
+    """What `kvjax.prefill_prompts` gives: prompts for `generate`, `stream`, `compress_prompt`.
 
     It holds every layer's keys and values, whole: as much memory as the full cache.
 
@@ -39,8 +45,29 @@ class PrefilledPrompts:
         if not serves(self.request, wanted):
             raise ValueError(
                 f"the prompts were prefilled without what {config.method!r} reads, expected it"
-                " among the configs of prefill_prompts, with the same settings"
+                " among the configs of prefill_prompts, with the same settings and tokenizer"
             )
+
+    def check_following(self, more: int | Sequence[int] | np.ndarray):
+        """Raise ValueError where rotary frequencies were chosen for another text than what follows.
+
+        `more` tokens follow each prompt; only models that scale frequencies by length look at it.
+        """
+        if self.arrays.rope_length is None:
+            return
+        wanted_B = np.asarray(self.arrays.lengths) + np.asarray(more)
+        if (np.asarray(self.arrays.rope_length) != wanted_B).any():
+            raise ValueError(
+                f"the prompts were prefilled for other texts than {np.max(more)} tokens more,"
+                " expected them as prefill_prompts(max_new_tokens=)"
+            )
+
+
+def refuse_beside(**given: Any) -> None:
+    """Raise ValueError where what belongs to reading prompts is given beside prefilled ones."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is given beside prefilled prompts, expected it without them")
 
 
 def serves(request: ProbeRequest, wanted: ProbeRequest) -> bool:
@@ -58,7 +85,7 @@ def shared_request(configs: Sequence[CompressionConfig], tokens: int) -> ProbeRe
     Raises:
       ValueError: two that repeat prompts, or expect queries, in different ways.
     """
-    asked = [probe_request(config, tokens) for config in configs]
+    asked = [probe_request(_at_any_budget(config), tokens) for config in configs]
     request = reduce(or_, asked, ProbeRequest())
     for config, wanted in zip(configs, asked, strict=True):
         if not serves(request, wanted):
@@ -69,16 +96,22 @@ def shared_request(configs: Sequence[CompressionConfig], tokens: int) -> ProbeRe
     return request
 
 
+def _at_any_budget(config: CompressionConfig) -> CompressionConfig:
+    """The config at a budget at which it reads all that it reads at any other."""
+    return dataclasses.replace(config, budget=_MOST) if config.compresses else config
+
+
 def by_prefill(configs: Sequence[CompressionConfig], tokens: int) -> list[list[int]]:
     """Numbers of the configs that one prefill serves, in as many groups as prefills are needed."""
     groups: list[list[int]] = []
     requests: list[ProbeRequest] = []
     for number, config in enumerate(configs):
-        wanted = probe_request(config, tokens)
+        wanted = probe_request(_at_any_budget(config), tokens)
         for group, request in enumerate(requests):
             both = request | wanted
-            members = [configs[other] for other in groups[group]]
-            if all(serves(both, probe_request(one, tokens)) for one in (*members, config)):
+            members = [_at_any_budget(configs[other]) for other in groups[group]]
+            asked = [wanted, *(probe_request(one, tokens) for one in members)]
+            if all(serves(both, one) for one in asked):
                 groups[group].append(number)
                 requests[group] = both
                 break

@@ -119,7 +119,7 @@ def compress_program(
     windows: tuple[int | None, ...],
     config: CompressionConfig,
 ) -> Cache:
-    """One of these times."""
+    """A cache of prompts that were read before."""
     return _readable(prefill.compress_prefilled(prompts, windows, key, config))
 
 

@@ -20,7 +20,7 @@ from kvjax.config import CompressionConfig, Recompress, check_config, check_repe
 from kvjax.exact import always_32_bits
 from kvjax.generation.decode import Rules
 from kvjax.generation.prefill import Prefilled, rope_lengths
-from kvjax.generation.prefilled import PrefilledPrompts
+from kvjax.generation.prefilled import PrefilledPrompts, refuse_beside
 from kvjax.generation.programs import resize_program
 from kvjax.generation.sampling import Sampling, row_keys
 from kvjax.generation.suggestion import chosen
@@ -203,10 +203,9 @@ def _prefilled(
     """The tokens of prompts that were read before."""
     names = "cache", "attention_mask", "images", "messages", "template_args"
     given = {name: getattr(options, name) for name in names}
-    for name, value in (given | {"chat": options.chat or None}).items():
-        if value is not None:
-            raise ValueError(f"{name} is given beside prefilled prompts, expected it without them")
+    refuse_beside(**given, chat=options.chat or None)
     prompts.check(model, config)
+    prompts.check_following(options.max_new_tokens)
     return prompts.inputs
 
 

@@ -5,7 +5,7 @@ Turns are dictionaries with a role and a content, as Hugging Face's chat templat
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvjax.inputs.prompts import encoded
@@ -14,6 +14,11 @@ Turn = Mapping[str, Any]
 Messages = Sequence[Turn] | Sequence[Sequence[Turn]]
 # Marks the end of a turn in a rendered conversation; a template leaves letters as they are.
 _MARK = "kvjaxEndOfThisTurn"
+_ASKING = {"add_generation_prompt": True}
+_OWN = (
+    "add_generation_prompt", "answered", "continue_final_message", "conversation", "history",
+    "images", "placeholder", "read", "tokenize", "tokenizer", "turns",
+)  # fmt: skip
 
 
 def conversations(messages: Messages) -> list[list[Turn]]:
@@ -33,6 +38,16 @@ def conversations(messages: Messages) -> list[list[Turn]]:
                     f"messages[{index}] is {turn!r}, expected a dictionary with role and content"
                 )
     return found
+
+
+def check_template_args(names: Iterable[str]) -> None:
+    """Raise ValueError for arguments of a template that are kvjax's own to give."""
+    for name in names:
+        if name in _OWN:
+            raise ValueError(
+                f"template argument {name!r}, expected none of {', '.join(_OWN)}, which follow from"
+                " the conversation"
+            )
 
 
 def rendered(turns: Sequence[Turn], tokenizer: Any, **settings: Any) -> str:
@@ -85,7 +100,7 @@ def user_turn(
     turn = {"role": "user", "content": parts}
     # A template for text alone fails on such a list, writes it as it is, or leaves images out.
     with contextlib.suppress(ValueError):
-        found = rendered([turn], tokenizer, add_generation_prompt=True, **settings)
+        found = rendered([turn], tokenizer, **_ASKING, **settings)
         if found.count(placeholder) == text.count(placeholder):
             return turn
     return plain
@@ -140,9 +155,9 @@ def opening(system: str | None, document: str | None, tokenizer: Any, **settings
     question = {"role": "user", "content": "?"}
     for turns in ways[:-1]:
         with contextlib.suppress(ValueError):
-            rendered([*turns, question], tokenizer, add_generation_prompt=True, **settings)
+            rendered([*turns, question], tokenizer, **_ASKING, **settings)
             return turns
-    rendered([*ways[-1], question], tokenizer, add_generation_prompt=True, **settings)
+    rendered([*ways[-1], question], tokenizer, **_ASKING, **settings)
     return ways[-1]
 
 

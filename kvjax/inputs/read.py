@@ -41,6 +41,8 @@ def read(
     talk = chat or messages is not None
     if template_args and not talk:
         raise ValueError(f"template_args={template_args!r}, expected messages or chat=True beside")
+    if template_args:
+        chats.check_template_args(template_args)
     given: Any = prompts if messages is None else chats.conversations(messages)
     text_alone = images is None and not isinstance(model, VisionModel)
     each: Any = given if messages is None else [""] * len(given)

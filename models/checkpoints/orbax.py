@@ -122,8 +122,9 @@ def is_orbax(directory: str | Path) -> bool:
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    """What a file says of a config: all but the user's own limit and a suggestion of nothing."""
-    fields = dataclasses.asdict(config)
+    """What a file says of a config: all but what follows, the user's own limit, and nothings."""
+    given = {field.name for field in dataclasses.fields(config) if field.init}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name in given}
     del fields["max_context"]
     if not config.stated_sampling:
         del fields["stated_sampling"]

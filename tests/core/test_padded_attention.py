@@ -69,6 +69,19 @@ def test_blocks_match_float64(monkeypatch, scores, heads_differ):
         np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
 
 
+def test_blocks_that_all_queries_see_need_no_mask(monkeypatch):
+    """Slots without holes: of three blocks the queries stand behind two and in the third."""
+    monkeypatch.setattr(padded, "SCORES", 16 * 12)
+    monkeypatch.setattr(padded, "BLOCK", 8)
+    q, k, v = normal(4, 2, 5, 6, 8), normal(2, 2, 2, 24, 8), normal(3, 2, 2, 24, 8)
+    positions = np.arange(24)[None, None].repeat(2, 0)
+    at = np.array([[16, 17, 20, 22, 23], [15, 19, 18, 30, 16]])
+    out, lse = jax.jit(padded_attention)(*map(jnp.asarray, (q, at, k, v, positions)))
+    expected, expected_lse = oracle(q, at, k, v, positions)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
+
+
 def test_slots_that_hold_nothing(monkeypatch):
     q, at, k, v, positions = problem(37, heads_differ=False)
     arrays = q, at, k * np.nan, v * np.nan, np.full_like(positions, -1)

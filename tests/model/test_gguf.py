@@ -41,8 +41,9 @@ from kvjax.models.checkpoints.gguf import (
 from kvjax.models.checkpoints.gguf_config import hf_config, llama3_scaling
 from kvjax.models.checkpoints.gguf_file import TYPES, Tensor, TensorFile, is_gguf, read_gguf
 from kvjax.models.checkpoints.weights import parameter_at, tensor_specs
-from kvjax.models.config import ModelConfig, RopeScaling
+from kvjax.models.config import ModelConfig
 from kvjax.models.layers import rope_frequencies
+from kvjax.models.rope_scaling import RopeScaling
 from kvjax.sharding import make_mesh
 
 

@@ -1,5 +1,7 @@
 """Prompts read once and compressed many times: the same as each time anew."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ import kvjax
 from kvjax import METHODS, CompressionConfig
 from kvjax.compression.compress import probe_request
 from kvjax.generation.prefilled import by_prefill, serves
+from kvjax.models.checkpoints.weights import load_decoder
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 # One method for each kind of thing that a scorer reads; two that one prefill does not serve.
 NAMES = (
@@ -105,6 +110,27 @@ def test_one_prefill_serves_every_method_and_budget():
     assert group == list(range(len(every)))
     apart = CompressionConfig.named("kvzip", 0.5, repeat_chunk=512)
     assert [len(group) for group in by_prefill([*every, apart], 4096)] == [len(every), 1]
+
+
+def test_a_config_reads_what_its_other_budgets_read(model, prompts):
+    """A budget that keeps all, and one whose window is short, stand for their methods."""
+    few = kvjax.prefill_prompts(model, prompts, [CompressionConfig.named("snapkv", 64)])
+    kvjax.compress_prompt(model, few, CompressionConfig.named("snapkv", 40))
+    assert few.request.queries == 31  # of a bucket of 64
+
+
+def test_what_follows_is_what_frequencies_were_chosen_for():
+    model = load_decoder(FIXTURES / "rope" / "dynamic", progress=False)
+    config, prompt = CompressionConfig.named("full"), [[5, 6, 7, 8] * 6]
+    read = kvjax.prefill_prompts(model, prompt, [config], max_new_tokens=9)
+    now = kvjax.generate(model, read, config, max_new_tokens=9)
+    anew = kvjax.generate(model, prompt, config, max_new_tokens=9)
+    assert now.tokens == anew.tokens
+    np.testing.assert_allclose(now.log_probs, anew.log_probs, atol=1e-4)
+    with pytest.raises(ValueError, match="prefilled for other texts than 30 tokens more"):
+        kvjax.generate(model, read, config, max_new_tokens=30)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        kvjax.compress_prompt(model, read, config)
 
 
 def test_a_probe_serves_what_asks_for_less():

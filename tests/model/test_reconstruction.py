@@ -246,7 +246,7 @@ def test_an_instruction_reaches_its_own_chunks_alone(model):
 
 def test_the_config_says_what_is_repeated():
     config = CompressionConfig.named("kvzip", 8, repeat=(FIRST, OTHERS), repeat_chunk=17)
-    assert probe_request(config, 48) == ProbeRequest(repeat=REPEAT, skipped=4)
+    assert probe_request(config, 48) == ProbeRequest(repeat=REPEAT)
     assert probe_request(config, 8) == ProbeRequest()  # nothing is evicted
     bare = CompressionConfig.named("ada-kvzip", 8, sinks=0)
     assert probe_request(bare, 48).repeat == Repeat(2048, ((), ()), 0)
