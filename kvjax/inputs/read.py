@@ -41,14 +41,13 @@ def read(
     talk = chat or messages is not None
     if template_args and not talk:
         raise ValueError(f"template_args={template_args!r}, expected messages or chat=True beside")
-    if template_args:
-        chats.check_template_args(template_args)
     given: Any = prompts if messages is None else chats.conversations(messages)
     text_alone = images is None and not isinstance(model, VisionModel)
     each: Any = given if messages is None else [""] * len(given)
     pictures = None if text_alone else by_prompt(images, each, model)
     turns = None
     if talk:
+        chats.check_template_args(template_args or ())
         chats.check_template(tokenizer, "chat=True" if chat else "messages are given")
         if chat:
             token = placeholder(model, tokenizer) if pictures else ""
