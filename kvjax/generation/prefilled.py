@@ -103,19 +103,14 @@ def _at_any_budget(config: CompressionConfig) -> CompressionConfig:
 
 def by_prefill(configs: Sequence[CompressionConfig], tokens: int) -> list[list[int]]:
     """Numbers of the configs that one prefill serves, in as many groups as prefills are needed."""
+    asked = [probe_request(_at_any_budget(config), tokens) for config in configs]
     groups: list[list[int]] = []
-    requests: list[ProbeRequest] = []
-    for number, config in enumerate(configs):
-        wanted = probe_request(_at_any_budget(config), tokens)
-        for group, request in enumerate(requests):
-            both = request | wanted
-            members = [_at_any_budget(configs[other]) for other in groups[group]]
-            asked = [wanted, *(probe_request(one, tokens) for one in members)]
-            if all(serves(both, one) for one in asked):
-                groups[group].append(number)
-                requests[group] = both
+    for number, wanted in enumerate(asked):
+        for group in groups:
+            both = reduce(or_, (asked[other] for other in group), wanted)
+            if all(serves(both, asked[other]) for other in (*group, number)):
+                group.append(number)
                 break
         else:
             groups.append([number])
-            requests.append(wanted)
     return groups
