@@ -154,9 +154,8 @@ def _answered(setting: Setting, talk: Talk, question: str) -> Talk:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")  # a template may rewrite an earlier turn
-            steps = kvjax.stream(
+            steps = kvjax.stream(  # without a document everything is kept
                 setting.model,
-                config=setting.config,
                 messages=turns,
                 template_args=setting.template,
                 tokenizer=setting.tokenizer,

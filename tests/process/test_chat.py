@@ -82,9 +82,11 @@ def test_what_is_no_command_is_said_and_the_chat_goes_on(done):
 def test_a_chat_without_a_document(tmp_path):
     """Where roles must alternate, too; a question that is too long is refused in one sentence."""
     model = folder(tmp_path / "strict", STRICT)
-    done = talk(model, f"/kept\nWho?\n{'long ' * 4000}\nWhy?\n")
+    done = talk(model, f"/kept\nWho?\n{'long ' * 4000}\nWhy?\n/kept\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("nothing is held yet\n")
+    # No document, so nothing is compressed, whatever the method.
+    assert "(100.0%)" in next(x for x in done.stdout.split("\n") if x.startswith("entries"))
     told = [line for line in done.stderr.split("\n") if line.startswith("kvjax: ")]
     assert len(told) == 1
     assert "exceeds the model's context" in told[0]
@@ -98,6 +100,12 @@ def test_what_a_chat_refuses(tmp_path, run, model, document):
         (model, ("--document", empty), f"--document {empty} is empty, expected a text"),
         (WEIGHTS, ("--document", document), "a chat, expected a tokenizer with a chat template"),
         (model, ("--template-arg", "x"), "--template-arg 'x', expected NAME=VALUE"),
+        (
+            model,
+            ("--recompress-every", "64"),
+            "--recompress-every without --recompress-budget, expected both in a chat, as the ratio"
+            " of a document's cache is fixed",
+        ),
     ]
     for directory, flags, message in cases:
         assert run("chat", "--model", directory, *FLAGS, *flags) == (2, "", f"kvjax: {message}\n")
