@@ -15,9 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from kvjax.kernels.decode_attention.by_head import block_size, by_token, in_blocks
+from kvjax.kernels.decode_attention.padded import SCORES
 
-# Scores that exist at once where a call has more than one new token: 16 MiB in fp32.
-SCORES = 2**22
 # Slots that are read at once where a layer's place in the pool is known only while running.
 BLOCK = 512
 # Rows of one call that every slot may meet.

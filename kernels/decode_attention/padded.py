@@ -1,11 +1,9 @@
 """Attention of new tokens to padded slots, masked by true position, in XLA.
 
-B batch, T new tokens, S slots, N query heads, K KV heads, G = N // K, H head dim; C slots of a
-block, X = G T queries of a KV head.
+B batch, T new tokens, S slots, N query heads, K KV heads, H head dim, C slots read at once.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.kernels.decode_attention.reference import decode_attention
-from kvjax.kernels.prefill_attention.reference import added, nothing_yet
+from kvjax.kernels.decode_attention import padded_cpu
+from kvjax.kernels.decode_attention.reference import decode_attention, in_sight, merge_weights
+from kvjax.kernels.platform import platform
 
-# Scores that exist at once where a call has more than one new token: 4 MiB in fp32.
-SCORES = 2**20
-BLOCK = 256
+# Scores that exist at once where a call has more than one new token: 16 MiB in fp32.
+SCORES = 2**22
+BLOCK = 512
 
 
 class Evicted(NamedTuple):
@@ -69,18 +68,21 @@ def padded_attention(
     """
     batch, tokens, heads, _ = q.shape
     slots = k.shape[2]
-    if tokens == 1 or batch * tokens * heads * slots <= SCORES:
+    most, block, attend_blocks = SCORES, BLOCK, _blocks
+    if platform() == "cpu":
+        most, block, attend_blocks = padded_cpu.SCORES, padded_cpu.BLOCK, padded_cpu.attend_blocks
+    if tokens == 1 or batch * tokens * heads * slots <= most:
         return _whole(q, query_positions, k, v, positions, window, evicted)
-    block = min(BLOCK, slots)
+    block = min(block, slots)
     filled = jnp.arange(1, slots + 1, dtype=jnp.int32) * (positions >= 0)
     blocks = -(-filled.max() // block)
 
     def attend(q, query_positions, last_BTK):
         mine = None if evicted is None else evicted._replace(last=last_BTK)
-        return _blocks(q, query_positions, mine, k, v, positions, window, block, blocks)
+        return attend_blocks(q, query_positions, mine, k, v, positions, window, block, blocks)
 
     queries = q, query_positions, None if evicted is None else evicted.last
-    return over_tokens(attend, queries, max(1, SCORES // (batch * heads * block)))
+    return over_tokens(attend, queries, max(1, most // (batch * heads * block)))
 
 
 def _whole(q, query_positions, k, v, positions, window, evicted):
@@ -91,14 +93,10 @@ def _whole(q, query_positions, k, v, positions, window, evicted):
 
 
 def _blocks(q, query_positions, evicted, k, v, positions, window, block, blocks):
-    """One block of slots after the other, scores with slots in rows and queries in columns."""
-    batch, tokens, heads, head_dim = q.shape
-    slots, kv_heads = k.shape[2], k.shape[1]
-    group = heads // kv_heads
-    q_BKHGT = q.reshape(batch, tokens, kv_heads, group, head_dim).transpose(0, 2, 4, 3, 1)
-    q_BKHX = q_BKHGT.reshape(batch, kv_heads, head_dim, -1)
+    """One block of slots after the other, merged by log-sum-exp."""
+    slots = k.shape[2]
 
-    def step(index, carry):
+    def step(index, found):
         wanted = index * block
         offset = jnp.minimum(wanted, slots - block)
 
@@ -107,43 +105,19 @@ def _blocks(q, query_positions, evicted, k, v, positions, window, block, blocks)
 
         # A block that the end pushed back does not count its first slots again.
         fresh_C = offset + jnp.arange(block) >= wanted
-        at_BKC1 = jnp.where(fresh_C, cut(positions, 2), -1)[..., None]
-        held = cut(k, 2), cut(v, 2), at_BKC1
-        order = None if evicted is None else cut(evicted.order, 2)
-        if evicted is not None or window is not None:
-            return read_masked(held, order, carry)
-        clear = (at_BKC1.min() >= 0) & (at_BKC1.max() <= query_positions.min())
-        read = partial(add, held), partial(read_masked, held, order)
-        return lax.cond(clear, *read, carry)
+        at_BKC = jnp.where(fresh_C, cut(positions, 2), -1)
+        mine = evicted and evicted._replace(order=cut(evicted.order, 2))
+        held = cut(k, 2), cut(v, 2), at_BKC
+        return _merged(found, _whole(q, query_positions, *held, window, mine))
 
-    def read_masked(held, order, carry):
-        k_BKCH, v_BKCH, at_BKC1 = held
-        seen_BKCT = (at_BKC1 >= 0) & in_sight(at_BKC1, query_positions[:, None, None], window)
-        if evicted is not None:
-            seen_BKCT &= ~evicted._replace(order=order).mask().swapaxes(2, 3)
-        v_BKCH = jnp.where(at_BKC1 >= 0, v_BKCH, 0)  # 0 * NaN would be NaN
-        return add((k_BKCH, v_BKCH, at_BKC1), carry, jnp.tile(seen_BKCT, group))
-
-    def add(held, carry, mask_BKCX=None):
-        k_BKCH, v_BKCH, _ = held
-        s_BKCX = jnp.einsum("BKCH,BKHX->BKCX", k_BKCH, q_BKHX, preferred_element_type=jnp.float32)
-        s_BKCX = s_BKCX * head_dim**-0.5  # in fp32, not in q's dtype
-        if mask_BKCX is not None:
-            s_BKCX = jnp.where(mask_BKCX, s_BKCX, -jnp.inf)
-        # On a CPU a product with what lies the other way round takes half as long again.
-        return added(carry, s_BKCX, lax.optimization_barrier(v_BKCH.swapaxes(2, 3)))
-
-    peak, total, acc_BKHX = lax.fori_loop(0, blocks, step, nothing_yet(q_BKHX))
-    out_BKHX = acc_BKHX / jnp.where(total > 0, total, 1.0)[:, :, None]
-    out_BKHGT = out_BKHX.reshape(q_BKHGT.shape)
-    lse_BNT = (jnp.where(total > 0, peak, 0.0) + jnp.log(total)).reshape(batch, heads, tokens)
-    return out_BKHGT.transpose(0, 4, 1, 3, 2).reshape(q.shape), lse_BNT.swapaxes(1, 2)
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    return lax.fori_loop(0, blocks, step, nothing)
 
 
-def in_sight(key_positions: Array, query_positions: Array, window: int | None) -> Array:
-    """Whether a query sees a key, by their true positions."""
-    visible = key_positions <= query_positions
-    return visible if window is None else visible & (query_positions - key_positions < window)
+def _merged(found, part):
+    (out, lse), (more, more_lse) = found, part
+    (old_BTN, new_BTN), lse = merge_weights(jnp.stack([lse, more_lse]))
+    return out * old_BTN[..., None] + more * new_BTN[..., None], lse
 
 
 def over_tokens(attend: Callable[..., Any], arrays: Any, most: int) -> Any:

@@ -50,6 +50,12 @@ def decode_attention(
     return o_BTNH, lse_BKGT.transpose(0, 3, 1, 2).reshape(batch, tokens, heads)
 
 
+def in_sight(key_positions: Array, query_positions: Array, window: int | None) -> Array:
+    """Whether a query sees a key, by their true positions."""
+    visible = key_positions <= query_positions
+    return visible if window is None else visible & (query_positions - key_positions < window)
+
+
 def merge(
     parts: list[tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]],
 ) -> Float[Array, "B T N H"]:

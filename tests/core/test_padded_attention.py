@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.kernels.decode_attention import Evicted, padded, padded_attention
+from kvjax.kernels.decode_attention import Evicted, padded, padded_attention, padded_cpu
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -49,11 +49,22 @@ def problem(slots: int, heads_differ: bool):
     return normal(4, 2, 5, 6, 8), at, k.astype(np.float32), v.astype(np.float32), positions
 
 
+def in_blocks(monkeypatch, scores: int, order: str):
+    """Few scores at once, in blocks of 8 slots, in the order of a CPU or of an accelerator."""
+    for module in (padded, padded_cpu):
+        monkeypatch.setattr(module, "SCORES", scores)
+        monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(padded, "platform", lambda: order)
+
+
+ORDERS = pytest.mark.parametrize("order", ["cpu", "tpu"])
+
+
+@ORDERS
 @pytest.mark.parametrize("scores", [1, 16 * 12, 2**22], ids=["token", "parts", "whole"])
 @pytest.mark.parametrize("heads_differ", [False, True])
-def test_blocks_match_float64(monkeypatch, scores, heads_differ):
-    monkeypatch.setattr(padded, "SCORES", scores)
-    monkeypatch.setattr(padded, "BLOCK", 8)
+def test_blocks_match_float64(monkeypatch, scores, heads_differ, order):
+    in_blocks(monkeypatch, scores, order)
     arrays = problem(37, heads_differ)
     rng = np.random.default_rng(5)
     first = rng.integers(0, 30, (2, 2))
@@ -71,8 +82,7 @@ def test_blocks_match_float64(monkeypatch, scores, heads_differ):
 
 def test_blocks_that_all_queries_see_need_no_mask(monkeypatch):
     """Slots without holes: of three blocks the queries stand behind two and in the third."""
-    monkeypatch.setattr(padded, "SCORES", 16 * 12)
-    monkeypatch.setattr(padded, "BLOCK", 8)
+    in_blocks(monkeypatch, 16 * 12, "cpu")
     q, k, v = normal(4, 2, 5, 6, 8), normal(2, 2, 2, 24, 8), normal(3, 2, 2, 24, 8)
     positions = np.arange(24)[None, None].repeat(2, 0)
     at = np.array([[16, 17, 20, 22, 23], [15, 19, 18, 30, 16]])
@@ -82,11 +92,12 @@ def test_blocks_that_all_queries_see_need_no_mask(monkeypatch):
     np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
 
 
-def test_slots_that_hold_nothing(monkeypatch):
+@ORDERS
+def test_slots_that_hold_nothing(monkeypatch, order):
     q, at, k, v, positions = problem(37, heads_differ=False)
     arrays = q, at, k * np.nan, v * np.nan, np.full_like(positions, -1)
     for scores in (2**22, 1):
-        monkeypatch.setattr(padded, "SCORES", scores)
+        in_blocks(monkeypatch, scores, order)
         out, lse = padded_attention(*map(jnp.asarray, arrays))
         assert not out.any()
         assert (lse == -jnp.inf).all()
