@@ -11,7 +11,6 @@ queries of a block, X = G Q of a KV head, Y blocks.
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -116,15 +115,3 @@ def added(
     )
     acc_BKHX = acc_BKHX * decay_BKX[:, :, None] + pv_BKHX
     return new_BKX, total_BKX * decay_BKX + p_BKCX.sum(2), acc_BKHX
-
-
-def visible(
-    query_positions: Int[Array, "#B Q"],
-    key_positions: Int[Array, " S"],
-    lengths: Int[Array, " B"],
-    window: int | None,
-) -> jax.Array:
-    """`[B, Q, S]`: key at or before the query, inside its window, and not padding."""
-    query_BQ1, key_11S = query_positions[:, :, None], key_positions[None, None]
-    seen = (key_11S <= query_BQ1) & (key_11S < lengths[:, None, None])
-    return seen if window is None else seen & (query_BQ1 - key_11S < window)

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kvjax.kernels.prefill_attention.reference import visible
-
 QUERY_BLOCK = 128
 KEY_BLOCK = 256
 
@@ -122,7 +120,7 @@ def _key_blocks(k_BTKH, size):
 def _scores(q_BKRH, positions_BR, k_BKSH, start, lengths, window):
     s_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
     s_BKRS = s_BKRS * q_BKRH.shape[-1] ** -0.5  # in fp32, not in q's dtype
-    seen_BRS = visible(positions_BR, start + jnp.arange(k_BKSH.shape[2]), lengths, window)
+    seen_BRS = _visible(positions_BR, start + jnp.arange(k_BKSH.shape[2]), lengths, window)
     return jnp.where(seen_BRS[:, None], s_BKRS, -jnp.inf)
 
 
@@ -133,3 +131,15 @@ def _join(sums_XBKGS, tokens, how):
     if how is None:
         return sums_BKGT.reshape(batch, -1, tokens)
     return sums_BKGT.max(2) if how == "max" else sums_BKGT.mean(2)
+
+
+def _visible(
+    query_positions: Int[Array, "#B Q"],
+    key_positions: Int[Array, " S"],
+    lengths: Int[Array, " B"],
+    window: int | None,
+) -> jax.Array:
+    """`[B, Q, S]`: key at or before the query, inside its window, and not padding."""
+    query_BQ1, key_11S = query_positions[:, :, None], key_positions[None, None]
+    seen = (key_11S <= query_BQ1) & (key_11S < lengths[:, None, None])
+    return seen if window is None else seen & (query_BQ1 - key_11S < window)

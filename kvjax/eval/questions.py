@@ -45,6 +45,17 @@ class Question:
 def questions_of(
     settings: EvalSettings, model: Model | None, tokenizer: Any, workers: Workers
 ) -> Iterator[Question]:
+    """This worker's share of all questions, document by document.
+
+    Args:
+      settings: which tasks, and how long their prompts may be.
+      model: needed for tasks with pictures alone.
+      tokenizer: from `kvjax.load`.
+      workers: which process this is.
+
+    Raises:
+      ValueError: a task that lacks a file.
+    """
     for name in settings.tasks:
         for length in settings.lengths:
             chat = settings.chat and TASKS[name].chat

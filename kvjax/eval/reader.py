@@ -24,9 +24,8 @@ class Reader:
     def __init__(self, model: Model, configs: Sequence[CompressionConfig]):
         self._model, self._configs = model, configs
         self._key: Any = None
-        self._groups: list[list[CompressionConfig]] = []
         self._held: tuple[int, PrefilledPrompts] | None = None
-        self.prefills = 0
+        self._by_bucket: dict[int, list[list[CompressionConfig]]] = {}
 
     def read(
         self,
@@ -44,27 +43,31 @@ class Reader:
         """
         key = prompts, images, more
         if key != self._key:
-            tokens = bucket(max(map(len, prompts)))
-            groups = by_prefill(self._configs, tokens)
-            self._groups = [[self._configs[number] for number in group] for group in groups]
             self._key, self._held = key, None
-        mine = [number for number, group in enumerate(self._groups) if config in group]
-        if not mine or len(self._groups[mine[0]]) == 1:
+        groups = self._groups(bucket(max(map(len, prompts))))
+        mine = [number for number, group in enumerate(groups) if config in group]
+        if not mine or len(groups[mine[0]]) == 1:
             return None
         if self._held is None or self._held[0] != mine[0]:
             self._held = None  # before the next ones take their place
-            self.prefills += 1
-            group = self._groups[mine[0]]
             try:
                 found = kvjax.prefill_prompts(
-                    self._model, prompts, group, images=images, max_new_tokens=more
+                    self._model, prompts, groups[mine[0]], images=images, max_new_tokens=more
                 )
                 jax.block_until_ready(found.arrays)  # its seconds are nobody's
             except RuntimeError:
-                self._configs, self._groups = [], []
+                self._configs, self._by_bucket = [], {}
                 raise
             self._held = mine[0], found
         return self._held[1]
+
+    def _groups(self, tokens: int) -> list[list[CompressionConfig]]:
+        """The configs, those together that one prefill of a bucket of `tokens` serves."""
+        if tokens not in self._by_bucket:
+            groups = by_prefill(self._configs, tokens)
+            found = [[self._configs[number] for number in group] for group in groups]
+            self._by_bucket[tokens] = found
+        return self._by_bucket[tokens]
 
     def forget(self):
         """Let go of what is held."""

@@ -80,12 +80,12 @@ def evaluate(
         ]
         found = workers.agreed(np.array([key in journal.done for key in keys], bool))
         journal.done |= {key for key, done in zip(keys, found, strict=True) if done}
+        reader = Reader(model, list(configs.values()) if settings.prefill_once else [])
         bar = tqdm(
             total=len(keys), desc="eval", unit="answer", disable=not (progress and workers.speaks)
         )
         for protocol in settings.protocols:
             for batch in batches(questions, settings.batch):
-                reader = Reader(model, list(configs.values()) if settings.prefill_once else [])
                 runs = [
                     (_Run(model, tokenizer, config, method, protocol, settings, reader), budget)
                     for (method, budget), config in configs.items()

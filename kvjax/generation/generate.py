@@ -19,7 +19,6 @@ from kvjax.generation.prefilled import PrefilledPrompts, refuse_beside
 from kvjax.generation.programs import (
     answer_program,
     compress_program,
-    generate_prefilled_program,
     generate_program,
     prefill_compress_program,
 )
@@ -133,7 +132,7 @@ def generate(
         attention_mask=attention_mask, images=images, cache=cache, recompress=recompress,
     )  # fmt: skip
     request = Request.make(model, prompts, config, options)
-    if stop:
+    if stop or request.prefilled is not None:
         return _collect(model, request, return_cache)
     common = {
         "new_tokens": max_new_tokens,
@@ -143,11 +142,7 @@ def generate(
     }
     arrays = request.tokens, request.lengths, request.key, request.rules
     prompt = request.images, request.rope_length
-    if request.prefilled is not None:
-        found = generate_prefilled_program(
-            model, request.prefilled, *arrays, config=request.config, **common
-        )
-    elif request.cache is None:
+    if request.cache is None:
         found = generate_program(model, *arrays, *prompt, config=request.config, **common)
     else:
         found = answer_program(model, request.cache, *arrays, **common)
@@ -216,9 +211,11 @@ def _compress_prefilled(model, prompts: PrefilledPrompts, config, tokenizer, see
 
 # ---------------------------------------------------------------------------- host
 def _collect(model: Model, request: Request, return_cache: bool) -> Generation:
-    """A stream's end as a Generation: how rows with stop strings are run."""
-    # A cache that is handed back must not hold tokens drawn after a stop string.
-    for _, state in stages(model, request, 1 if return_cache else CHUNK):  # noqa: B007
+    """A stream's end as a Generation: how rows with stop strings and prefilled prompts are run."""
+    chunk = request.new_tokens
+    if request.stop:  # a cache that is handed back must not hold tokens drawn after a stop string
+        chunk = 1 if return_cache else CHUNK
+    for _, state in stages(model, request, chunk):  # noqa: B007
         pass
     cache = closed(model, request, state) if return_cache else None
     return as_generation(model, request, state.answer, state.held, cache)

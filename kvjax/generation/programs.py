@@ -123,28 +123,6 @@ def compress_program(
     return _readable(prefill.compress_prefilled(prompts, windows, key, config))
 
 
-@partial(Program, static_argnames=("config", "new_tokens", "tail_slots", "whole", "recompress"))
-def generate_prefilled_program(
-    model: Model,
-    prompts: Prefilled,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    key: Key[Array, "*row"],
-    rules: Rules,
-    *,
-    config: CompressionConfig,
-    new_tokens: int,
-    tail_slots: int,
-    whole: bool,
-    recompress: Recompress | None = None,
-) -> tuple[Answer, Held, Cache | None]:
-    """`generate_program` of prompts that were read before."""
-    cache = prefill.compress_prefilled(prompts, model.config.sliding_windows, key, config)
-    cache = with_room(cache, tail_slots)
-    prompt = prompts.logits, tokens, lengths, key
-    return _answer(model, cache, prompt, rules, new_tokens, whole, recompress, config.fraction)
-
-
 @partial(Program, static_argnames=("new_tokens", "tail_slots", "whole", "recompress"))
 def answer_program(
     model: Model,
@@ -306,7 +284,6 @@ def resize_program(tail: Tail, *, slots: int) -> Tail:
 
 _PROGRAMS = (
     generate_program,
-    generate_prefilled_program,
     answer_program,
     compress_program,
     prefill_compress_program,

@@ -139,16 +139,8 @@ class Request(struct.PyTreeNode):
         cache, recompress, new_tokens = options.cache, options.recompress, options.max_new_tokens
         tokenizer, shape = options.tokenizer, model.config
         config = instructed(config, tokenizer, shape.vocab_size)
-        prefilled = None
-        if isinstance(prompts, PrefilledPrompts):
-            inputs, prefilled = _prefilled(model, prompts, config, options), prompts.arrays
-        else:
-            inputs = read(
-                model, prompts, options.images, tokenizer=tokenizer, chat=options.chat,
-                messages=options.messages, template_args=options.template_args,
-                history=None if cache is None else cache.history or UNKNOWN,
-                attention_mask=options.attention_mask, special=cache is None,
-            )  # fmt: skip
+        prefilled = prompts.arrays if isinstance(prompts, PrefilledPrompts) else None
+        inputs = _inputs(model, prompts, config, options)
         rows = inputs.rows
         tokens, lengths = pad(rows)
         slots = new_tokens
@@ -166,21 +158,12 @@ class Request(struct.PyTreeNode):
             cache = with_tail(cache, slots)
         if recompress is not None:
             _check_held(recompress, shape, config, tokens.shape[1], lengths, cache)
-        sampling = options.sampling or Sampling()
-        if not isinstance(sampling, Sampling):
-            sampling = chosen(sampling, shape.stated_sampling)
-        eos = eos_tokens(options.eos_ids, shape.eos_token_ids, shape.vocab_size)
-        rules = Rules(
-            values=sampling.values,
-            eos=jnp.array([*eos, -1], jnp.int32),
-            switches=sampling.switches,
-        )
         reads = cache is None and prefilled is None
         request = cls(
             tokens=jnp.asarray(tokens),
             lengths=jnp.asarray(lengths),
             key=row_keys(options.seed, len(rows)),
-            rules=rules,
+            rules=_rules(model, options),
             cache=cache,
             images=None if prefilled else inputs.images(tokens),
             rope_length=rope_lengths(model, lengths, new_tokens) if reads else None,
@@ -197,10 +180,34 @@ class Request(struct.PyTreeNode):
         return put_on_mesh(request, mesh_of(model))
 
 
-def _prefilled(
-    model: Model, prompts: PrefilledPrompts, config: CompressionConfig, options: Options
+def _rules(model: Model, options: Options) -> Rules:
+    """How tokens are drawn, and which end a row."""
+    sampling, shape = options.sampling or Sampling(), model.config
+    if not isinstance(sampling, Sampling):
+        sampling = chosen(sampling, shape.stated_sampling)
+    eos = eos_tokens(options.eos_ids, shape.eos_token_ids, shape.vocab_size)
+    return Rules(
+        values=sampling.values,
+        eos=jnp.array([*eos, -1], jnp.int32),
+        switches=sampling.switches,
+    )
+
+
+def _inputs(
+    model: Model,
+    prompts: Prompts | PrefilledPrompts | None,
+    config: CompressionConfig,
+    options: Options,
 ) -> ModelInputs:
-    """The tokens of prompts that were read before."""
+    """The prompts as tokens, read now or before."""
+    if not isinstance(prompts, PrefilledPrompts):
+        cache = options.cache
+        return read(
+            model, prompts, options.images, tokenizer=options.tokenizer, chat=options.chat,
+            messages=options.messages, template_args=options.template_args,
+            history=None if cache is None else cache.history or UNKNOWN,
+            attention_mask=options.attention_mask, special=cache is None,
+        )  # fmt: skip
     names = "cache", "attention_mask", "images", "messages", "template_args"
     given = {name: getattr(options, name) for name in names}
     refuse_beside(**given, chat=options.chat or None)

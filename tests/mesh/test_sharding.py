@@ -103,6 +103,18 @@ def prefilled(mesh, prompts):
     return [run(model, tokens, lengths) for model in models]
 
 
+def test_prompts_read_once_are_answered_on_a_mesh(mesh, prompts):
+    model = make_model(2, layers=2)
+    config = method("ada-snapkv")
+    alone = kvjax.generate(model, prompts, config, max_new_tokens=4)
+    read = kvjax.prefill_prompts(model, prompts, [config], mesh=mesh)
+    assert len(read.arrays.keys[0].sharding.device_set) == 8
+    placed = sharding.place(model, mesh)
+    answered = kvjax.generate(placed, read, config, max_new_tokens=4)
+    assert answered.tokens == alone.tokens
+    np.testing.assert_array_equal(answered.kept, alone.kept)
+
+
 # One of each way to divide a budget and of each kind of scores; the others are slow.
 QUICK = ("full", "ada-snapkv", "prefixkv", "kv-compress", "joint-kvzip", "expected-attention")
 

@@ -64,6 +64,31 @@ def test_answers_are_those_of_the_prompts(model, prompts, prefilled):
     assert parts == now.tokens
 
 
+RULE = kvjax.Recompress(every=3, budget=24)
+
+
+@pytest.mark.parametrize(
+    ("config", "call"),
+    [
+        (CompressionConfig.named("snapkv", 16, quantize="int8"), {}),
+        (CompressionConfig.named("kvzip", 16), {"recompress": RULE}),
+        (CompressionConfig.named("prefixkv", 0.5), {"recompress": kvjax.Recompress(every=3)}),
+    ],
+    ids=["int8", "recompress", "ratio"],
+)
+def test_what_else_an_answer_can_be_asked_for(model, prompts, prefilled, config, call):
+    """int8, compression while decoding and a cache handed back, crossed with reading once."""
+    call = call | {"max_new_tokens": 7, "return_cache": True}
+    now = kvjax.generate(model, prefilled, config, **call)
+    anew = kvjax.generate(model, prompts, config, **call)
+    assert now.tokens == anew.tokens
+    np.testing.assert_allclose(now.log_probs, anew.log_probs, atol=1e-4)
+    np.testing.assert_array_equal(now.kept, anew.kept)
+    assert now.cache.nbytes == anew.cache.nbytes
+    assert now.cache.history == anew.cache.history
+    np.testing.assert_array_equal(now.cache.counts, anew.cache.counts)
+
+
 def test_scores_are_those_of_the_texts(model, prompts, prefilled):
     texts = [[*prompt, *range(5, 14)] for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
