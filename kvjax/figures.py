@@ -1,11 +1,12 @@
 """Draw every picture; matplotlib is imported here alone (`pip install kvjax[plot]`)."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kvjax.calibrate import Profile
 
@@ -29,12 +30,13 @@ def _figure(width: float | int, height: float | int, **settings):
     return pyplot.subplots(figsize=(width, height), layout="constrained", **settings)
 
 
-def _save(figure, path: str | Path) -> Path:
+def _save(figure, path: str | Path, dpi: int = 140) -> Path:
     from matplotlib import pyplot
 
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=140, metadata={"Software": None})
+    made_by = "Date" if target.suffix == ".svg" else "Software"
+    figure.savefig(target, dpi=dpi, metadata={made_by: None})
     pyplot.close(figure)
     return target
 
@@ -81,6 +83,113 @@ def heat_map(
     axes[-1, 0].set_xlabel("position in the prompt (orange: facts, red: the one asked for)")
     figure.suptitle(title, fontsize=10)
     return _save(figure, path)
+
+
+# ---------------------------------------------------------------------------- a text
+_COLUMNS = 150  # signs a line
+_ADVANCE = 0.602  # width of a sign of DejaVu Sans Mono at size 1
+_LINES = 90  # of a text at most
+_WIDTH, _LEFT, _RIGHT = 11, 0.06, 0.98  # of the picture in inches, and of that the text
+
+
+def kept_text(
+    path: str | Path,
+    kept: Bool[np.ndarray, "L K T"],
+    words: Sequence[str],
+    *,
+    title: str = "",
+    caption: str = "",
+) -> Path:
+    """What a method kept of a text: layers by positions, and the text shaded likewise.
+
+    Args:
+      path: of the PNG or SVG.
+      kept: which tokens each head kept.
+      words: the T pieces of text that the tokens are; after 90 lines the text is cut.
+      title, caption: above everything.
+    """
+    lines, layers = text_lines(words, _COLUMNS)[:_LINES], kept.shape[0]
+    heights = 0.62, 0.1 * layers + 0.6, 0.62, 0.165 * len(lines) + 0.15  # inches
+    figure, (head, above, gap, below) = _figure(
+        _WIDTH, sum(heights), nrows=4, gridspec_kw={"height_ratios": heights}
+    )
+    # Signs stand on their grounds only where the axes have the size that is reckoned with.
+    figure.set_layout_engine(None)
+    figure.subplots_adjust(left=_LEFT, right=_RIGHT, top=1, bottom=0, hspace=0)
+    head.text(0, 0.5, title, fontsize=11, fontweight="bold", parse_math=False)
+    head.text(0, 0.15, caption, fontsize=9, color=_INK, parse_math=False)
+    image = above.imshow(
+        kept.mean(1), aspect="auto", interpolation="antialiased", cmap=_shades(), vmin=0, vmax=1
+    )
+    above.set(ylabel="layer", yticks=range(0, layers, max(1, layers // 6)))
+    above.set_xlabel("position in the document", fontsize=8)
+    scale = figure.colorbar(image, cax=gap.inset_axes((0.76, 0.5, 0.2, 0.14)), location="bottom")
+    scale.set_ticks([0, 0.5, 1], labels=["kept by no head", "half", "all"], fontsize=7)
+    for axis in (head, gap, below):
+        axis.set_axis_off()
+    _draw_lines(below, lines, kept.mean((0, 1)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        return _save(figure, path, dpi=100)  # text takes many bytes
+
+
+def text_lines(words: Sequence[str], columns: int) -> list[list[tuple[int, str]]]:
+    """The tokens of a text, each with its piece, on lines of at most `columns` signs.
+
+    Lines end where the text's own do, or before a space; what has no space is cut anywhere.
+    """
+    lines: list[list[tuple[int, str]]] = [[]]
+    for token, word in enumerate(words):
+        for number, piece in enumerate(word.split("\n")):
+            if number:
+                lines.append([])
+            line = lines[-1]
+            if line and sum(len(shown) for _, shown in line) + len(piece.rstrip()) > columns:
+                first = _word_start(line, piece)
+                lines.append(line[first:])
+                del line[first:]
+                if lines[-1]:
+                    lines[-1][0] = lines[-1][0][0], lines[-1][0][1].lstrip()
+            piece = piece if lines[-1] else piece.lstrip()
+            if piece:
+                lines[-1].append((token, piece))
+    return [line for line in lines if line]
+
+
+def _word_start(line: Sequence[tuple[int, str]], piece: str) -> int:
+    """The place in a line from which on its pieces go to the next line, together with `piece`."""
+    first = len(line)
+    if piece[:1].isspace():
+        return first
+    while first > 1 and not line[first - 1][1][:1].isspace():
+        first -= 1
+    return first - 1 if first > 1 else len(line)
+
+
+def _shades():
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("kept", ["#f3f5f7", "#9cc3da", _KEPT, "#0d3b5c"])
+
+
+def _draw_lines(axis, lines: Sequence[Sequence[tuple[int, str]]], share_T) -> None:
+    """Each line of the text, every token on a ground that is the darker the more heads kept it."""
+    from matplotlib.patches import Rectangle
+
+    # Some first tokens are kept by every head, which would leave all others pale.
+    shades, most = _shades(), max(float(np.quantile(share_T, 0.98)), 1e-9)
+    # Each token for itself, as signs may be drawn up to a twentieth wider than they should be.
+    font = {"fontsize": 0.96 * _WIDTH * (_RIGHT - _LEFT) * 72 / _COLUMNS / _ADVANCE}
+    font |= {"family": "DejaVu Sans Mono", "va": "center_baseline", "parse_math": False}
+    axis.set(xlim=(0, _COLUMNS), ylim=(len(lines), 0))
+    for row, line in enumerate(lines):
+        column = 0
+        for token, piece in line:
+            shade = 0.6 * min(1, float(share_T[token]) / most)  # black is to be read on it
+            ground = Rectangle((column, row), len(piece), 0.94, color=shades(shade), lw=0)
+            axis.add_patch(ground)
+            axis.text(column, row + 0.5, piece, color="black", **font)
+            column += len(piece)
 
 
 def dispersion(path: str | Path, counts: Float[np.ndarray, "L N"], tokens: int) -> Path:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, chat, commands, convert, evaluate, inspect, plan, report
+from kvjax.cli import calibrate, chat, commands, convert, demo, evaluate, inspect, plan, report
 from kvjax.compression.scorers import decoding_scorers
 from kvjax.methods import METHODS
 from kvjax.models.presets import PRESETS
@@ -56,6 +56,9 @@ def build_parser() -> Parser:
         sub = subparsers.add_parser(name, help=summary, description=f"{summary}.")
         sub.set_defaults(run=run)
         return sub
+
+    sub = command(demo.run, "demo", "Answer a question from the full cache and from a tenth of it")
+    demo.add_flags(sub, whole)
 
     sub = command(commands.methods, "methods", "List the methods of compression")
     sub.add_argument("--json", action="store_true", help="one JSON object, keyed by name")

@@ -1,134 +1,187 @@
-"""The demo: needles in long prompts, answered from the full cache and from every method's.
+"""Answer one question about one document, from the full cache and from a part of it.
 
-    python -m kvjax.studies.demo [--length 512] [--prompts 16] [--out demo] [--model DIR]
+The document is compressed before the question is known. See `kvjax demo`.
 
-The bundled model, or another that `kvjax train-tiny` made, reads documents with notes scattered
-through them, and is asked for one. Every method answers at 50, 25, 10 and 5 % of the entries, under
-two protocols: with the question at the end of the prompt, where an observation window sees it, and
-asked after compression. Printed are answers, and a table of how many are right to the last word,
-beside entries and bytes held; written is `kept.png`, which entries each head kept of the first
-prompt.
+L layers, K KV heads, T tokens of the document.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import Bool, Float
 
 import kvjax
-from kvjax import figures, tiny
-from kvjax.studies.retrieval import PROTOCOLS, Outcome, ask
-from kvjax.tiny.questions import Item, questions
-from kvjax.tiny.vocabulary import ID, text
+from kvjax.config import CompressionConfig
+from kvjax.eval.report.inspect import pieces
+from kvjax.figures import text_lines
+from kvjax.inputs.chat import opening
+from kvjax.inputs.prompts import Ends
+from kvjax.model_interface import Model
+from kvjax.tiny.questions import questions
+from kvjax.tiny.vocabulary import text
 
-BUDGETS = (0.5, 0.25, 0.1, 0.05)
-SHOWN = ("snapkv", "ada-snapkv", "prefixkv", "ada-prefixkv", "ada-kvzip", "h2o", "streaming-llm")
-Runs = dict[tuple[str, float], Outcome]  # by method and budget
-
-
-def answer_all(model, items: Sequence[Item], protocol: str) -> Runs:
-    """Every method at every budget; the full cache at 1."""
-    names = [(name, budget) for name in kvjax.METHODS if name != "full" for budget in BUDGETS]
-    names.insert(0, ("full", 1.0))
-    runs: Runs = {}
-    for method in tqdm(kvjax.METHODS, desc=protocol, leave=False, disable=None):
-        mine = [(name, budget) for name, budget in names if name == method]
-        configs = [
-            kvjax.CompressionConfig.named(name, None if name == "full" else budget)
-            for name, budget in mine
-        ]
-        runs |= zip(mine, ask(model, items, configs, protocol), strict=True)
-    return runs
+ARTICLE = Path(__file__).parent / "article.txt"
+QUESTION = "From which city came the letter with the drawing of a wheel?"
+# Tokens that a question is reckoned with where rotary frequencies depend on the length.
+_QUESTION = 64
+_SHADES = " .:-=+*#%@"
+_LEVELS = len(_SHADES) - 1
 
 
-def show_answers(model, items: Sequence[Item], count: int = 3) -> None:
-    """The same questions through the public calls: full cache, a good and a bad method."""
-    shown = items[:count]
-    stop = [ID["."]]
-    for name in ("full", "ada-snapkv", "streaming-llm"):
-        config = kvjax.CompressionConfig.named(name, None if name == "full" else 0.1)
-        prompts = [[*item.document, *item.question] for item in shown]
-        out = kvjax.generate(model, prompts, config, max_new_tokens=8, eos_ids=stop)
-        print(f"[{name}: {out.kept.mean():.0f} of {len(prompts[0])} entries a head]")
-        for item, answer in zip(shown, out.tokens, strict=True):
-            mark = "right" if answer == list(item.answer) else f"wrong: {text(item.answer)}"
-            print(f"  {text(item.question)} {text(answer)}   ({mark})")
-    print()
+@dataclass(frozen=True)
+class Side:
+    """A document as one config kept it, and what it answered.
+
+    Attributes:
+      answer: to the question.
+      kept: `[L, K, T]` which tokens each head kept.
+      cache_bytes: of keys and values that are held of the document.
+      read_seconds: to read and compress it, compilation apart.
+      answer_seconds: to read the question and write the answer, compilation apart.
+      tokens: drawn in that time.
+    """
+
+    answer: str
+    kept: Bool[np.ndarray, "L K T"]
+    cache_bytes: int
+    read_seconds: float
+    answer_seconds: float
+    tokens: int
 
 
-def show_table(runs: Runs, title: str, entry_bytes: int) -> None:
-    """Share right by method and budget, entries and bytes of the smallest and largest budget."""
-    full = runs["full", 1.0]
-    held = full.kept.sum(axis=(1, 2)).mean() * entry_bytes / 1024
-    print(f"{title}: answers right (full cache {full.right.mean():.0%}, {held:.0f} KiB a prompt)")
-    print(f"  {'kept':<23}" + "".join(f"{budget:>9.0%}" for budget in BUDGETS))
-    for name in kvjax.METHODS:
-        if name != "full":
-            shares = [runs[name, budget].right.mean() for budget in BUDGETS]
-            print(f"  {name:<23}" + "".join(f"{share:>9.0%}" for share in shares))
-    some = [runs["snapkv", budget].kept for budget in BUDGETS]
-    print(f"  {'entries/head':<23}" + "".join(f"{kept.mean():>9.1f}" for kept in some))
-    sizes = [kept.sum(axis=(1, 2)).mean() * entry_bytes / 1024 for kept in some]
-    print(f"  {'KiB/prompt':<23}" + "".join(f"{size:>9.1f}" for size in sizes) + "\n")
+@dataclass(frozen=True)
+class Comparison:
+    """Both sides of a demo, and the pieces of text that the document's tokens are."""
+
+    full: Side
+    compressed: Side
+    pieces: list[str]
 
 
-def needles(item: Item) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """[first, end) of every note, and of the one that is asked for."""
-    tokens = list(item.document)
-    starts = [place for place, token in enumerate(tokens) if token == ID["note"]]
-    spans = [(place, place + 5) for place in starts]
-    asked = next(span for span in spans if tokens[span[0] + 1] == item.question[1])
-    return spans, asked
+def bundled_document() -> tuple[str, str]:
+    """A document of 512 tokens in the bundled model's language, and a question about it."""
+    [item] = questions("multikey", 512, 1)
+    return text(item.document[1:]), text(item.question)  # its tokenizer begins a text by itself
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=tiny.WEIGHTS, help="a run's model/")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a prompt (512)")
-    parser.add_argument("--prompts", type=int, default=16, help="how many (16)")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of kept.png")
-    options = parser.parse_args(arguments)
-    if options.prompts < 1:
-        print(f"kvjax: --prompts {options.prompts}, expected at least 1", file=sys.stderr)
-        return 2
-    try:
-        model, _ = kvjax.load(options.model, progress=False)
-    except ValueError as error:
-        print(f"kvjax: {error}", file=sys.stderr)
-        return 2
-    context = model.config.context - 8
-    if not 64 <= options.length <= context:
-        print(f"kvjax: --length {options.length}, expected 64 to {context}", file=sys.stderr)
-        return 2
-    items = questions("multikey", options.length, options.prompts)
-    notes = len(needles(items[0])[0])
-    print(f"{options.prompts} prompts of {options.length} tokens, {notes} notes in each:")
-    print("  ..." + text(list(items[0].document)[100:140]) + "...\n")
-    show_answers(model, items)
-    shape = model.config
-    entry_bytes = 2 * shape.head_dim * np.dtype(np.float32).itemsize
-    for protocol, title in PROTOCOLS.items():
-        runs = answer_all(model, items, protocol)
-        show_table(runs, title, entry_bytes)
-        if protocol == "seen":
-            pictured = {name: runs[name, 0.1].positions for name in SHOWN}
-    if figures.available():
-        path = _picture(options.out / "kept.png", items[0], pictured)
-        print(f"{path}: which entries each head kept at 10 %")
-    else:
-        print("kept.png needs matplotlib: pip install 'kvjax[plot]'", file=sys.stderr)
-    return 0
+def compare(
+    model: Model,
+    tokenizer: Any,
+    document: str,
+    question: str,
+    config: CompressionConfig,
+    *,
+    max_new_tokens: int,
+    eos_ids: Ends | None = None,
+) -> Comparison:
+    """Read a document with the full cache and with `config`, and ask both the same.
+
+    A tokenizer with a chat template gets document and question as turns of the user's, another one
+    as a text that goes on. Everything runs once to be compiled, and a second time to be timed.
+    `eos_ids` end an answer, the model's own by default.
+
+    Raises:
+      ValueError: a document or a question that the model cannot take.
+    """
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    read: dict[str, Any] = {"prompts": document}
+    asked: dict[str, Any] = {"prompts": question}
+    if chat:
+        read = {"messages": opening(None, document, tokenizer)}
+        asked = {"messages": [{"role": "user", "content": question}]}
+    asked |= {"tokenizer": tokenizer, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+    following = _QUESTION + max_new_tokens
+    sides: list[Side] = []
+    ids: Sequence[int] = ()
+    for each in (CompressionConfig.named("full"), config):
+        for _ in range(2):
+            began = time.perf_counter()
+            cache = kvjax.compress_prompt(
+                model, config=each, tokenizer=tokenizer, max_new_tokens=following, **read
+            )
+            cache.next_positions.block_until_ready()
+            read_seconds = time.perf_counter() - began
+        for _ in range(2):
+            began = time.perf_counter()
+            out = kvjax.generate(model, cache=cache, **asked)
+            answer_seconds = time.perf_counter() - began
+        assert out.text is not None
+        assert cache.history is not None
+        ids = cache.history[0].tokens
+        mask_LKT = np.asarray(cache.kept_mask(len(ids))[0])
+        times = read_seconds, answer_seconds
+        answer = out.text[0].strip()
+        sides.append(Side(answer, mask_LKT, cache.nbytes, *times, len(out.tokens[0])))
+    return Comparison(*sides, pieces(ids, tokenizer))
 
 
-def _picture(path: Path, item: Item, kept: dict[str, np.ndarray]) -> Path:
-    spans, asked = needles(item)
-    length = len(item.document) + len(item.question)
-    title = f"entries kept at 10 % of {length}, a row a KV head"
-    return figures.heat_map(path, kept, length, needles=spans, asked=asked, title=title)
+# ---------------------------------------------------------------------------- in a terminal
+def shares(kept: Bool[np.ndarray, "L K T"]) -> Float[np.ndarray, " T"]:
+    """The share of all heads that kept each token."""
+    return kept.mean((0, 1))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def layer_map(kept: Bool[np.ndarray, "L K T"], width: int = 64) -> list[str]:
+    """A line a layer: the darker a sign, the more of these positions its heads kept."""
+    layers, _, tokens = kept.shape
+    columns = min(width, tokens)
+    edges = np.linspace(0, tokens, columns + 1).astype(int)
+    cells_LC = np.add.reduceat(kept.mean(1), edges[:-1], axis=1) / np.diff(edges)
+    darkest = cells_LC.max() or 1
+    signs = np.ceil(cells_LC / darkest * _LEVELS).astype(int)
+    return [
+        f"layer {layer:2} |" + "".join(_SHADES[sign] for sign in row) + f"| {each:.0%}"
+        for layer, row, each in zip(range(layers), signs, kept.mean((1, 2)), strict=True)
+    ]
+
+
+def marked_text(
+    words: Sequence[str],
+    share: Float[np.ndarray, " T"],
+    *,
+    marks: tuple[str, str] = ("[", "]"),
+    width: int = 96,
+    most: int = 24,
+) -> list[str]:
+    """The document's text with marks around tokens that at least twice the mean share kept.
+
+    Args:
+      words: T pieces of text.
+      share: of heads that kept each of them.
+      marks: before and behind what is marked.
+      width: signs a line.
+      most: lines; of a longer text those in a row of which most was kept.
+    """
+    lines = text_lines(words, width)
+    if len(lines) > most:
+        weights = [sum(share[token] for token, _ in line) for line in lines]
+        first = int(np.convolve(weights, np.ones(most), mode="valid").argmax())
+        lines = lines[first : first + most]
+    mark_T = share >= 2 * share.mean()
+    return [_marked(line, mark_T, marks) for line in lines]
+
+
+def _marked(line: Sequence[tuple[int, str]], mark_T, marks: tuple[str, str]) -> str:
+    shown, inside = "", False
+    for token, piece in line:
+        if mark_T[token] and not inside:  # a space before a word stays outside of its marks
+            word = piece.lstrip()
+            shown, piece = shown + piece[: len(piece) - len(word)] + marks[0], word
+        elif inside and not mark_T[token]:
+            shown += marks[1]
+        shown, inside = shown + piece, bool(mark_T[token])
+    return shown + (marks[1] if inside else "")
+
+
+def report(found: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison as numbers and texts, for JSON."""
+    names = "answer", "cache_bytes", "read_seconds", "answer_seconds", "tokens"
+    sides = {
+        name: {key: getattr(side, key) for key in names} | {"kept": float(side.kept.sum(-1).mean())}
+        for name, side in (("full", found.full), ("compressed", found.compressed))
+    }
+    return dict(facts) | {"document_tokens": len(found.pieces)} | sides

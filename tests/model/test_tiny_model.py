@@ -1,4 +1,4 @@
-"""The bundled model: the file that its card describes, what it shows in seconds, and the demo."""
+"""The bundled model: the file that its card describes, what it shows in seconds, needles."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ import pytest
 
 import kvjax
 from kvjax import CompressionConfig, tiny
-from kvjax.studies import demo
+from kvjax.studies import needles
 from kvjax.studies.dispersion import entries_needed
 from kvjax.studies.retrieval import ask
 from kvjax.tiny.questions import questions
@@ -94,10 +94,10 @@ def test_it_repeats_a_document(model):
     assert right.mean() >= 0.95
 
 
-# ---------------------------------------------------------------------------- demo
+# ---------------------------------------------------------------------------- needles
 def test_notes_are_found_in_a_document(items):
     item = items[0]
-    spans, asked = demo.needles(item)
+    spans, asked = needles.needles(item)
     tokens = list(item.document)
     assert len(spans) == 16
     assert asked in spans
@@ -106,12 +106,12 @@ def test_notes_are_found_in_a_document(items):
 
 @pytest.mark.slow
 def test_answers_tables_and_a_picture(tmp_path, capsys, monkeypatch):
-    """Slow: the whole demo, though with few prompts."""
+    """Slow: the whole study, though with few prompts."""
     some = {name: kvjax.METHODS[name] for name in ("full", "snapkv", "random")}
     monkeypatch.setattr(kvjax, "METHODS", some)
-    monkeypatch.setattr(demo, "SHOWN", ("snapkv", "random"))
-    monkeypatch.setattr(demo, "BUDGETS", (0.5, 0.1))
-    assert demo.main(["--length", "256", "--prompts", "3", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(needles, "SHOWN", ("snapkv", "random"))
+    monkeypatch.setattr(needles, "BUDGETS", (0.5, 0.1))
+    assert needles.main(["--length", "256", "--prompts", "3", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     # 4 layers of 4 KV heads, keys and values of 32 fp32 numbers: 4 KiB a token.
     assert "question seen: answers right (full cache 100%, 1024 KiB a prompt)" in out
@@ -131,7 +131,7 @@ def test_answers_tables_and_a_picture(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_wrong_calls_are_one_sentence(arguments, message, capsys):
-    assert demo.main(arguments) == 2
+    assert needles.main(arguments) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
