@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvjax.models.checkpoints.gguf_file import is_gguf
+from kvjax.models.checkpoints.hub import local_folder
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.models.load import load_model, load_model_config
@@ -40,8 +41,8 @@ def preset(name: str, context: int) -> ModelConfig:
     """
     if name not in PRESETS:
         raise ValueError(
-            f"--model {name}, expected one of {', '.join(PRESETS)}, a checkpoint's directory, or"
-            " a GGUF file"
+            f"--model {name}, expected one of {', '.join(PRESETS)}, a checkpoint's directory, a"
+            " GGUF file, or org/name on the hub"
         )
     shape = dict(zip(_KEYS, PRESETS[name], strict=True))
     extra = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": context}
@@ -49,23 +50,29 @@ def preset(name: str, context: int) -> ModelConfig:
 
 
 def model_config(name: str, context: int) -> ModelConfig:
-    """A preset's for this context, or that of a checkpoint's directory or GGUF file.
+    """A preset's for this context, or that of a checkpoint: a directory, a GGUF file, org/name.
 
     Raises:
-      ValueError: neither, or a checkpoint that is not read.
+      ValueError: none of them, or a checkpoint that is not read.
     """
-    return load_model_config(name) if _is_checkpoint(name) else preset(name, context)
+    folder = _checkpoint(name)
+    return preset(name, context) if folder is None else load_model_config(folder)
 
 
 def model_of(name: str, config: ModelConfig) -> Decoder:
     """A checkpoint's weights, or random ones of this config, in the default dtype."""
-    if _is_checkpoint(name):
-        return load_model(name, dtype=default_dtype(), progress=False)
-    return random_model(config)
+    folder = _checkpoint(name)
+    if folder is None:
+        return random_model(config)
+    return load_model(folder, dtype=default_dtype(), progress=False)
 
 
-def _is_checkpoint(name: str) -> bool:
-    return name not in PRESETS and (Path(name).is_dir() or is_gguf(name))
+def _checkpoint(name: str) -> Path | None:
+    """Where a checkpoint lies, fetched from the hub if need be; None for what is not one's name."""
+    if name in PRESETS:
+        return None
+    folder = local_folder(name, progress=False)
+    return folder if folder.is_dir() or is_gguf(folder) else None
 
 
 def default_dtype() -> Any:

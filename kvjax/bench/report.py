@@ -31,7 +31,7 @@ class Settings:
     """What to measure.
 
     Attributes:
-      model: a key of `presets.PRESETS`, or the directory of a checkpoint.
+      model: a key of `presets.PRESETS`, or a checkpoint's directory, GGUF file or name on the hub.
       batches: rows, one run for each.
       prompt, new: tokens.
       budget: entries a KV head.

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,7 @@ def _answered(setting: Setting, talk: Talk, question: str) -> Talk:
     turns = (*talk.turns, {"role": "user", "content": question})
     text, cache = "", None
     try:
+        before = talk.cache or _for_whole_context(setting, turns)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")  # a template may rewrite an earlier turn
             steps = kvjax.stream(  # without a document everything is kept
@@ -159,7 +160,7 @@ def _answered(setting: Setting, talk: Talk, question: str) -> Talk:
                 messages=turns,
                 template_args=setting.template,
                 tokenizer=setting.tokenizer,
-                cache=talk.cache,
+                cache=before,
                 return_cache=True,
                 **setting.call,
             )
@@ -180,6 +181,21 @@ def _answered(setting: Setting, talk: Talk, question: str) -> Talk:
     print(flush=True)
     return dataclasses.replace(
         talk, turns=(*turns, {"role": "assistant", "content": text}), cache=cache
+    )
+
+
+def _for_whole_context(setting: Setting, turns: Sequence[Turn]) -> Cache | None:
+    """A cache for a talk without a document, where rotary frequencies depend on the length.
+
+    They stay for the cache, and a talk may go on to the end of the context: so it begins with one
+    token, read for as much. None for other models, which need none.
+    """
+    model = setting.model
+    if not model.config.rope_by_length:
+        return None
+    first = turn_tokens(turns, setting.tokenizer, **setting.template)[:1]
+    return kvjax.compress_prompt(
+        model, [first], tokenizer=setting.tokenizer, max_new_tokens=model.config.context - 1
     )
 
 

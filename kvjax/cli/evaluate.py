@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     directory = tiny.WEIGHTS if settings.model == "tiny" else settings.model
     model, tokenizer = kvjax.load(
         directory, dtype=settings.dtype, progress=not quiet, mesh=mine.mesh,
-        max_context=settings.max_context or None,
+        max_context=settings.max_context or None, revision=settings.revision or None,
     )  # fmt: skip
     if tokenizer is None:
         raise ValueError(f"model = {settings.model!r} has no tokenizer, expected one")

@@ -184,7 +184,7 @@ def _bench_flags(parser: Parser) -> None:
     def either(name: str) -> str:
         return f"({small[name]}; {large[name]} of budgets)"
 
-    known = f"{', '.join(PRESETS)}, random weights, or a checkpoint's directory or GGUF file"
+    known = f"{', '.join(PRESETS)}, random weights, or a folder, a GGUF file or org/name"
     add("--model", metavar="M", help=f"{known} {either('model')}")
     add("--batch", metavar="N,N", help=f"rows {either('batch')}")
     add("--prompt", type=whole(64), metavar="N", help=f"tokens {either('prompt')}")

@@ -56,7 +56,10 @@ def sampling(arguments: argparse.Namespace) -> Sampling | Literal["model"] | Non
 
 
 def drawn_by(asked: Sampling | Literal["model"] | None, model: Model) -> Sampling:
-    """The rules that flags ask for; without any a line on stderr says what the checkpoint suggests.
+    """The rules that flags ask for; a line on stderr says what the checkpoint suggests, or not.
+
+    It is said where no flag says how to draw, and where `--sampling model` finds no suggestion: a
+    GGUF file has none.
 
     Raises:
       ValueError: as of `kvjax.generation.suggestion.chosen`.
@@ -66,7 +69,11 @@ def drawn_by(asked: Sampling | Literal["model"] | None, model: Model) -> Samplin
     if found is not None:
         line = f"the checkpoint suggests {found}; greedy is used, --sampling model follows it"
         print(line, file=sys.stderr, flush=True)
-    return chosen(asked, stated)
+    rules = chosen(asked, stated)
+    if asked == "model" and rules == Sampling():
+        line = "--sampling model: the checkpoint suggests nothing; greedy is used"
+        print(line, file=sys.stderr, flush=True)
+    return rules
 
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -61,6 +61,11 @@ class Reader:
             self._held = mine[0], found
         return self._held[1]
 
+    def turn(self, config: CompressionConfig, tokens: int) -> int:
+        """Where a config's turn comes, so that a bucket of `tokens` is read once for each group."""
+        groups = self._groups(tokens)
+        return next((n for n, group in enumerate(groups) if config in group), len(groups))
+
     def _groups(self, tokens: int) -> list[list[CompressionConfig]]:
         """The configs, those together that one prefill of a bucket of `tokens` serves."""
         if tokens not in self._by_bucket:

@@ -16,7 +16,8 @@ class EvalSettings:
     """An evaluation; every field is a key of the file.
 
     Attributes:
-      model: a Hugging Face directory or a GGUF file, or "tiny" for the bundled model.
+      model: a Hugging Face directory, a GGUF file, "org/name" on the hub, or "tiny" for the bundled
+        model.
       tasks: names of `kvjax.eval.tasks.TASKS`.
       methods: names of `kvjax.METHODS`, each with settings of its own if need be, as in
         "prefixkv:layers=uniform" or "snapkv/padded:window=64,kernel=5" (`kvjax.spelling`); results
@@ -41,6 +42,7 @@ class EvalSettings:
       quantize: "int8" or "".
       prefill_once: prefill a batch once for all methods and budgets, whose keys and values are held
         whole meanwhile; otherwise once for each, layer by layer, in less memory.
+      revision: branch, tag or commit of a name on the hub, "" for its main branch.
       max_context: most tokens of a prompt with its answer, 0 for what the model was trained for.
     """
 
@@ -65,6 +67,7 @@ class EvalSettings:
     quantize: str = ""
     prefill_once: bool = True
     max_context: int = 0
+    revision: str = ""
 
     def __post_init__(self):
         for name, known in (("tasks", tuple(TASKS)), ("protocols", PROTOCOLS)):

@@ -116,7 +116,8 @@ def compare(
         times = read_seconds, answer_seconds
         answer = out.text[0].strip()
         sides.append(Side(answer, mask_LKT, cache.nbytes, *times, len(out.tokens[0])))
-    return Comparison(*sides, pieces(ids, tokenizer))
+    full, compressed = sides
+    return Comparison(full, compressed, pieces(ids, tokenizer))
 
 
 # ---------------------------------------------------------------------------- in a terminal

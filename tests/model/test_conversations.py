@@ -1,13 +1,19 @@
 """Conversations through a model: turns alone or all of them, compressed, streamed, saved."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from turns import LLAMA, QWEN, SMOL, said, tokenizer
 
 import kvjax
 from kvjax import CompressionConfig, tiny
+from kvjax.cli import chat
 from kvjax.inputs.chat import turn_tokens
+from kvjax.models.checkpoints.weights import load_decoder
 
+FULL = CompressionConfig.named("full")
 SNAP = CompressionConfig.named("snapkv", 16)
 DOCUMENT = [said("system", "Be brief."), said("user", "The note of Ann is 42. " * 2)]
 QUESTION = said("user", "Which note has Ann?")
@@ -27,6 +33,24 @@ def made():
 @pytest.fixture(scope="module")
 def cache(model, made):
     return kvjax.compress_prompt(model, None, SNAP, messages=DOCUMENT, tokenizer=made)
+
+
+def test_a_talk_without_a_document_is_read_for_the_whole_context(made, tmp_path, capsys):
+    """Where rotary frequencies depend on the length: not for the first question alone."""
+    config = json.loads((tiny.WEIGHTS / "config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(tiny.WEIGHTS / "model.safetensors", tmp_path)
+    model = load_decoder(tmp_path, progress=False)
+    call = {"max_new_tokens": NEW, "eos_ids": ()}
+    talk = chat.Talk((), None)
+    for question in ("Which note has Ann?", "And Bob?"):
+        talk = chat._answered(chat.Setting(model, made, FULL, {}, call), talk, question)
+        assert talk.cache.rope_length.tolist() == [model.config.context]
+    first = turn_tokens(talk.turns[:1], made, add_generation_prompt=True)
+    assert list(talk.cache.history[0].tokens[: len(first)]) == first
+    assert len(talk.turns) == 4
+    assert capsys.readouterr().err == ""
 
 
 def ask(model, made, **call):

@@ -14,6 +14,8 @@ from huggingface_hub import constants, utils
 from safetensors.numpy import load_file, save_file
 
 import kvjax
+from kvjax.cli import main
+from kvjax.models import presets
 from kvjax.models.checkpoints import hub
 from kvjax.models.checkpoints.hub import local_folder
 from kvjax.tiny import WEIGHTS
@@ -194,6 +196,22 @@ def test_a_filled_cache_needs_no_hub(cache, files, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     use(monkeypatch, NOBODY)
     assert local_folder(NAME, progress=False) == snapshot.resolve()
+
+
+def test_evaluations_and_benchmarks_take_names(cache, files, monkeypatch, tmp_path, capsys):
+    fill_cache(cache, files)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = presets.model_config(NAME, 64)
+    assert config.num_layers == 2
+    held = weights(presets.model_of(NAME, config))
+    assert (held == weights(kvjax.load(CHECKPOINT, progress=False)[0])).all()
+    settings = f'model = "{NAME}"\nrevision = "v3"\ntasks = ["needle"]\nmethods = ["full"]\n'
+    settings += 'budgets = ["25%"]\nlengths = [64]\n'
+    (tmp_path / "eval.toml").write_text(settings)
+    flags = ["--config", str(tmp_path / "eval.toml"), "--out", str(tmp_path / "out")]
+    assert main(["eval", *flags]) == 2
+    assert f"model '{NAME}' at revision='v3'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_path_wins(tmp_path, monkeypatch, server):

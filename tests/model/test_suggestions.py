@@ -69,6 +69,12 @@ def test_the_command_says_what_is_suggested_and_follows_it_when_asked(call, sugg
     assert call(model=SOURCE) == (0, greedy, "method=full\n")
 
 
+def test_the_command_says_that_there_is_nothing_to_follow(call):
+    code, _, err = call("--sampling", "model", model=SOURCE)
+    nothing = "--sampling model: the checkpoint suggests nothing; greedy is used\n"
+    assert (code, err) == (0, f"{nothing}method=full\n")
+
+
 def test_suggestions_that_are_refused(call, folder, tmp_path):
     code, out, err = call("--sampling", "model", "--top-k", 3)
     assert (code, out) == (2, "")

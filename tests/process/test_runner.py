@@ -155,6 +155,27 @@ def test_a_batch_is_prefilled_once_for_all_methods(loaded, tmp_path, monkeypatch
         assert row | {"log_prob": 0} == each[key] | {"log_prob": 0}
 
 
+def test_configs_of_one_prefill_follow_each_other(loaded, tmp_path, monkeypatch):
+    """However the methods are listed, a batch is read once for each group of them."""
+    real, calls = kvjax.prefill_prompts, []
+
+    def counted(model, prompts, configs, **rest):
+        calls.append(sorted({config.sinks for config in configs}))
+        return real(model, prompts, configs, **rest)
+
+    monkeypatch.setattr(kvjax, "prefill_prompts", counted)
+    methods = (
+        "expected-attention:sinks=4",
+        "expected-attention:sinks=8",
+        "ada-expected-attention:sinks=4",
+    )
+    settings = dataclasses.replace(
+        SETTINGS, methods=methods, budgets=("50%", "25%"), protocols=("unseen",), count=2
+    )
+    assert run(settings, tmp_path / "out", loaded)["failed"] == 0
+    assert calls == [[4], [8]]
+
+
 def test_perplexity_is_that_of_score(loaded, tmp_path):
     model, tokenizer = loaded
     documents = TASKS["tiny/single"].documents(
