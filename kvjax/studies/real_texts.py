@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 from kvjax.eval.tasks.ruler_needles import put_in
 from kvjax.inputs.prompts import encoded
 from kvjax.inputs.tokenizer import load_tokenizer
+from kvjax.settings import replacing
 
 # Tokens of prefixes, and how many texts of each.
 PREFIXES = {1024: 16, 2048: 8, 4096: 4}
@@ -79,6 +80,13 @@ def read_texts(path: str | Path) -> list[Text]:
       OSError: it cannot be read.
     """
     return [Text(**json.loads(line)) for line in Path(path).read_text().splitlines()]
+
+
+def write_texts(texts: Iterable[Text], path: str | Path) -> None:
+    """Write texts, one JSON line each."""
+    lines = [json.dumps(dataclasses.asdict(text)) + "\n" for text in texts]
+    with replacing(path) as part:
+        part.write_text("".join(lines))
 
 
 def sentences_from(novel: str, place: float) -> list[str]:
@@ -147,8 +155,7 @@ def main() -> None:
     novel, tokenizer = options.novel.read_text(encoding="utf-8-sig"), load_tokenizer(options.model)
     texts = [*novel_texts(novel, tokenizer), *fact_texts(novel, tokenizer)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(text)) + "\n" for text in texts]
-    options.output.write_text("".join(lines))
+    write_texts(texts, options.output)
 
 
 if __name__ == "__main__":
