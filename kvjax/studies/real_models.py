@@ -1,7 +1,7 @@
 """Measure every method on a real model, over the texts of `kvjax.studies.real_texts`.
 
     python -m kvjax.studies.real_models --model FOLDER --texts build/real/texts.jsonl \\
-        -o docs/real_models/kvjax.csv [--short]
+        -o docs/real_models [--short] [--shared]
 
 For each text, method and budget: the NLL (nats a token) of what follows the compressed prompt, and
 for questions whether each answer is right. A greedy answer is right to the last token exactly if
@@ -9,7 +9,7 @@ every token of it is the likeliest one after those before it, so one pass judges
 
 A prompt is prefilled once for all methods. Budgets are run-time numbers and caches are widened to
 the prompt's bucket (as in `kvjax.studies.retrieval`), so that a method compiles once a bucket.
-Rows are appended to the file as they are made; a run goes on where it stopped.
+Rows are appended to `kvjax_PART.csv` as they are made; a run goes on where it stopped.
 
 R rows that follow a prompt, U their tokens, V vocabulary, L layers, K KV heads, T tokens.
 """

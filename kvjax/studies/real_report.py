@@ -1,11 +1,11 @@
 """Tables and the picture of what `make real` measured, from the committed rows alone.
 
-    python -m kvjax.studies.real_report --results docs/real_models -o docs/real_models_tables.md \\
+    python -m kvjax.studies.real_report --results docs/real_models -o docs/real_models/tables.md \\
         --picture docs/images/real_models.png
 
 Intervals are bootstrap 95 % intervals over texts or contexts, never over single questions: those
 about one context are not independent. Differences are paired text by text. Where kept positions are
-there (`--kept`, from the runs), how many of them are the same is counted first, into `kept.csv`.
+there (`--kept`, left by the runs), how many are the same is counted first, into `kept.csv`.
 """
 
 import argparse
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="Markdown")
     options = parser.parse_args()
     folder = options.results
-    if options.kept:
+    if options.kept and (options.kept / "kept_kvpress").is_dir():
         kept = options.kept / "kept", options.kept / "kept_kvpress"
         count_same(*kept, folder / "kept.csv")
     mine, theirs = (
@@ -263,8 +263,8 @@ def main() -> None:
         for side in ("kvjax", "kvpress")
     )
     sections = [
-        "# SmolLM2-135M, measured\n\nWritten by `make real` from the rows in"
-        " [real_models/](real_models); [real_models.md](real_models.md) says what they are.\n",
+        "# SmolLM2-135M, measured\n\nWritten by `make real` from the rows beside it;"
+        " [real_models.md](../real_models.md) says what they are.\n",
         "## Nats a token that compression adds to a novel's next 64 tokens\n",
         novel_table(mine["novel"]),
         "## NLL beside kvpress's\n",

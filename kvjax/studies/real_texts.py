@@ -108,10 +108,11 @@ def novel_texts(novel: str, tokenizer: Any) -> Iterator[Text]:
 
 
 def fact_texts(novel: str, tokenizer: Any, seed: int = 0) -> Iterator[Text]:
-    """Contexts with facts: all questions after each, and some at the end of its copies.
+    """Contexts with facts and all questions after each; then copies that end with a question.
 
     A fact gives a subject a number of four digits, and its question is the subject again.
     """
+    contexts = []
     for number in range(CONTEXTS):
         rng = np.random.default_rng([seed, number])
         subjects = [SUBJECTS[place] for place in rng.permutation(len(SUBJECTS))[:FACTS]]
@@ -122,12 +123,14 @@ def fact_texts(novel: str, tokenizer: Any, seed: int = 0) -> Iterator[Text]:
         context = _filled(sentences, facts, depths, tokenizer)
         asked = [encoded(f"\n\n{subject}", tokenizer, special=False) for subject in subjects]
         answers = [encoded(f" {value}", tokenizer, special=False) for value in values]
-        lengths = [len(answer) for answer in answers]
+        contexts.append((context, asked, answers))
         rows = [[*q, *a] for q, a in zip(asked, answers, strict=True)]
-        yield Text("unseen", f"{number:02}", context, rows, lengths)
-        for place in (number % FACTS, (number + FACTS // 2) % FACTS)[:SEEN]:
-            prompt = [*context, *asked[place]]
-            yield Text("seen", f"{number:02}-{place}", prompt, [answers[place]], [lengths[place]])
+        yield Text("unseen", f"{number:02}", context, rows, list(map(len, answers)))
+    for copy in range(SEEN):
+        for number, (context, asked, answers) in enumerate(contexts):
+            place = (number + copy * FACTS // SEEN) % FACTS
+            prompt, answer = [*context, *asked[place]], answers[place]
+            yield Text("seen", f"{number:02}-{place}", prompt, [answer], [len(answer)])
 
 
 def _filled(sentences, facts, depths, tokenizer) -> list[int]:
