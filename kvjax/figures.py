@@ -207,7 +207,7 @@ def real_models(
         axis.invert_yaxis()
         axis.set(xlim=(0, 105), xlabel="answers right, %")
         axis.set_title(f"question unseen, {budget} kept", fontsize=9, loc="left")
-    axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    axes[len(answers) - 1].legend(fontsize=7, frameon=False, loc="center")
     for name, values in lost.items():
         axes[-1].plot(range(len(budgets)), values, marker=".", lw=1.2, label=name)
     axes[-1].axhline(0, color=_INK, lw=1, ls="--")

@@ -95,7 +95,7 @@ def methods_of(text: Text, number: int, rows: Iterable[dict[str, str]]) -> tuple
     right most often in it, and what kvpress has.
     """
     if text.part == "unseen" and number >= SURVEYED:
-        return tuple(dict.fromkeys(("full", *SHARED, *FLOORLESS, *ten_best(rows))))
+        return tuple(dict.fromkeys(("full", *SHARED, *ten_best(rows))))
     layered = [name for names in LAYERED.values() for name in names if text.part == "unseen"]
     return tuple(dict.fromkeys(("full", *NAMED, *AGREEING, *FLOORLESS, *layered)))
 

@@ -31,6 +31,7 @@ from kvjax.studies.tables import mean_interval
 # method, budget -> text -> row
 Rows = Mapping[tuple[str, str], Mapping[str, Mapping[str, str]]]
 LENGTHS = ("1024", "2048", "4096")
+LAST = ", last kept"  # kvpress told to keep the last token, as kvjax does
 SHOWN = (  # in the picture
     "kvzip", "ada-kvzip:layers=prefix", "ada-kvzip", "key-diff", "ada-expected-attention", "tova",
     AGREEING[0],
@@ -114,21 +115,23 @@ def novel_table(rows: Rows) -> str:
 def agreement_table(mine: Rows, theirs: Rows, kept: Sequence[dict[str, str]]) -> str:
     """NLL beside kvpress's, and how many kept positions are the same."""
     lines = []
-    for method in SHARED:
+    pairs = [(m, peer) for m in SHARED for peer in (m, m + LAST) if (peer, "0.5") in theirs]
+    for method, peer in pairs:
         for budget in budgets_of("novel"):
-            one, two = mine.get((method, budget), {}), theirs.get((method, budget), {})
+            one, two = mine.get((method, budget), {}), theirs.get((peer, budget), {})
             gaps = paired(losses(one), losses(two))
             if len(gaps) == 0:
                 continue
             both = one.keys() & two.keys()
             means = [np.mean([float(rows[n]["nll"]) for n in both]) for rows in (one, two)]
             low, high = mean_interval(gaps)
-            same = [r for r in kept if (r["method"], r["budget"]) == (method, budget)]
+            same = [r for r in kept if (r["method"], r["budget"]) == (peer, budget)]
             total = sum(int(row["kept"]) for row in same)
             share = sum(int(row["same"]) for row in same) / total if total else None
+            name = f"`{method}`{peer.removeprefix(method)}"
             lines.append(
                 [
-                    f"`{method}`", percent(budget), f"{means[0]:.4f}", f"{means[1]:.4f}",
+                    name, percent(budget), f"{means[0]:.4f}", f"{means[1]:.4f}",
                     f"{gaps.mean():+.4f} [{low:+.4f}, {high:+.4f}]", str(len(gaps)),
                     "" if share is None else f"{share:.2%}",
                 ]
