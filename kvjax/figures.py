@@ -285,6 +285,48 @@ def bench(path: str | Path, report: Mapping[str, Any]) -> Path:
     return _save(figure, path)
 
 
+def real_models(
+    path: str | Path,
+    answers: Mapping[str, Mapping[str, tuple[float | None, float | None]]],
+    full: float,
+    lost: Mapping[str, Sequence[float]],
+    budgets: Sequence[str],
+) -> Path:
+    """Answers right at each budget beside a peer's, and nats lost over budgets.
+
+    Args:
+      path: of the PNG.
+      answers: a panel a budget; by method the share right, kvjax's and kvpress's or None.
+      full: the share right with the full cache.
+      lost: nats a token more than the full cache, one a budget.
+      budgets: what the points of `lost` are of.
+    """
+    figure, axes = _figure(12, 3.6, ncols=len(answers) + 1)
+    for axis, (budget, methods) in zip(axes, answers.items(), strict=False):
+        places = np.arange(len(methods))
+        for offset, side, color in ((-0.2, 0, _KEPT), (0.2, 1, _NEEDLE)):
+            shares = [100 * (pair[side] or 0) for pair in methods.values()]
+            label = ("kvjax", "kvpress")[side]
+            axis.barh(places + offset, shares, height=0.38, color=color, label=label)
+            for place, (share, pair) in enumerate(zip(shares, methods.values(), strict=True)):
+                if pair[side] is not None:
+                    axis.text(share + 1, place + offset, f"{share:.0f}", va="center", fontsize=7)
+        axis.axvline(100 * full, color=_INK, lw=1, ls="--", label="full cache")
+        axis.set_yticks(places, list(methods) if axis is axes[0] else [])
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 105), xlabel="answers right, %")
+        axis.set_title(f"question unseen, {budget} kept", fontsize=9, loc="left")
+    axes[len(answers) - 1].legend(fontsize=7, frameon=False, loc="center")
+    for name, values in lost.items():
+        axes[-1].plot(range(len(budgets)), values, marker=".", lw=1.2, label=name)
+    axes[-1].axhline(0, color=_INK, lw=1, ls="--")
+    axes[-1].set_xticks(range(len(budgets)), budgets)
+    axes[-1].set(xlabel="entries kept", ylabel="nats a token more than the full cache")
+    axes[-1].set_title("a novel goes on", fontsize=9, loc="left")
+    axes[-1].legend(fontsize=7, frameon=False)
+    return _save(figure, path)
+
+
 # ---------------------------------------------------------------------------- layer profiles
 _NUMBERED = 12  # most layers whose bars carry their number
 

@@ -79,7 +79,7 @@ def ask(
     longest = max(len(prompt) for prompt in prompts)
     room = max(len(item.answer) for item in items)
     questions, _ = pad([item.question for item in items])
-    asked = [probe_request(_widest(config), bucket(longest)) for config in configs]
+    asked = [probe_request(widest(config), bucket(longest)) for config in configs]
     request = reduce(or_, asked, ProbeRequest())
     right: list[list[bool]] = [[] for _ in configs]
     kept: list[list[np.ndarray]] = [[] for _ in configs]
@@ -96,7 +96,7 @@ def ask(
         key = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.array(rows))
         for index, config in enumerate(configs):
             budgets = make_rows(config, jnp.asarray(lengths))
-            cache = _compress(*layers, budgets, key, config=_widest(config))
+            cache = compress_widest(*layers, budgets, key, config=widest(config))
             if seen:
                 drawn = _decode(model, cache, logits, room=room)
             else:
@@ -120,7 +120,7 @@ def _prefill(model, tokens, lengths, request):
     return prefill.prefill(model, tokens, lengths, request)
 
 
-def _widest(config: CompressionConfig) -> CompressionConfig:
+def widest(config: CompressionConfig) -> CompressionConfig:
     """The config whose padded slots hold every budget of the method."""
     budget = config.budget
     if isinstance(budget, float) and budget < _MOST and config.profile is None:
@@ -129,7 +129,15 @@ def _widest(config: CompressionConfig) -> CompressionConfig:
 
 
 @partial(jax.jit, static_argnames="config")
-def _compress(keys, values, probes, rows, key, *, config) -> Cache:
+def compress_widest(keys, values, probes, rows, key, *, config) -> Cache:
+    """A cache with as many slots as the prompts have tokens, at the budgets of `rows`.
+
+    Args:
+      keys, values, probes: one a layer, from a prefill.
+      rows: from `make_rows`, of the method at the budget that is wanted.
+      key: of the `random` scorer.
+      config: from `widest`.
+    """
     tokens, windows = keys[0].shape[1], (None,) * len(keys)
     plan = make_plan(config, rows.lengths, tokens, windows, key, rows)
     kept = Packing()
