@@ -1,0 +1,119 @@
+"""Who waits, who has a row, and how many pages are left; nothing of this is on the device.
+
+A request is admitted by what it can come to hold at most: what is kept of its prompt and what its
+answer adds. So it never has to wait for pages once it has a row, and its answer never depends on
+its neighbours. Requests are admitted in the order in which they came, those that were swapped out
+before the others.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request as the scheduler sees it: pages that it may come to hold, and its row."""
+
+    pages: int
+    row: int | None = None
+    swapped: bool = False
+
+
+class Scheduler:
+    """Rows and pages, given out first come, first served.
+
+    Args:
+      rows: answered at once.
+      pages: of the pool.
+
+    Attributes:
+      queue: tickets that wait, the next one first.
+      running: ticket of each row that has one.
+      free: pages that nobody has been promised.
+      swaps: rows taken out of the pool so far.
+    """
+
+    def __init__(self, rows: int, pages: int):
+        self.rows, self.pages = rows, pages
+        self.queue: deque[Ticket] = deque()
+        self.running: dict[int, Ticket] = {}
+        self.free = pages
+        self.swaps = 0
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        """Pages of contexts, which no row's end gives back."""
+        return self._held
+
+    def check(self, pages: int):
+        """Raise ValueError where so many pages can never be had."""
+        if pages > self.pages:
+            raise ValueError(
+                f"the request may come to hold {pages} pages, expected at most the pool's"
+                f" {self.pages} (cache_bytes)"
+            )
+
+    def submit(self, ticket: Ticket):
+        """Put a ticket at the end of the queue."""
+        self.check(ticket.pages)
+        self.queue.append(ticket)
+
+    def admit(self) -> Ticket | None:
+        """The next ticket, with a row and its pages; None where it has to wait, or nobody waits."""
+        row = next((row for row in range(self.rows) if row not in self.running), None)
+        if row is None or not self.queue or self.queue[0].pages > self.free:
+            return None
+        ticket = self.queue.popleft()
+        ticket.row, self.running[row] = row, ticket
+        self.free -= ticket.pages
+        return ticket
+
+    def finish(self, ticket: Ticket) -> int | None:
+        """Take a ticket out, wherever it is; the row that it had, if it had one."""
+        if ticket.row is None:
+            if ticket in self.queue:
+                self.queue.remove(ticket)
+            return None
+        row, ticket.row = ticket.row, None
+        del self.running[row]
+        self.free += ticket.pages
+        return row
+
+    def hold(self, pages: int) -> list[Ticket]:
+        """Promise pages to a context; the tickets to be swapped out first, the newest one first.
+
+        They are back in the queue, before all others.
+
+        Raises:
+          ValueError: not even without them there are so many.
+        """
+        available = self.pages - self._held
+        if pages > available:
+            raise ValueError(
+                f"the context needs {pages} pages, expected at most the {available} that other"
+                " contexts leave (cache_bytes)"
+            )
+        leaving: list[Ticket] = []
+        newest = list(self.running.values())[::-1]
+        room = self.free
+        while room < pages:
+            leaving.append(newest.pop(0))
+            room += leaving[-1].pages
+        self.free -= pages
+        self._held += pages
+        return leaving
+
+    def swap_out(self, ticket: Ticket) -> int:
+        """Take a running ticket's row and pages; it waits before all others."""
+        row = self.finish(ticket)
+        assert row is not None  # it was running
+        ticket.swapped = True
+        self.queue.appendleft(ticket)
+        self.swaps += 1
+        return row
+
+    def let_go(self, pages: int):
+        """Take back what a context was promised."""
+        self.free += pages
+        self._held -= pages
