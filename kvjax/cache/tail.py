@@ -4,6 +4,8 @@
     row 0     p10  p11  -1  -1       no token.
     row 1     p6   -1   p7  -1
 
+Rows that come and go (`kvjax.serve`) have a cursor each.
+
 B batch, K KV heads, T slots of the tail, N query heads, W remembered queries, H head dim.
 """
 
@@ -21,12 +23,13 @@ from kvjax.sharding import constrain
 
 @no_type_check  # jax maps trees to other leaves than arrays
 class Tail(struct.PyTreeNode):
-    """Tokens since the prompt, every head alike: one cursor for all rows, holes at -1.
+    """Tokens since the prompt, every head alike; holes at -1.
 
     Attributes:
       keys, values: one `[B, K, T, H]` a layer.
       positions: `[B, T]` int32, -1 for holes and for slots not written yet.
-      cursor: int32, the next slot to be written.
+      cursor: int32, the next slot to be written, of all rows or `[B]` of each. What a row has no
+        room for is dropped where it has a cursor of its own.
       queries: one `[B, W, N, H]` a layer, the last W tokens' after RoPE: token number c of the
         tail has row c % W. Empty unless they are to be remembered (`remember`).
       query_positions: `[B, W]` theirs, -1 where there is none yet.
@@ -112,7 +115,10 @@ def compact(tail: Tail) -> Tail:
 
 def write_positions(tail: Tail, positions: Int[Array, "B T"]) -> Tail:
     """Claim tail slots for a block of tokens (-1 for padding) and move the cursor past them."""
-    claimed = lax.dynamic_update_slice(tail.positions, positions, (0, tail.cursor))
+    if tail.cursor.ndim:
+        claimed = tail.positions.at[_own_slots(tail.cursor, positions)].set(positions, mode="drop")
+    else:
+        claimed = lax.dynamic_update_slice(tail.positions, positions, (0, tail.cursor))
     tail = tail.replace(positions=claimed, cursor=tail.cursor + positions.shape[1])
     if tail.query_positions is None:
         return tail
@@ -123,8 +129,19 @@ def write_positions(tail: Tail, positions: Int[Array, "B T"]) -> Tail:
 def _put_last(tail: Tail, remembered: Array, block: Array) -> Array:
     """A block of what the tail claimed last, in the rows of the tokens that it remembers."""
     count = min(block.shape[1], remembered.shape[1])
-    rows = (tail.cursor - count + jnp.arange(count)) % remembered.shape[1]
+    number_C = jnp.arange(count) - count
+    if tail.cursor.ndim:
+        rows_BC = (tail.cursor[:, None] + number_C) % remembered.shape[1]
+        batch_B1 = jnp.arange(rows_BC.shape[0])[:, None]
+        return remembered.at[batch_B1, rows_BC].set(block[:, -count:])
+    rows = (tail.cursor + number_C) % remembered.shape[1]
     return remembered.at[:, rows].set(block[:, -count:])
+
+
+def _own_slots(first_B: Array, block: Array) -> tuple[Array, Array]:
+    """Rows and slots of a block that begins at each row's own slot."""
+    number_C = jnp.arange(block.shape[1], dtype=jnp.int32)
+    return jnp.arange(first_B.shape[0])[:, None], first_B[:, None] + number_C
 
 
 def write_layer(
@@ -138,13 +155,18 @@ def write_layer(
 
     Queries go where the tail remembers them.
     """
-    start = (0, 0, tail.cursor - keys.shape[1], 0)
+    first = tail.cursor - keys.shape[1]
     if tail.queries and queries is not None:
         last = _put_last(tail, tail.queries[layer], queries)
         tail = tail.replace(queries=(*tail.queries[:layer], last, *tail.queries[layer + 1 :]))
 
     def put(arrays: tuple[Array, ...], block: Array) -> tuple[Array, ...]:
-        new = lax.dynamic_update_slice(arrays[layer], block.transpose(0, 2, 1, 3), start)
+        if first.ndim:
+            row_B1, slot_BC = _own_slots(first, block)
+            new = arrays[layer].at[row_B1, :, slot_BC].set(block, mode="drop")
+        else:
+            start = (0, 0, first, 0)
+            new = lax.dynamic_update_slice(arrays[layer], block.transpose(0, 2, 1, 3), start)
         new = constrain(new, "BKTH")
         return (*arrays[:layer], new, *arrays[layer + 1 :])
 

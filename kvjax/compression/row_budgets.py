@@ -40,8 +40,15 @@ def fraction(config: Settings) -> float:
     return float(config.budget)
 
 
-def make_rows(config: Settings, lengths: Int[Array, " B"]) -> Rows:
+def make_rows(
+    config: Settings, lengths: Int[Array, " B"], budgets: Int[Array, " B"] | None = None
+) -> Rows:
     """Resolve `config` for prompts of these lengths.
+
+    Args:
+      config: the settings.
+      lengths: tokens of each prompt.
+      budgets: entries per head, on average, that each row keeps at most, where `config` keeps more.
 
     A fraction (in millionths) of a prompt is rounded down, and is at least 2 entries. Nothing
     exceeds the prompt. A window of None becomes min(32, base // 2), or the scorer's own in place
@@ -53,6 +60,8 @@ def make_rows(config: Settings, lengths: Int[Array, " B"]) -> Rows:
     else:
         part = floor_of_product(lengths, round(fraction(config) * MILLION), MILLION)
         base = jnp.minimum(lengths, jnp.maximum(part, 2))
+    if budgets is not None:
+        base = jnp.minimum(base, budgets)
     if config.window is None:
         window = jnp.minimum(config.default_window, base // 2)
     else:

@@ -18,6 +18,7 @@ from kvjax import sharding
 from kvjax.cache.state import Cache
 from kvjax.compression.compress import Packing, add_layer, finish, make_plan, probe_request
 from kvjax.compression.kvzip import reconstruction_scores
+from kvjax.compression.row_budgets import make_rows
 from kvjax.config import CompressionConfig
 from kvjax.model_interface import (
     NO_IMAGES,
@@ -106,6 +107,7 @@ def compress_prefilled(
     windows: tuple[int | None, ...],
     key: Key[Array, "*row"],
     config: CompressionConfig,
+    budgets: Int[Array, " B"] | None = None,
 ) -> Cache:
     """What `config` keeps of prompts; the tail has no slots.
 
@@ -114,8 +116,10 @@ def compress_prefilled(
       windows: each layer's sliding window.
       key: of the `random` scorer.
       config: what is kept.
+      budgets: see `make_rows`.
     """
-    plan = make_plan(config, prompts.lengths, prompts.keys[0].shape[1], windows, key)
+    rows = make_rows(config, prompts.lengths, budgets)
+    plan = make_plan(config, prompts.lengths, prompts.keys[0].shape[1], windows, key, rows)
     kept = Packing()
     layers = zip(prompts.keys, prompts.values, prompts.probes, strict=True)
     for index, layer in enumerate(layers):
@@ -171,7 +175,7 @@ def prefill_compress(
     features = encode_images(model, images).turned_for(rope_length)
 
     def read(tokens, lengths, features, key):
-        return _prefill_compress(model, tokens, lengths, key, config, features)
+        return prefill_compress_at_once(model, tokens, lengths, key, config, features)
 
     return _in_groups(read, model, tokens, lengths, features, key)
 
@@ -224,14 +228,27 @@ def _groups(batch: int, tokens: int) -> int:
     )
 
 
-def _prefill_compress(model, tokens, lengths, key, config, features):
-    """Layer by layer: a layer is packed before the next one runs, if it can be scored then."""
+def prefill_compress_at_once(
+    model: Model,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    key: Key[Array, "*row"],
+    config: CompressionConfig,
+    features: ImageFeatures = NO_IMAGES,
+    budgets: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`prefill_compress` of all rows together, layer by layer.
+
+    A layer is packed before the next one runs, if it can be scored then. `budgets` are of
+    `make_rows`; `features` say what a row's frequencies are chosen for where the model asks.
+    """
     windows = model.config.sliding_windows
     request = probe_request(config, tokens.shape[1])
     if request.repeat is not None:
         prompts = prefill(model, tokens, lengths, request, features)
-        return prompts.logits, compress_prefilled(prompts, windows, key, config)
-    plan = make_plan(config, lengths, tokens.shape[1], windows, key)
+        return prompts.logits, compress_prefilled(prompts, windows, key, config, budgets)
+    rows = make_rows(config, lengths, budgets)
+    plan = make_plan(config, lengths, tokens.shape[1], windows, key, rows)
     kept = Packing()
     x_BTD = features.put(model.embed(tokens))
     for index, layer in enumerate(model.layers):
