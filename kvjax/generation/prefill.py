@@ -232,7 +232,7 @@ def prefill_compress_at_once(
     model: Model,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    key: Key[Array, "*row"] | None,
+    key: Key[Array, "*row"],
     config: CompressionConfig,
     features: ImageFeatures = NO_IMAGES,
     budgets: Int[Array, " B"] | None = None,

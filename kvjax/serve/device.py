@@ -4,6 +4,7 @@ What is handed to programs has the same shapes and types at every call, so that 
 once `warm_up` has run them all.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,14 +14,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from kvjax.cache.slots import page_size
-from kvjax.config import CompressionConfig
 from kvjax.exact import MOST, always_32_bits
 from kvjax.generation.programs import flat
 from kvjax.generation.sampling import Sampling, Values, row_keys
 from kvjax.model_interface import Model
 from kvjax.serve import programs
-from kvjax.serve.job import Job
-from kvjax.serve.menu import Menu
+from kvjax.serve.job import Job, running_text
+from kvjax.serve.menu import Choice, Menu
 from kvjax.serve.pages import Lease, Shape
 from kvjax.serve.programs import Prompt, State, Swapped
 from kvjax.serve.rows import Drawn, Rows
@@ -36,16 +36,27 @@ class Device:
       cache_bytes: of pages and tails together.
       rows: answered at once.
       decode_steps: tokens of every row between two looks of the host.
+      top_logprobs: likeliest tokens that come with each one.
 
     Raises:
       ValueError: fewer bytes than the tails and a page take.
     """
 
     @always_32_bits
-    def __init__(self, model: Model, menu: Menu, *, cache_bytes: int, rows: int, decode_steps: int):
+    def __init__(
+        self,
+        model: Model,
+        menu: Menu,
+        *,
+        cache_bytes: int,
+        rows: int,
+        decode_steps: int,
+        top_logprobs: int = 0,
+    ):
         config = model.config
         self.menu, self.steps, self.rows = menu, decode_steps, rows
         self._model, self._windows = flat(model), config.sliding_windows
+        self._top = top_logprobs
         self._by_length = config.rope_by_length
         self.eos = tuple(config.eos_token_ids)
         self._eos = np.array([*self.eos, -1], np.int32)
@@ -67,65 +78,71 @@ class Device:
 
     # ------------------------------------------------------------------ requests
     @always_32_bits
-    def prefill(self, job: Job, more: int, following: int) -> Prompt:
-        """Read and compress a job's prompt.
+    def prefill(self, job: Job) -> Prompt:
+        """Read and compress the prompt of a job without a context."""
+        assert job.choice is not None  # it has no context
+        return self._prefill(job.tokens, job.choice, job.more, job.limit, job.seed)
 
-        Args:
-          job: with a choice.
-          more: tokens of every head that come to lie in pages behind it.
-          following: tokens after it, for frequencies that depend on a text's length.
-        """
-        assert job.choice is not None
-        choice, config = job.choice, job.choice.config
-        return self._prefill(
-            job.tokens, choice.bucket, config, choice.budget, more, following, job.seed
-        )
-
-    def _prefill(self, ids, bucket, config, budget, more, following, seed) -> Prompt:
-        tokens = np.zeros((1, bucket), np.int32)
-        tokens[0, : len(ids)] = ids
-        length = np.array([len(ids)], np.int32)
+    def _prefill(
+        self, ids: Sequence[int], choice: Choice, more: int, following: int, seed: int
+    ) -> Prompt:
+        """Read and compress a text; `following` tokens may come after it."""
+        tokens, length = _padded(ids, choice.bucket)
         rope_length = length + np.int32(following) if self._by_length else None
+        budget, config = np.array([choice.budget], np.int32), choice.config
         return programs.prefill_program(
-            self._model, tokens, length, row_keys(seed, 1), np.array([budget], np.int32),
-            np.int32(more), rope_length, config=config, recompress=self.menu.recompress,
+            self._model, tokens, length, row_keys(seed, 1), budget, np.int32(more), rope_length,
+            config=config, recompress=self.menu.recompress,
         )  # fmt: skip
 
     @always_32_bits
     def admit(self, job: Job, prompt: Prompt) -> Drawn:
         """Give a prompt the job's row; its first token."""
-        one = self._one(job, len(job.tokens), len(job.tokens), len(job.tokens) + job.limit)
-        found = programs.admit_program(*self.state, prompt, np.int32(job.row), one, self._eos)
-        self.state, drawn = found
+        length = len(job.tokens)
+        one = self._one(job, length, length, length + job.limit)
+        row = np.int32(_row(job))
+        self.state, drawn = programs.admit_program(
+            *self.state, prompt, row, one, self._eos, top=self._top
+        )
         return _sent(drawn)
 
     @always_32_bits
     def ask(self, job: Job, context: Lease, rope_length: int) -> Drawn:
         """Give a question about a context the job's row; its first token."""
-        bucket = self.menu.question_bucket(len(job.tokens))
-        tokens = np.zeros((1, bucket), np.int32)
-        tokens[0, : len(job.tokens)] = job.tokens
-        more = np.int32(len(job.tokens) + self.menu.growth(job.limit))
+        tokens, _ = _padded(job.tokens, self.menu.question_bucket(len(job.tokens)))
         one = self._one(job, job.before, job.prompt_tokens, rope_length)
-        found = programs.ask_program(
-            *self.state, self._model, context, tokens, more, np.int32(job.row), one, self._eos
+        row, more = np.int32(_row(job)), np.int32(job.more)
+        self.state, drawn = programs.ask_program(
+            *self.state, self._model, context, tokens, more, row, one, self._eos, top=self._top
         )
-        self.state, drawn = found
         return _sent(drawn)
 
     def _one(self, job: Job, position: int, prompt: int, rope_length: int) -> Rows:
-        rules: Sampling = job.sampling
-        number, real = (lambda x: np.array([x], np.int32)), (lambda x: np.array([x], np.float32))
-        values = Values(
-            temperature=real(rules.temperature), top_k=number(rules.top_k), top_p=real(rules.top_p),
-            min_p=real(rules.min_p), penalty=real(rules.repetition_penalty),
-        )  # fmt: skip
+        """A row that has drawn nothing, as programs take it."""
+        rules = job.sampling
+
+        def array(x: Any, dtype: Any = np.int32) -> Any:
+            return np.array([x], dtype)
+
         return Rows(
-            token=number(0), position=number(position), prompt=number(prompt), drawn=number(0),
-            limit=number(job.limit), running=np.ones((1,), bool), ends=np.array([job.ends]),
-            keys=jax.vmap(jax.random.fold_in, (0, None))(row_keys(job.seed, 1), 0), values=values,
-            rope_length=number(rope_length) if self._by_length else None,
-        )  # fmt: skip
+            token=array(0),
+            position=array(position),
+            prompt=array(prompt),
+            drawn=array(0),
+            limit=array(job.limit),
+            running=array(True, bool),
+            ends=array(job.ends, bool),
+            # As `start_answer` folds a row's key.
+            keys=jax.vmap(jax.random.fold_in, (0, None))(row_keys(job.seed, 1), 0),
+            values=Values(
+                temperature=array(rules.temperature, np.float32),
+                top_k=array(rules.top_k),
+                top_p=array(rules.top_p, np.float32),
+                min_p=array(rules.min_p, np.float32),
+                penalty=array(rules.repetition_penalty, np.float32),
+            ),
+            rope_length=array(rope_length) if self._by_length else None,
+        )
 
     # ------------------------------------------------------------------ all rows
     @always_32_bits
@@ -133,7 +150,7 @@ class Device:
         """Queue the next tokens of all rows."""
         pages, rows, tail = self.state
         rows, tail, drawn = programs.decode_program(
-            self._model, pages, rows, tail, self._eos, steps=self.steps
+            self._model, pages, rows, tail, self._eos, steps=self.steps, top=self._top
         )
         self.state = State(pages, rows, tail)
         return _sent(drawn)
@@ -166,12 +183,9 @@ class Device:
 
     # ------------------------------------------------------------------ contexts and swaps
     @always_32_bits
-    def keep(self, ids: Sequence[int], config: CompressionConfig, budget: int, following: int,
-             seed: int) -> Lease:  # fmt: skip
+    def keep(self, ids: Sequence[int], choice: Choice, following: int, seed: int) -> Lease:
         """Read and compress a text that many requests are going to ask."""
-        bucket = self.menu.bucket_of(len(ids))
-        prompt = self._prefill(ids, bucket, config, budget, 0, following, seed)
-        return self._keep(prompt)
+        return self._keep(self._prefill(ids, choice, 0, following, seed))
 
     def _keep(self, prompt: Prompt) -> Lease:
         pages, rows, tail = self.state
@@ -198,8 +212,8 @@ class Device:
 
     def holdings(self) -> tuple[Int[np.ndarray, "R L W"], Int[np.ndarray, "R L"]]:
         """Table of each row, and pages that each layer has of it."""
-        slots = self.state.pages.slots
-        return np.asarray(slots.table), -(-np.asarray(slots.sizes) // slots.page)
+        pages = self.state.pages
+        return np.asarray(pages.table), -(-np.asarray(pages.sizes) // pages.slots.page)
 
     def held(self) -> int:
         """Pages that somebody holds, as the device counts them."""
@@ -208,29 +222,42 @@ class Device:
     # ------------------------------------------------------------------ before the first request
     @always_32_bits
     def warm_up(self) -> int:
-        """Run every program once, on prompts of nothing; programs that were compiled."""
+        """Run every program once, on prompts of one token; how many were compiled."""
         before = programs.compilations()
-        menu, row = self.menu, 0
+        row, questions = 0, self.menu.question_buckets
         job = _nobody(row)
-        for bucket, config in menu.variants():
-            prompt = self._prefill([0], bucket, config, MOST, 0, 1, 0)
+        for bucket, config in self.menu.variants():
+            prompt = self._prefill([0], Choice(bucket, config, MOST, 0), 0, 1, 0)
             self.admit(job, prompt)
             self.release([row])
-            if menu.question_buckets:
-                self.drop(self._keep(prompt))
-        if menu.question_buckets:
+            if questions:
+                lease = self._keep(prompt)
+                self.drop(lease)
+        for bucket in questions:
             lease = self._keep(prompt)
-            for bucket in menu.question_buckets:
-                job.tokens = [0] * bucket
-                self.ask(job, lease, bucket)
-                self.release([row])
+            self.ask(dataclasses.replace(job, tokens=[0] * bucket, more=bucket), lease, bucket)
             self.drop(lease)
-            self.swap_in(self.swap_out(row), row)
+            saved = self.swap_out(row)
+            self.release([row])
+            self.swap_in(saved, row)
+            self.release([row])
         self.decode()
         self.make_room([row])
-        self.release([row])
         jax.block_until_ready(self.state)
         return programs.compilations() - before
+
+
+def _padded(
+    ids: Sequence[int], bucket: int
+) -> tuple[Int[np.ndarray, "1 T"], Int[np.ndarray, " 1"]]:
+    tokens = np.zeros((1, bucket), np.int32)
+    tokens[0, : len(ids)] = ids
+    return tokens, np.array([len(ids)], np.int32)
+
+
+def _row(job: Job) -> int:
+    assert job.row is not None  # the scheduler has given it one
+    return job.row
 
 
 def _sent(drawn: Drawn) -> Drawn:
@@ -240,13 +267,12 @@ def _sent(drawn: Drawn) -> Drawn:
     return drawn
 
 
-def _nobody(row: int) -> Any:
-    from kvjax.serve.job import running_text
-
+def _nobody(row: int) -> Job:
+    """A job that nobody waits for."""
     return Job(
         pages=0, row=row, number=-1, method="", tokens=[0], before=0, choice=None, limit=1,
-        sampling=Sampling(), seed=0, ends=False, context=None, push=lambda step: None,
-        text=running_text(None, (), []),
+        sampling=Sampling(), seed=0, ends=False, context=None, more=0, logprobs=0,
+        push=lambda step: None, text=running_text(None, (), []),
     )  # fmt: skip
 
 
@@ -261,8 +287,8 @@ def _pages_within(cache_bytes: int, model: Model, menu: Menu, rows: int) -> int:
     if pages < config.num_layers:
         least = tails + config.num_layers * menu.page * slot
         raise ValueError(
-            f"cache_bytes={cache_bytes}, expected at least {least} for {rows} rows' tails and a page"
-            " of each layer"
+            f"cache_bytes={cache_bytes}, expected at least {least} for {rows} rows' tails and"
+            " a page of each layer"
         )
     return int(pages)
 

@@ -6,15 +6,20 @@ All of it is known from lengths alone, before anything runs on the device.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvjax.compression.capacity import check_prompt, layer_capacity, most_kept
 from kvjax.compression.room import check_held, slots_needed
 from kvjax.compression.row_budgets import largest
-from kvjax.config import CompressionConfig, ConfigError, Recompress
+from kvjax.config import CompressionConfig, ConfigError, Recompress, check_config
 from kvjax.exact import MOST
+from kvjax.generation.request import FULL, instructed
 from kvjax.model_interface import ModelShape
+from kvjax.spelling import parse_method
 
-FULL = CompressionConfig.named("full")
+Method = CompressionConfig | str
+# Tokens of an answer that are not in pages yet, where nothing compresses it.
+TAIL = 32
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,54 @@ class Menu:
         if self.question_buckets:
             found += self.forked_pages(self.question_buckets[-1] + self.max_new_tokens)
         return found
+
+
+def tail_slots(slots: int | None, steps: int, recompress: Recompress | None) -> int:
+    """Slots of a row's tail, which whole dispatches of so many steps fill.
+
+    Raises:
+      ValueError: no multiple of the steps.
+    """
+    if recompress is not None:
+        if recompress.budget is None:
+            raise ValueError("recompress.budget=None, expected a number of entries a head")
+        if recompress.every % steps or slots not in (None, recompress.every):
+            raise ValueError(
+                f"recompress.every={recompress.every}, expected a multiple of decode_steps={steps}"
+                " and no other tail_slots"
+            )
+        return recompress.every
+    found = -(-TAIL // steps) * steps if slots is None else slots
+    if found < steps or found % steps:
+        raise ValueError(f"tail_slots={found!r}, expected a multiple of decode_steps={steps}")
+    return found
+
+
+def named_methods(
+    methods: Method | Mapping[str, Method],
+    budget: int | float | None,
+    tokenizer: Any,
+    vocab_size: int,
+) -> dict[str, CompressionConfig]:
+    """Configs by name, as a server runs them: packed, and without a ratio that answers keep.
+
+    Arguments as of `Engine`.
+    """
+    if isinstance(methods, Mapping):
+        given = dict(methods)
+    else:
+        given = {methods if isinstance(methods, str) else methods.method: methods}
+    if not given:
+        raise ValueError("methods={}, expected at least one")
+    found = {}
+    for name, method in given.items():
+        config = parse_method(method, budget) if isinstance(method, str) else method
+        check_config(config)
+        config = instructed(config, tokenizer, vocab_size)
+        if config.compresses:
+            config = dataclasses.replace(config, layout="packed")
+        found[name] = dataclasses.replace(config, keep_ratio=False)
+    return found
 
 
 def _bucket(buckets: Sequence[int], length: int, what: str) -> int:

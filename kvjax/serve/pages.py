@@ -28,20 +28,28 @@ class Pages(struct.PyTreeNode):
     """The pool, who holds which pages, and how far they are filled.
 
     Attributes:
-      slots: of one pool for all rows; its `table` `[R, L, W]` has each row's pages in order, and
-        `sizes` `[R, L]` are the slots that a row may come to use of them.
+      slots: one pool for all rows, with every row's counts.
+      table: `[R, L, W]` each row's pages in order.
+      sizes: `[R, L]` slots that a row may come to use, from its first page on.
       used: `[R, L]` slots of a row that may hold an entry by now, from its first page on.
       holders: `[P]` int32, how many rows and contexts hold each page; 0 where it is free.
     """
 
     slots: Slots
+    table: Int[Array, "R L W"]
+    sizes: Int[Array, "R L"]
     used: Int[Array, "R L"]
     holders: Int[Array, " P"]
 
     @property
     def filled(self) -> Slots:
         """The slots as attention reads them: up to those in use."""
-        return self.slots.replace(sizes=self.used)
+        return self.slots.replace(table=self.table, sizes=self.used)
+
+    @property
+    def reserved(self) -> Slots:
+        """The slots as compression sees them: all that may come to be used."""
+        return self.slots.replace(table=self.table, sizes=self.sizes)
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -61,7 +69,7 @@ class Lease(struct.PyTreeNode):
 
 
 class Shape(NamedTuple):
-    """Sizes of the pool: rows, layers, KV heads, pages of a layer at most, pages, slots of a page."""
+    """Sizes of the pool; `width` is how many pages a layer of a row has at most."""
 
     rows: int
     layers: int
@@ -89,8 +97,6 @@ def empty_pages(
         owners=jnp.full((1, size), -1, jnp.int8),
         positions=jnp.full((1, size), -1, jnp.int32),
         counts=jnp.zeros((shape.rows, shape.layers, shape.kv_heads), jnp.int32),
-        table=jnp.zeros((shape.rows, shape.layers, shape.width), jnp.int32),
-        sizes=jnp.zeros((shape.rows, shape.layers), jnp.int32),
         scales=jnp.zeros((1, 2, size), jnp.float32) if quantize else None,
         room=size,
         page=shape.page,
@@ -99,6 +105,8 @@ def empty_pages(
     )
     return Pages(
         slots=slots,
+        table=jnp.zeros((shape.rows, shape.layers, shape.width), jnp.int32),
+        sizes=jnp.zeros((shape.rows, shape.layers), jnp.int32),
         used=jnp.zeros((shape.rows, shape.layers), jnp.int32),
         holders=jnp.zeros((shape.pages,), jnp.int32),
     )
@@ -106,24 +114,27 @@ def empty_pages(
 
 def lease_of(pages: Pages, row: Int[Array, ""] | int) -> Lease:
     """What a row holds."""
-    slots = pages.slots
-    sizes_L = slots.sizes[row]
-    mine_LW = _mine(sizes_L, slots)
-    table_LW = jnp.where(mine_LW, slots.table[row], pages.holders.shape[0])
-    return Lease(table=table_LW, counts=slots.counts[row], sizes=sizes_L, used=pages.used[row])
+    mine_LW = _mine(pages, pages.sizes[row])
+    return Lease(
+        table=jnp.where(mine_LW, pages.table[row], pages.holders.shape[0]),
+        counts=pages.slots.counts[row],
+        sizes=pages.sizes[row],
+        used=pages.used[row],
+    )
 
 
-def _mine(sizes: Int[Array, " L"], slots: Slots) -> Bool[Array, "L W"]:
+def _mine(pages: Pages, sizes: Int[Array, "*shape"]) -> Bool[Array, "*shape W"]:
     """Which columns of a table these sizes fill."""
-    return jnp.arange(slots.table.shape[-1]) < (-(-sizes // slots.page))[:, None]
+    return jnp.arange(pages.table.shape[-1]) < (-(-sizes // pages.slots.page))[..., None]
 
 
 def view(pages: Pages, lease: Lease) -> Pages:
     """The same pool with one row alone, which has this lease."""
     slots, total = pages.slots, pages.holders.shape[0]
     table_1LW = jnp.where(lease.table < total, lease.table, 0)[None]
-    slots = slots.replace(table=table_1LW, counts=lease.counts[None], sizes=lease.sizes[None])
-    return pages.replace(slots=slots, used=lease.used[None])
+    slots = slots.replace(counts=lease.counts[None])
+    sizes_1L, used_1L = lease.sizes[None], lease.used[None]
+    return pages.replace(slots=slots, table=table_1LW, sizes=sizes_1L, used=used_1L)
 
 
 def with_pool(pages: Pages, pool: Slots) -> Pages:
@@ -141,7 +152,7 @@ def take(pages: Pages, sizes: Int[Array, " L"]) -> tuple[Pages, Lease]:
     There are enough: who calls this has counted.
     """
     slots, total = pages.slots, pages.holders.shape[0]
-    mine_LW = _mine(sizes, slots)
+    mine_LW = _mine(pages, sizes)
     number_LW = (jnp.cumsum(mine_LW.reshape(-1)) - 1).reshape(mine_LW.shape)
     free_P = jnp.argsort(pages.holders > 0, stable=True).astype(jnp.int32)
     table_LW = jnp.where(mine_LW, free_P[jnp.clip(number_LW, 0, total - 1)], total)
@@ -161,28 +172,45 @@ def give_back(pages: Pages, lease: Lease) -> Pages:
 def put_row(pages: Pages, row: Int[Array, ""] | int, lease: Lease) -> Pages:
     """The pages with a lease in a row's place, which held nothing."""
     slots, total = pages.slots, pages.holders.shape[0]
-    slots = slots.replace(
-        table=slots.table.at[row].set(jnp.where(lease.table < total, lease.table, 0)),
-        counts=slots.counts.at[row].set(lease.counts),
-        sizes=slots.sizes.at[row].set(lease.sizes),
+    table_LW = jnp.where(lease.table < total, lease.table, 0)
+    return pages.replace(
+        slots=slots.replace(counts=slots.counts.at[row].set(lease.counts)),
+        table=pages.table.at[row].set(table_LW),
+        sizes=pages.sizes.at[row].set(lease.sizes),
+        used=pages.used.at[row].set(lease.used),
     )
-    return pages.replace(slots=slots, used=pages.used.at[row].set(lease.used))
 
 
 def release(pages: Pages, rows: Bool[Array, " R"]) -> Pages:
     """Give back all that these rows hold."""
     slots = pages.slots
-    has_RLW = jnp.arange(slots.table.shape[2]) < (-(-slots.sizes // slots.page))[..., None]
-    gone_RLW = jnp.where(has_RLW & rows[:, None, None], slots.table, pages.holders.shape[0])
-    holders = pages.holders.at[gone_RLW].add(-1, mode="drop")
-    stays_R = (~rows).astype(jnp.int32)
-    slots = slots.replace(
-        counts=slots.counts * stays_R[:, None, None], sizes=slots.sizes * stays_R[:, None]
+    mine_RLW = _mine(pages, pages.sizes) & rows[:, None, None]
+    gone_RLW = jnp.where(mine_RLW, pages.table, pages.holders.shape[0])
+    stays_R1 = (~rows).astype(jnp.int32)[:, None]
+    return pages.replace(
+        slots=slots.replace(counts=slots.counts * stays_R1[..., None]),
+        sizes=pages.sizes * stays_R1,
+        used=pages.used * stays_R1,
+        holders=pages.holders.at[gone_RLW].add(-1, mode="drop"),
     )
-    return pages.replace(slots=slots, holders=holders, used=pages.used * stays_R[:, None])
 
 
 # ---------------------------------------------------------------------------- write
+def with_table(prompt: Slots) -> Slots:
+    """The slots of one row with a table of their pages, and with nothing static but their size.
+
+    So prompts of all methods that take as many slots are admitted by one program.
+    """
+    table, pages = prompt.table, prompt.size // prompt.page
+    if table is None:
+        firsts = [first_page(prompt, layer)[0] for layer in range(prompt.counts.shape[1])]
+        number_W = jnp.arange(pages, dtype=jnp.int32)
+        table = jnp.minimum(jnp.stack(firsts)[:, None] + number_W, pages - 1)[None]
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, pages - table.shape[2])))
+    plain: dict[str, Any] = {"sizes": None, "runs": None, "room": 0, "most": None, "alike": False}
+    return prompt.replace(table=table, **plain)
+
+
 def copy_in(
     pages: Pages, lease: Lease, prompt: Slots, used: Int[Array, " L"] | None = None
 ) -> tuple[Pages, Lease]:
@@ -191,19 +219,16 @@ def copy_in(
     Args:
       pages: with the lease's pages, which are empty.
       lease: with room for each layer's entries.
-      prompt: of one row; its pages are as large.
+      prompt: of one row, from `with_table`; its pages are as large.
       used: first slots of each layer that have all its entries; as many as there are by default.
     """
     slots, total = pages.slots, pages.holders.shape[0]
     held_L = prompt.counts[0].sum(-1, dtype=jnp.int32) if used is None else used
-    layers, width = lease.table.shape
+    assert prompt.table is not None  # `with_table`
+    width = lease.table.shape[1]
     number_W = jnp.arange(width, dtype=jnp.int32)
-    if prompt.table is None:
-        firsts = [first_page(prompt, layer)[0] for layer in range(layers)]
-        source_LW = jnp.stack(firsts)[:, None] + number_W
-    else:
-        more = max(0, width - prompt.table.shape[2])
-        source_LW = jnp.pad(prompt.table[0], ((0, 0), (0, more)))[:, :width]
+    more = max(0, width - prompt.table.shape[2])
+    source_LW = jnp.pad(prompt.table[0], ((0, 0), (0, more)))[:, :width]
     filled_LW = number_W < (-(-held_L // slots.page))[:, None]
     theirs = prompt.size // slots.page
     # Each page of the prompt goes to one place or to none.
@@ -246,7 +271,8 @@ def copy_out(pages: Pages, lease: Lease, size: int) -> Slots:
         scales=None if slots.scales is None else taken(slots.scales, 2),
         counts=lease.counts[None],
         table=jnp.where(filled_LW, number_LW, 0).astype(jnp.int32)[None],
-        sizes=lease.used[None],
+        sizes=None,
+        room=0,
     )
 
 
@@ -299,7 +325,7 @@ def flush(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> Pages:
       rows: whose tails are written.
     """
     slots = pages.slots
-    kv_heads, width = slots.counts.shape[2], slots.table.shape[2]
+    kv_heads, width = slots.counts.shape[2], pages.table.shape[2]
     filled_RU = (tail.positions >= 0) & rows[:, None]
     count_R = filled_RU.sum(1, dtype=jnp.int32)
     rank_RU = jnp.cumsum(filled_RU, axis=1, dtype=jnp.int32) - 1
@@ -312,7 +338,7 @@ def flush(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> Pages:
     for layer in range(slots.counts.shape[1]):
         number_RKU = pages.used[:, layer, None, None] + place_RKU
         column_RX = jnp.minimum(number_RKU // slots.page, width - 1).reshape(len(number_RKU), -1)
-        page_RX = jnp.take_along_axis(slots.table[:, layer], column_RX, axis=1)
+        page_RX = jnp.take_along_axis(pages.table[:, layer], column_RX, axis=1)
         slot_RKU = page_RX.reshape(number_RKU.shape) * slots.page + number_RKU % slots.page
         slot_RKU = (slot_RKU % slots.parts) * (slots.size // slots.parts) + slot_RKU // slots.parts
         # What is no token goes out of bounds, where it is dropped.

@@ -8,10 +8,13 @@ R rows, L layers, K KV heads, T tokens (the bucket), V vocabulary, O steps, U sl
 E end-of-sequence ids.
 """
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple, no_type_check
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -29,7 +32,7 @@ from kvjax.generation.programs import Flat, Program, whole
 from kvjax.model_interface import NO_IMAGES
 from kvjax.serve import pages as paged
 from kvjax.serve.pages import Lease, Pages, Shape
-from kvjax.serve.rows import Drawn, Rows, draw, empty_rows, set_row
+from kvjax.serve.rows import Drawn, Rows, draw, empty_rows, nothing_drawn, set_row
 
 
 class State(NamedTuple):
@@ -65,8 +68,8 @@ def open_program(
     recompress: Recompress | None,
 ) -> State:
     """The state of a server without requests."""
-    model = whole(model)
-    config, dtype, parts = model.config, model.embed.table_VD.dtype, sharding.parts()
+    decoder = whole(model)
+    config, dtype, parts = decoder.config, decoder.embed.table_VD.dtype, sharding.parts()
     pages = paged.empty_pages(shape, config.head_dim, dtype, quantize=quantize, parts=parts)
     tail = empty_tail(pages.slots, tail_slots)
     tail = tail.replace(cursor=jnp.zeros((shape.rows,), jnp.int32))
@@ -96,23 +99,26 @@ def prefill_program(
       more: tokens that every head is to have room for behind them; nothing where the answer is
         compressed again.
     """
-    model = whole(model)
+    decoder = whole(model)
     features = NO_IMAGES.turned_for(rope_length)
-    logits, cache = prefill_compress_at_once(model, tokens, lengths, key, config, features, budgets)
+    logits, cache = prefill_compress_at_once(
+        decoder, tokens, lengths, key, config, features, budgets
+    )
     if recompress is None:
         slots = compacted(slots_of(cache)) if cache.slots is None else cache.slots
         held_L = slots.counts[0].sum(-1, dtype=jnp.int32)
         sizes_L = held_L + slots.counts.shape[2] * more
     else:
-        shape = model.config
+        shape = decoder.config
         cache, _ = make_room(cache, recompress, shape.num_heads, shape.sliding_windows, False)
-        slots = cache.slots
-        sizes_L = slots.sizes[0]
-    slots = reshard_slots(slots, sharding.parts())
+        assert cache.slots is not None
+        assert cache.slots.sizes is not None
+        slots, sizes_L = cache.slots, cache.slots.sizes[0]
+    slots = paged.with_table(reshard_slots(slots, sharding.parts()))
     return Prompt(logits=sharding.replicated(logits), slots=slots, sizes=sizes_L)
 
 
-@partial(Program, donate_argnames=("pages", "rows", "tail"))
+@partial(Program, static_argnames="top", donate_argnames=("pages", "rows", "tail"))
 def admit_program(
     pages: Pages,
     rows: Rows,
@@ -121,16 +127,18 @@ def admit_program(
     row: Int[Array, ""],
     one: Rows,
     eos: Int[Array, " E"],
+    *,
+    top: int,
 ) -> tuple[State, Drawn]:
     """Give a prompt pages and a row, and draw its first token; `one` has how it is answered."""
     pages, lease = paged.take(pages, prompt.sizes)
     pages, lease = paged.copy_in(pages, lease, prompt.slots)
-    return _begun(State(pages, rows, tail), lease, prompt.logits, row, one, eos)
+    return _begun(State(pages, rows, tail), lease, prompt.logits, row, one, eos, top)
 
 
-def _begun(state: State, lease: Lease, logits, row, one: Rows, eos) -> tuple[State, Drawn]:
+def _begun(state: State, lease: Lease, logits, row, one: Rows, eos, top) -> tuple[State, Drawn]:
     pages, rows, tail = state
-    one, drawn = draw(logits, one, eos)
+    one, drawn = draw(logits, one, eos, top)
     state = State(paged.put_row(pages, row, lease), set_row(rows, row, one), emptied(tail, row))
     return _placed(state), sharding.replicated(drawn)
 
@@ -145,12 +153,19 @@ def emptied(tail: Tail, row: Int[Array, ""] | int) -> Tail:
     )
 
 
-@partial(Program, static_argnames="steps", donate_argnames=("rows", "tail"))
+@partial(Program, static_argnames=("steps", "top"), donate_argnames=("rows", "tail"))
 def decode_program(
-    model: Flat, pages: Pages, rows: Rows, tail: Tail, eos: Int[Array, " E"], *, steps: int
+    model: Flat,
+    pages: Pages,
+    rows: Rows,
+    tail: Tail,
+    eos: Int[Array, " E"],
+    *,
+    steps: int,
+    top: int,
 ) -> tuple[Rows, Tail, Drawn]:
     """At most `steps` more tokens of every running row; its tail has room for them."""
-    model = whole(model)
+    decoder = whole(model)
     entries = Cache(
         layers=(),
         slots=pages.filled,
@@ -164,18 +179,16 @@ def decode_program(
         index, rows, tail, drawn = state
         now = entries.replace(tail=tail, next_positions=rows.position)
         fed_R = rows.running.astype(jnp.int32)
-        x_R1D, now = model.extend(rows.token[:, None], fed_R, now)
+        x_R1D, now = decoder.extend(rows.token[:, None], fed_R, now)
         rows = rows.replace(position=now.next_positions)
-        rows, new = draw(model.logits(x_R1D[:, 0]), rows, eos)
+        rows, new = draw(decoder.logits(x_R1D[:, 0]), rows, eos, top)
         # A row that is not running has taken no slot.
         tail = now.tail.replace(cursor=tail.cursor + fed_R)
-        drawn = Drawn(
-            *(lax.dynamic_update_slice(*x, (0, index)) for x in zip(drawn, new, strict=True))
-        )
+        both = zip(drawn, new, strict=True)
+        drawn = Drawn(*(lax.dynamic_update_slice_in_dim(*x, index, axis=1) for x in both))
         return index + 1, rows, tail, drawn
 
-    shape = (rows.token.shape[0], steps)
-    nothing = Drawn(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    nothing = nothing_drawn(rows.token.shape[0], steps, top)
     with jax.named_scope("decode"):
         _, rows, tail, drawn = lax.while_loop(
             lambda state: (state[0] < steps) & state[1].running.any(),
@@ -211,12 +224,13 @@ def evict_program(
     mine = paged.view(pages, lease)
     cache = Cache(
         layers=(),
-        slots=mine.slots,
+        slots=mine.reserved,
         tail=_row_of(tail, row),
         prompt_lengths=rows.prompt[row][None],
         next_positions=rows.position[row][None],
     )
     slots = evict(cache, None, recompress, windows).slots
+    assert slots is not None  # it had some
     lease = lease.replace(counts=slots.counts[0], used=lease.sizes)
     pages = paged.put_row(paged.with_pool(pages, slots), row, lease)
     # The queries stay: the next compression scores by the last ones.
@@ -249,7 +263,7 @@ def drop_program(pages: Pages, lease: Lease) -> Pages:
     return paged.give_back(pages, lease)
 
 
-@partial(Program, donate_argnames=("pages", "rows", "tail"))
+@partial(Program, static_argnames="top", donate_argnames=("pages", "rows", "tail"))
 def ask_program(
     pages: Pages,
     rows: Rows,
@@ -261,6 +275,8 @@ def ask_program(
     row: Int[Array, ""],
     one: Rows,
     eos: Int[Array, " E"],
+    *,
+    top: int,
 ) -> tuple[State, Drawn]:
     """Admit a question about a context: its pages are shared, the question is written behind them.
 
@@ -286,7 +302,8 @@ def ask_program(
     mine = paged.flush(mine, asked.tail, jnp.ones((1,), bool))
     pages, lease = paged.with_pool(pages, mine.slots), paged.lease_of(mine, 0)
     one = one.replace(position=one.prompt)
-    return _begun(State(pages, rows, tail), lease, sharding.replicated(logits), row, one, eos)
+    logits = sharding.replicated(logits)
+    return _begun(State(pages, rows, tail), lease, logits, row, one, eos, top)
 
 
 # ---------------------------------------------------------------------------- out of the pool
@@ -343,18 +360,16 @@ def _placed(state: State) -> State:
 
 def _placed_pages(pages: Pages) -> Pages:
     slots = pages.slots
-    whole = slots.table, slots.counts, slots.sizes, pages.used, pages.holders
-    table, counts, sizes, used, holders = sharding.replicated(whole)
+    book = pages.table, slots.counts, pages.sizes, pages.used, pages.holders
+    table, counts, sizes, used, holders = sharding.replicated(book)
     slots = slots.replace(
         entries=sharding.constrain(slots.entries, ".ME"),
         owners=sharding.constrain(slots.owners, ".M"),
         positions=sharding.constrain(slots.positions, ".M"),
         scales=None if slots.scales is None else sharding.constrain(slots.scales, "..M"),
-        table=table,
         counts=counts,
-        sizes=sizes,
     )
-    return pages.replace(slots=slots, used=used, holders=holders)
+    return pages.replace(slots=slots, table=table, sizes=sizes, used=used, holders=holders)
 
 
 PROGRAMS = (
@@ -366,3 +381,24 @@ PROGRAMS = (
 def compilations() -> int:
     """Programs that servers have compiled in this process."""
     return sum(program._cache_size() for program in PROGRAMS)
+
+
+@contextlib.contextmanager
+def no_compilation() -> Iterator[None]:
+    """Raise RuntimeError at the end if anything was compiled inside, in any thread.
+
+    What a server that is warm does compiles nothing, whatever is asked of it.
+    """
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **told: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(str(told.get("fun_name", "a program")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    if compiled:
+        raise RuntimeError(f"compiled where all programs were expected: {', '.join(compiled)}")

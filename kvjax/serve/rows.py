@@ -1,6 +1,7 @@
 """The rows that are being answered: what each is at, how it draws, when it ends; on the device.
 
-R rows, V vocabulary, E end-of-sequence ids, O steps of a dispatch.
+R rows, V vocabulary, E end-of-sequence ids, O steps of a dispatch, X likeliest
+tokens.
 """
 
 from typing import NamedTuple, no_type_check
@@ -46,10 +47,26 @@ class Rows(struct.PyTreeNode):
 
 
 class Drawn(NamedTuple):
-    """Tokens of a dispatch, -1 where a row drew none, and their log-probabilities."""
+    """Tokens of a dispatch, -1 where a row drew none, and their log-probabilities.
+
+    `top_tokens` are the likeliest at each place, `top_log_probs` theirs.
+    """
 
     tokens: Int[Array, "R O"]
     log_probs: Float[Array, "R O"]
+    top_tokens: Int[Array, "R O X"]
+    top_log_probs: Float[Array, "R O X"]
+
+
+def nothing_drawn(rows: int, steps: int, top: int) -> Drawn:
+    """Room for a dispatch."""
+    shape = rows, steps
+    return Drawn(
+        tokens=jnp.full(shape, -1, jnp.int32),
+        log_probs=jnp.zeros(shape, jnp.float32),
+        top_tokens=jnp.zeros((*shape, top), jnp.int32),
+        top_log_probs=jnp.zeros((*shape, top), jnp.float32),
+    )
 
 
 def empty_rows(rows: int, *, rope_by_length: bool = False) -> Rows:
@@ -71,10 +88,13 @@ def set_row(rows: Rows, row: Int[Array, ""] | int, one: Rows) -> Rows:
     return jax.tree.map(lambda all, new: all.at[row].set(new[0]), rows, one)
 
 
-def draw(logits: Float[Array, "R V"], rows: Rows, eos: Int[Array, " E"]) -> tuple[Rows, Drawn]:
+def draw(
+    logits: Float[Array, "R V"], rows: Rows, eos: Int[Array, " E"], top: int = 0
+) -> tuple[Rows, Drawn]:
     """The next token of every running row, in its own way; the others keep theirs.
 
-    The same tokens as `kvjax.generation.sampling.sample` draws of the same logits.
+    With it come the `top` likeliest ones. The tokens are those that
+    `kvjax.generation.sampling.sample` draws of the same logits.
     """
     log_probs_RV = jax.nn.log_softmax(logits)
     cold_R = rows.values.temperature < COLD
@@ -84,9 +104,12 @@ def draw(logits: Float[Array, "R V"], rows: Rows, eos: Int[Array, " E"]) -> tupl
         lambda: jnp.argmax(logits, axis=-1),
     ).astype(jnp.int32)
     log_prob_R = jnp.take_along_axis(log_probs_RV, token_R[:, None], axis=-1)[:, 0]
+    likeliest_RX, tokens_RX = lax.top_k(log_probs_RV, top)
     new = Drawn(
         tokens=jnp.where(rows.running, token_R, -1)[:, None],
         log_probs=jnp.where(rows.running, log_prob_R, 0.0)[:, None],
+        top_tokens=tokens_RX[:, None].astype(jnp.int32),
+        top_log_probs=likeliest_RX[:, None],
     )
     drawn_R = rows.drawn + rows.running
     over_R = (token_R[:, None] == eos).any(-1) & rows.ends

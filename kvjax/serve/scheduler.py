@@ -16,10 +16,9 @@ class Ticket:
 
     pages: int
     row: int | None = None
-    swapped: bool = False
 
 
-class Scheduler:
+class Scheduler[T: Ticket]:
     """Rows and pages, given out first come, first served.
 
     Args:
@@ -30,23 +29,17 @@ class Scheduler:
       queue: tickets that wait, the next one first.
       running: ticket of each row that has one.
       free: pages that nobody has been promised.
-      swaps: rows taken out of the pool so far.
+      held: pages of contexts, which no row's end gives back.
     """
 
     def __init__(self, rows: int, pages: int):
         self.rows, self.pages = rows, pages
-        self.queue: deque[Ticket] = deque()
-        self.running: dict[int, Ticket] = {}
+        self.queue: deque[T] = deque()
+        self.running: dict[int, T] = {}
         self.free = pages
-        self.swaps = 0
-        self._held = 0
+        self.held = 0
 
-    @property
-    def held(self) -> int:
-        """Pages of contexts, which no row's end gives back."""
-        return self._held
-
-    def check(self, pages: int):
+    def check(self, pages: int) -> None:
         """Raise ValueError where so many pages can never be had."""
         if pages > self.pages:
             raise ValueError(
@@ -54,12 +47,12 @@ class Scheduler:
                 f" {self.pages} (cache_bytes)"
             )
 
-    def submit(self, ticket: Ticket):
+    def submit(self, ticket: T) -> None:
         """Put a ticket at the end of the queue."""
         self.check(ticket.pages)
         self.queue.append(ticket)
 
-    def admit(self) -> Ticket | None:
+    def admit(self) -> T | None:
         """The next ticket, with a row and its pages; None where it has to wait, or nobody waits."""
         row = next((row for row in range(self.rows) if row not in self.running), None)
         if row is None or not self.queue or self.queue[0].pages > self.free:
@@ -69,7 +62,7 @@ class Scheduler:
         self.free -= ticket.pages
         return ticket
 
-    def finish(self, ticket: Ticket) -> int | None:
+    def finish(self, ticket: T) -> int | None:
         """Take a ticket out, wherever it is; the row that it had, if it had one."""
         if ticket.row is None:
             if ticket in self.queue:
@@ -80,7 +73,7 @@ class Scheduler:
         self.free += ticket.pages
         return row
 
-    def hold(self, pages: int) -> list[Ticket]:
+    def hold(self, pages: int) -> list[T]:
         """Promise pages to a context; the tickets to be swapped out first, the newest one first.
 
         They are back in the queue, before all others.
@@ -88,32 +81,30 @@ class Scheduler:
         Raises:
           ValueError: not even without them there are so many.
         """
-        available = self.pages - self._held
+        available = self.pages - self.held
         if pages > available:
             raise ValueError(
                 f"the context needs {pages} pages, expected at most the {available} that other"
                 " contexts leave (cache_bytes)"
             )
-        leaving: list[Ticket] = []
+        leaving: list[T] = []
         newest = list(self.running.values())[::-1]
         room = self.free
         while room < pages:
             leaving.append(newest.pop(0))
             room += leaving[-1].pages
         self.free -= pages
-        self._held += pages
+        self.held += pages
         return leaving
 
-    def swap_out(self, ticket: Ticket) -> int:
+    def swap_out(self, ticket: T) -> int:
         """Take a running ticket's row and pages; it waits before all others."""
         row = self.finish(ticket)
         assert row is not None  # it was running
-        ticket.swapped = True
         self.queue.appendleft(ticket)
-        self.swaps += 1
         return row
 
-    def let_go(self, pages: int):
+    def let_go(self, pages: int) -> None:
         """Take back what a context was promised."""
         self.free += pages
-        self._held -= pages
+        self.held -= pages

@@ -42,6 +42,18 @@ class Context:
     users: int
 
 
+@dataclass
+class Counts:
+    """What has happened so far; fields as of `Stats`."""
+
+    evictions: int = 0
+    swaps: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    finished: int = 0
+    aborted: int = 0
+
+
 @dataclass(frozen=True)
 class Stats:
     """A server at one moment.

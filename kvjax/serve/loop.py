@@ -1,0 +1,302 @@
+"""The thread that has the device: what happens in every round of a server.
+
+A round does what clients asked for, admits at most one prompt, empties tails that are full, queues
+the next tokens of all rows, and only then reads those that were queued a round before: the device
+never waits for the host, and no prompt stands between two dispatches but one.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from kvjax.cache.history import History
+from kvjax.serve.device import Device
+from kvjax.serve.job import Job
+from kvjax.serve.menu import Choice
+from kvjax.serve.pages import Lease
+from kvjax.serve.rows import Drawn
+from kvjax.serve.scheduler import Scheduler
+from kvjax.serve.stats import Context, Counts, Holder, Stats
+
+
+class Kept(NamedTuple):
+    """A context: what the device has of it, and what is said of it.
+
+    Attributes:
+      lease: its pages; None until it is read.
+      method: name of it.
+      history: what it has read.
+      tokens: how many these are.
+      pages: promised to it.
+      rope_length: as of `kvjax.Cache`.
+    """
+
+    lease: Lease | None
+    method: str
+    history: tuple[History, ...]
+    tokens: int
+    pages: int
+    rope_length: int
+
+
+class _Dispatch(NamedTuple):
+    """Tokens on their way from the device, and whose they are, row by row."""
+
+    drawn: Drawn
+    jobs: tuple[tuple[int, Job], ...]
+
+
+class Loop:
+    """Jobs in, steps out, until it is closed.
+
+    Args:
+      device: nothing else may use it from now on.
+
+    Attributes:
+      contexts: by id.
+      failure: what ended the loop, if it was not closed.
+    """
+
+    def __init__(self, device: Device):
+        self._device, self._menu = device, device.menu
+        self._scheduler: Scheduler[Job] = Scheduler(device.rows, device.shape.pages)
+        self.contexts: dict[str, Kept] = {}
+        self.failure: BaseException | None = None
+        self._counts = Counts()
+        self._open: set[Job] = set()
+        self._pending: deque[_Dispatch] = deque()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closed = self._draining = False
+        self._thread = threading.Thread(target=self._run, name="kvjax-serve", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ from any thread
+    def check(self, pages: int) -> None:
+        """Raise ValueError where a request can come to hold more pages than there are."""
+        self._scheduler.check(pages)
+
+    def enqueue(self, jobs: list[Job]) -> None:
+        """Put jobs at the end of the queue.
+
+        Raises:
+          RuntimeError: the loop takes no more.
+        """
+        with self._changed:
+            if self._closed or self._draining:
+                raise RuntimeError("the engine is closed, or about to be") from self.failure
+            self._open.update(jobs)
+            self._commands.extend([partial(self._scheduler.submit, job) for job in jobs])
+            self._changed.notify()
+
+    def give_up(self, job: Job) -> None:
+        """End a job whose client has gone; its pages are free in the next round."""
+        with self._changed:
+            self._commands.append(lambda: self._abort(job))
+            self._changed.notify()
+
+    def call(self, question: Callable[[], Any]) -> Any:
+        """What a function gives in the loop's thread, between two rounds; its errors are raised."""
+        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def answer() -> None:
+            try:
+                box.put((question(), None))
+            except Exception as error:  # the caller's
+                box.put((None, error))
+
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine is closed") from self.failure
+            self._commands.append(answer)
+            self._changed.notify()
+        found, error = box.get()
+        if error is not None:
+            raise error
+        return found
+
+    def drain(self) -> None:
+        """Take no more jobs."""
+        with self._changed:
+            self._draining = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether every job has its answer, or never will."""
+        with self._changed:
+            return self._closed or not self._open
+
+    def close(self) -> None:
+        """End the thread; jobs that are not answered yet get an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # ------------------------------------------------------------------ in the thread
+    def add_context(
+        self, name: str, tokens: list[int], choice: Choice, seed: int, following: int, kept: Kept
+    ) -> None:
+        """Read and compress a text; `kept` has all of it but the lease."""
+        for job in self._scheduler.hold(kept.pages):
+            assert job.row is not None  # it is running
+            job.saved = self._device.swap_out(job.row)
+            self._device.release([self._scheduler.swap_out(job)])
+            self._counts.swaps += 1
+        lease = self._device.keep(tokens, choice, following, seed)
+        self._counts.tokens_in += len(tokens)
+        self.contexts[name] = kept._replace(lease=lease)
+
+    def drop_context(self, name: str) -> None:
+        """Give a context's pages back."""
+        kept = self.contexts.get(name)
+        if kept is None:
+            raise ValueError(f"context={name!r}, expected one of {sorted(self.contexts)}")
+        if users := self.users(name):
+            raise ValueError(f"context={name!r} has {users} requests, expected none")
+        assert kept.lease is not None  # it is listed once it is read
+        del self.contexts[name]
+        self._device.drop(kept.lease)
+        self._scheduler.let_go(kept.pages)
+
+    def users(self, name: str) -> int:
+        """Requests about a context that are not answered yet."""
+        with self._changed:
+            return sum(job.context == name for job in self._open)
+
+    def told_contexts(self) -> tuple[Context, ...]:
+        """What is kept for many requests."""
+        return tuple(
+            Context(name, kept.method, kept.tokens, kept.pages, self.users(name))
+            for name, kept in self.contexts.items()
+        )
+
+    def stats(self, pages: bool) -> Stats:
+        """The server now; with `pages` those of each row, read from the device."""
+        scheduler = self._scheduler
+        table, counts = self._device.holdings() if pages else (None, None)
+        holders = []
+        for row, job in sorted(scheduler.running.items()):
+            mine = None
+            if table is not None and counts is not None:
+                layers = zip(table[row], counts[row], strict=True)
+                mine = tuple(tuple(layer[:count].tolist()) for layer, count in layers)
+            holders.append(Holder(row, job.number, job.method, job.prompt_tokens, job.told, mine))
+        return Stats(
+            queued=len(scheduler.queue),
+            running=len(scheduler.running),
+            rows=scheduler.rows,
+            pages=scheduler.pages,
+            free_pages=scheduler.free,
+            held_pages=scheduler.pages - scheduler.free - scheduler.held,
+            shared_pages=scheduler.held,
+            page_slots=self._menu.page,
+            holders=tuple(holders),
+            **vars(self._counts),
+        )
+
+    def _run(self) -> None:
+        error: BaseException = RuntimeError("the engine was closed")
+        try:
+            while self._obey():
+                self._admit()
+                queued = self._decode()
+                self._hand_out(1 if queued else 0)
+        except BaseException as failure:  # whoever waits is to learn of it
+            error = self.failure = failure
+        with self._changed:
+            self._closed = True
+            commands = list(self._commands)
+            self._commands.clear()
+        for command in commands:
+            command()
+        for job in list(self._open):
+            job.fail(error)
+
+    def _obey(self) -> bool:
+        """Do what was asked for, once there is something to do; False when all is over."""
+        with self._changed:
+            while not (self._closed or self._commands or self._busy()):
+                self._changed.wait()
+            if self._closed:
+                return False
+            commands = list(self._commands)
+            self._commands.clear()
+        for command in commands:
+            command()
+        return True
+
+    def _busy(self) -> bool:
+        return bool(self._scheduler.queue or self._scheduler.running or self._pending)
+
+    def _abort(self, job: Job) -> None:
+        if not job.done:
+            job.done = True
+            self._counts.aborted += 1
+            self._end(job)
+
+    def _end(self, job: Job) -> None:
+        row = self._scheduler.finish(job)
+        job.saved = None
+        if row is not None:
+            self._device.release([row])
+        with self._changed:
+            self._open.discard(job)
+
+    def _admit(self) -> None:
+        """One prompt, or one row that comes back, if there is a row and pages for it."""
+        job = self._scheduler.admit()
+        if job is None:
+            return
+        assert job.row is not None  # it was admitted
+        if job.saved is not None:
+            self._device.swap_in(job.saved, job.row)
+            job.saved = None
+            return
+        if job.context is None:
+            drawn = self._device.admit(job, self._device.prefill(job))
+        else:
+            kept = self.contexts[job.context]
+            assert kept.lease is not None  # it is listed once it is read
+            drawn = self._device.ask(job, kept.lease, kept.rope_length)
+        self._counts.tokens_in += len(job.tokens)
+        job.drawn = 1
+        self._pending.append(_Dispatch(drawn, ((0, job),)))
+
+    def _decode(self) -> bool:
+        """Queue the next tokens of all rows; False where no row has any to draw."""
+        jobs = [(row, job) for row, job in self._scheduler.running.items() if job.left]
+        if not jobs:
+            return False
+        steps = self._device.steps
+        full = [row for row, job in jobs if job.tail + min(steps, job.left) > self._menu.tail_slots]
+        if full:
+            self._device.make_room(full)
+            for row in full:
+                self._scheduler.running[row].tail = 0
+            self._counts.evictions += len(full) if self._menu.recompress is not None else 0
+        self._pending.append(_Dispatch(self._device.decode(), tuple(jobs)))
+        for _, job in jobs:
+            fed = min(steps, job.left)
+            job.drawn, job.tail = job.drawn + fed, job.tail + fed
+        return True
+
+    def _hand_out(self, ahead: int) -> None:
+        """Give clients what was drawn, but for the last `ahead` dispatches; end what is over."""
+        while len(self._pending) > ahead:
+            drawn, jobs = self._pending.popleft()
+            drawn = jax.device_get(drawn)
+            for row, job in jobs:
+                if job.done:
+                    continue
+                before = job.told
+                job.take(drawn, row, self._device.eos)
+                self._counts.tokens_out += job.told - before
+                if job.done:
+                    self._counts.finished += 1
+                    self._end(job)
