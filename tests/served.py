@@ -7,33 +7,53 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
-from turns import SMOL, tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import kvjax
+from kvjax.models.checkpoints.weights import load_decoder
 from kvjax.serve.engine import Engine
 from kvjax.serve.guard import Limits
 from kvjax.serve.http import make_app
-from kvjax.tiny import WEIGHTS
 
-NAME = "tiny"
+WEIGHTS = Path(__file__).parent / "fixtures" / "hf" / "llama2-gqa"
+NAME = "small"
 METHODS = {
     "key-diff": kvjax.CompressionConfig.named("key-diff", budget=24),
     "full": kvjax.CompressionConfig.named("full"),
 }
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' end ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+)
+
+
+def words(template: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer of the small model's 80 tokens, a word each: the last 70 are w10 to w79."""
+    names = ["<unk>", "<s>", "</s>", "system", "user", "assistant", "end", "why", "so", "and"]
+    names += [f"w{number}" for number in range(10, 80)]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    made = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    found.chat_template = template
+    return found
 
 
 @contextmanager
-def engine(template: str | None = SMOL, **settings: Any) -> Iterator[Engine]:
-    """The bundled model with a tokenizer of bytes, which compiles what it needs when it does."""
-    model, _ = kvjax.load(WEIGHTS, progress=False)
+def engine(template: str | None = TEMPLATE, **settings: Any) -> Iterator[Engine]:
+    """A model of random weights and a tokenizer of words; programs are compiled when needed."""
+    model = load_decoder(WEIGHTS, progress=False)
     settings = {
-        "cache_bytes": 4 * 2**20, "rows": 4, "buckets": (64,), "question_buckets": (32,),
-        "max_new_tokens": 64, "decode_steps": 8, "warm_up": False,
+        "cache_bytes": 2**20, "rows": 4, "top_logprobs": 3,
+        "buckets": (64,), "question_buckets": (32,), "max_new_tokens": 64,
+        "decode_steps": 8, "warm_up": False,
     } | settings  # fmt: skip
-    with Engine(model, tokenizer(template), METHODS, **settings) as made:
+    with Engine(model, words(template), METHODS, **settings) as made:
         yield made
 
 

@@ -59,6 +59,13 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         help="lengths of questions about contexts (256; none with --recompress-every)",
     )
     add("--max-new-tokens", type=whole(1), default=256, metavar="N", help="of an answer (256)")
+    add(
+        "--top-logprobs",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="likeliest tokens that requests may ask for at each place (0)",
+    )
     add("--decode-steps", type=whole(1), default=8, metavar="N", help="between two prefills (8)")
     add(
         "--recompress-every",
@@ -156,11 +163,12 @@ def run(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
             decode_steps=arguments.decode_steps,
             recompress=rule,
+            top_logprobs=arguments.top_logprobs,
             seed=arguments.seed,
         ) as engine:
             name = arguments.served_name or Path(arguments.model).name
             app = make_app(engine, tokenizer, name, offered, limits)
-            _say(f"{engine.programs} programs, {engine.stats().pages} pages, {arguments.rows} rows")
+            _say(f"{engine.compiled} programs, {engine.stats().pages} pages, {arguments.rows} rows")
             _say(f"{name} at http://{_shown(listener)}")
             _serve(app, listener, arguments.timeout)
 

@@ -46,19 +46,6 @@ class Served:
     created: int
     reader: Executor
 
-    def check_method(self, method: str | None) -> None:
-        """Raise Refused for a method that the server was not started with."""
-        if method is not None and method not in self.methods:
-            expected = ", ".join(self.methods)
-            raise Refused(400, f"method={shortened(method)}, expected one of {expected}")
-
-    def check_context(self, context: str) -> None:
-        """Raise Refused for a context that is not held."""
-        if context not in {held.id for held in self.engine.contexts()}:
-            raise Refused(
-                404, f"context={shortened(context)} is not held, expected one of /v1/contexts"
-            )
-
     def check(self, asked: Asked) -> None:
         """Raise Refused for what is wrong, or too much, before the engine is asked."""
         if asked.model not in (None, self.name):
@@ -68,9 +55,6 @@ class Served:
                 check_template(self.tokenizer, "messages")
             except ValueError as wrong:
                 raise Refused(400, str(wrong)) from None
-        self.check_method(asked.method)
-        if asked.context is not None:
-            self.check_context(asked.context)
         if self.metrics.open >= self.limits.requests:
             most = self.limits.requests
             raise Refused(
@@ -82,10 +66,10 @@ class Served:
 _NAMES = {"budget": "max_cache_tokens", "max_new_tokens": "max_tokens"}
 
 
-def as_asked(sentence: str) -> str:
-    """The engine's sentence with the argument's name as the client gave it."""
-    name, equals, rest = sentence.partition("=")
-    return _NAMES.get(name, name) + equals + rest
+def as_asked(wrong: ValueError, names: Mapping[str, str] = _NAMES) -> Refused:
+    """The engine's complaint, with the argument's name as the client gave it."""
+    name, equals, rest = str(wrong).partition("=")
+    return Refused(404 if name == "context" else 400, names.get(name, name) + equals + rest)
 
 
 async def answer(served: Served, asked: Completion | Chat, request: Request) -> Response:
@@ -122,6 +106,7 @@ def _calls(asked: Completion | Chat) -> list[dict[str, Any]]:
         "sampling": asked.sampling(),
         "seed": asked.drawn_seed(),
         "stop": asked.stop,
+        "logprobs": asked.likeliest,
         "context": asked.context,
     }
     if isinstance(asked, Chat):
@@ -144,7 +129,8 @@ async def _whole(
         steps = task.result()
         tokens = [token for step in steps for token in step.tokens]
         log_probs = [value for step in steps for value in step.log_probs]
-        logprobs = form.logprobs(tokens, log_probs) if _wants_logprobs(asked) else None
+        top = [likeliest for step in steps for likeliest in step.top]
+        logprobs = form.logprobs(tokens, log_probs, top) if asked.wants_logprobs else None
         text = _echo(served, asked, index) + "".join(step.text or "" for step in steps)
         choices.append(form.choice(index, text, steps[-1].finish_reason, logprobs))
         counts += [step.usage for step in steps if step.usage is not None]
@@ -167,16 +153,12 @@ async def _steps(served: Served, call: dict[str, Any]) -> AsyncGenerator[Step]:
     try:
         steps = await asyncio.get_running_loop().run_in_executor(served.reader, submit)
     except ValueError as wrong:
-        raise Refused(400, as_asked(str(wrong))) from None
+        names = _NAMES | ({"logprobs": "top_logprobs"} if "messages" in call else {})
+        raise as_asked(wrong, names) from None
     closable = cast(AsyncGenerator[Step], steps)
     async with aclosing(served.metrics.timed(closable)) as timed:
         async for step in timed:
             yield step
-
-
-def _wants_logprobs(asked: Completion | Chat) -> bool:
-    # A completion's 0 asks for them too.
-    return asked.logprobs if isinstance(asked, Chat) else asked.logprobs is not None
 
 
 def _echo(served: Served, asked: Completion | Chat, index: int) -> str:
@@ -203,8 +185,8 @@ async def _events(
     async with aclosing(_steps(served, call)) as steps:
         async for step in steps:
             logprobs = None
-            if _wants_logprobs(asked):
-                logprobs = form.logprobs(step.tokens, step.log_probs, before, offset)
+            if asked.wants_logprobs:
+                logprobs = form.logprobs(step.tokens, step.log_probs, step.top, before, offset)
                 offset += sum(map(len, token_texts(step.tokens, served.tokenizer, before)))
             text = head + (step.text or "")
             chunk = form.chunk(text, step.finish_reason, logprobs, first=not before)

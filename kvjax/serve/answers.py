@@ -6,7 +6,7 @@ Shapes follow OpenAI's API reference.
 import json
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -41,8 +41,13 @@ def usage(read: int, drawn: int) -> dict[str, int]:
 
 def token_texts(tokens: Sequence[int], tokenizer: Any, before: Sequence[int] = ()) -> list[str]:
     """The text of each token as it follows the one before; special tokens are shown."""
-    pairs = zip([before[-1:], *([token] for token in tokens)], tokens, strict=False)
+    pairs = zip(_last(tokens, before), tokens, strict=True)
     return [decode_after(last, [token], tokenizer, special=True) for last, token in pairs]
+
+
+def _last(tokens: Sequence[int], before: Sequence[int]) -> list[Sequence[int]]:
+    """The token before each of these, or none."""
+    return [before[-1:], *([token] for token in tokens)][: len(tokens)]
 
 
 @dataclass(frozen=True)
@@ -90,24 +95,32 @@ class Form:
         self,
         tokens: Sequence[int],
         log_probs: Sequence[float],
+        top: Sequence[Mapping[int, float]],
         before: Sequence[int] = (),
         offset: int = 0,
     ) -> dict[str, Any]:
-        """Log-probabilities of drawn tokens, with the text of each.
+        """Log-probabilities of drawn tokens and of the likeliest ones, with the text of each.
 
         Args:
           tokens, log_probs: one of each.
+          top: the likeliest tokens at each place, with their log-probabilities; () for none.
           before: tokens of the answer that came before.
           offset: characters of these.
         """
         texts = token_texts(tokens, self.tokenizer, before)
+        others = [
+            {token_texts([token], self.tokenizer, last)[0]: value for token, value in each.items()}
+            for each, last in zip(top, _last(tokens, before), strict=False)
+        ]
         if self.chat:
-            pairs = zip(texts, log_probs, strict=True)
-            return {"content": [_token(text, value) for text, value in pairs]}
+            told = [_token(text, value) for text, value in zip(texts, log_probs, strict=True)]
+            for token, likeliest in zip(told, others, strict=False):
+                token["top_logprobs"] = [_plain_token(*pair) for pair in likeliest.items()]
+            return {"content": told}
         return {
             "tokens": texts,
             "token_logprobs": list(log_probs),
-            "top_logprobs": None,
+            "top_logprobs": others if any(others) else None,
             "text_offset": [*accumulate(map(len, texts), initial=offset)][:-1],
         }
 
@@ -127,6 +140,10 @@ class Form:
 
 
 def _token(text: str, log_prob: float) -> dict[str, Any]:
+    return _plain_token(text, log_prob) | {"top_logprobs": []}
+
+
+def _plain_token(text: str, log_prob: float) -> dict[str, Any]:
     """A token of a chat; a part of a character has no bytes that could be told."""
     told = None if INCOMPLETE in text else list(text.encode())
-    return {"token": text, "logprob": log_prob, "bytes": told, "top_logprobs": []}
+    return {"token": text, "logprob": log_prob, "bytes": told}

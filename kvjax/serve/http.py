@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -27,10 +28,15 @@ from kvjax.serve.answers import encoded, error
 from kvjax.serve.engine import Engine
 from kvjax.serve.guard import Guard, Limits, Refused
 from kvjax.serve.metrics import Metrics
-from kvjax.serve.protocol import Chat, Completion, Document, complaint
+from kvjax.serve.protocol import Chat, Completion, Document, complaint, shortened
+from kvjax.serve.stats import Context
 from kvjax.serve.watched import Gone
 
-_BODIES: dict[str, type[BaseModel]] = {"/v1/completions": Completion, "/v1/chat/completions": Chat, "/v1/contexts": Document}
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": Completion,
+    "/v1/chat/completions": Chat,
+    "/v1/contexts": Document,
+}
 # Seconds that a health check waits for the engine.
 _PATIENCE = 1.0
 _PATHS = (*_BODIES, "/v1/models", "/health", "/metrics", "/pool.json", "/")
@@ -97,52 +103,59 @@ def _add_answers(app: FastAPI, served: Served) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name != served.name:
-            raise Refused(404, f"model={name!r}, expected {served.name!r}")
+            raise Refused(404, f"model={shortened(name)}, expected {served.name!r}")
         return _json(described)
 
 
 # ---------------------------------------------------------------------------- contexts
 def _add_contexts(app: FastAPI, served: Served) -> None:
-    def told(context: Any) -> dict[str, Any]:
+    def told(context: Context) -> dict[str, Any]:
         return {"object": "context"} | dataclasses.asdict(context)
+
+    async def held() -> tuple[Context, ...]:
+        return await asyncio.to_thread(served.engine.contexts)
 
     @app.post("/v1/contexts")
     async def add(asked: Document) -> Response:
-        served.check_method(asked.method)
+        add = partial(
+            served.engine.add_context,
+            asked.text,
+            messages=asked.messages,
+            method=asked.method,
+            budget=asked.max_cache_tokens,
+        )
         try:
             if asked.messages is not None:
                 check_template(served.tokenizer, "messages")
-            made = await asyncio.to_thread(
-                served.engine.add_context,
-                asked.text,
-                messages=asked.messages,
-                method=asked.method,
-                budget=asked.max_cache_tokens,
-            )
+            name = await asyncio.to_thread(add)
         except ValueError as wrong:
-            raise Refused(400, as_asked(str(wrong))) from None
-        held = next(context for context in served.engine.contexts() if context.id == made)
-        scorer = SCORERS[served.methods[held.method].scorer]
-        warning = None
-        if scorer.question:
-            warning = (
-                f"method {held.method!r} judges entries by what follows them, expected one whose"
-                " question may come later (kvjax methods)"
-            )
-        return _json(told(held) | {"warning": warning})
+            raise as_asked(wrong) from None
+        (made,) = (context for context in await held() if context.id == name)
+        return _json(told(made) | {"warning": _warning(served.methods[made.method])})
 
     @app.get("/v1/contexts")
     async def contexts() -> Response:
-        return _json({"object": "list", "data": [told(each) for each in served.engine.contexts()]})
+        return _json({"object": "list", "data": [told(each) for each in await held()]})
 
     @app.delete("/v1/contexts/{context}")
     async def drop(context: str) -> Response:
-        served.check_context(context)
+        if context not in {each.id for each in await held()}:
+            raise Refused(404, f"context={shortened(context)} is not held, expected one that is")
         try:
             await asyncio.to_thread(served.engine.drop_context, context)
         except ValueError as wrong:  # it is in use
             raise Refused(409, str(wrong)) from None
         return _json({"id": context, "object": "context", "deleted": True})
+
+
+def _warning(config: CompressionConfig) -> str | None:
+    """What a context's method may lack."""
+    if not SCORERS[config.scorer].question:
+        return None
+    return (
+        f"method {config.method!r} judges entries by what follows them, which a context does not"
+        " have: expected one whose question may come later, such as kvzip or key-diff"
+    )
 
 
 # ---------------------------------------------------------------------------- for operators
@@ -169,7 +182,9 @@ def _add_pages(app: FastAPI, served: Served) -> None:
     @app.get("/pool.json")
     async def pool() -> Response:
         stats = await asyncio.to_thread(served.engine.stats, pages=True)
-        contexts = [dataclasses.asdict(each) for each in served.engine.contexts()]
+        contexts = [
+            dataclasses.asdict(each) for each in await asyncio.to_thread(served.engine.contexts)
+        ]
         named = {"model": served.name, "now": time.time(), "created": served.created}
         return _json(named | dataclasses.asdict(stats) | {"contexts": contexts})
 

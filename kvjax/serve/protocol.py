@@ -207,16 +207,14 @@ class Completion(Asked):
       prompt: a text, token ids, or several of either; each gets a choice.
       max_tokens: most tokens of an answer; 16 by default, as OpenAI's.
       echo: begin the answer with the prompt; not beside `logprobs`.
-      logprobs: 0 for the log-probability of each drawn token.
+      logprobs: give the log-probability of each drawn token, and of as many likeliest tokens.
     """
 
-    NEUTRAL: ClassVar[Mapping[str, Any]] = Asked.NEUTRAL | {"best_of": 1, "suffix": ""}
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {**Asked.NEUTRAL, "best_of": 1, "suffix": ""}
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)] = Field(description=_PROMPT)
     max_tokens: int | None = _whole(1)
     echo: bool = Field(False, description=_SWITCH)
-    logprobs: int | None = Field(
-        None, ge=0, le=0, description="0: log-probabilities of the drawn tokens, no alternatives"
-    )
+    logprobs: int | None = _whole(0)
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> "Completion":
@@ -234,6 +232,16 @@ class Completion(Asked):
         """Most tokens of an answer."""
         return 16 if self.max_tokens is None else self.max_tokens
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer has log-probabilities; 0 asks for them too."""
+        return self.logprobs is not None
+
+    @property
+    def likeliest(self) -> int:
+        """Likeliest tokens that are told at each place."""
+        return self.logprobs or 0
+
 
 class Chat(Asked):
     """The body of /v1/chat/completions.
@@ -243,10 +251,11 @@ class Chat(Asked):
       max_tokens, max_completion_tokens: two names for most tokens of the answer; the server's limit
         by default.
       logprobs: whether to give the log-probability of each drawn token.
+      top_logprobs: beside it those of as many likeliest tokens.
     """
 
-    NEUTRAL: ClassVar[Mapping[str, Any]] = Asked.NEUTRAL | {
-        "top_logprobs": 0,
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+        **Asked.NEUTRAL,
         "tools": [],
         "response_format": {"type": "text"},
     }
@@ -254,9 +263,14 @@ class Chat(Asked):
     max_tokens: int | None = _whole(1)
     max_completion_tokens: int | None = _whole(1)
     logprobs: bool = Field(False, description=_SWITCH)
+    top_logprobs: int | None = _whole(0)
 
     @model_validator(mode="after")
-    def _one_limit(self) -> "Chat":
+    def _what_goes_together(self) -> "Chat":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(
+                f"top_logprobs={self.top_logprobs} beside logprobs=false, expected logprobs=true"
+            )
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ValueError(
                 f"max_tokens={self.max_tokens} beside max_completion_tokens"
@@ -268,6 +282,16 @@ class Chat(Asked):
     def limit(self) -> int | None:
         """Most tokens of the answer, None for the server's limit."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer has log-probabilities."""
+        return self.logprobs
+
+    @property
+    def likeliest(self) -> int:
+        """Likeliest tokens that are told at each place."""
+        return self.top_logprobs or 0
 
 
 class Document(Compressing):

@@ -96,8 +96,8 @@ WRONG = [
     ),
     (
         Completion,
-        {"prompt": "a", "logprobs": 5},
-        "logprobs=5, expected 0: log-probabilities of the drawn tokens, no alternatives",
+        {"prompt": "a", "logprobs": -1},
+        "logprobs=-1, expected an integer from 0 to 2147483647",
     ),
     (
         Completion,
@@ -150,6 +150,11 @@ WRONG = [
         {"messages": [SAID], "max_tokens": 1, "max_completion_tokens": 2},
         "max_tokens=1 beside max_completion_tokens=2, expected one of the two",
     ),
+    (
+        Chat,
+        {"messages": [SAID], "top_logprobs": 2},
+        "top_logprobs=2 beside logprobs=false, expected logprobs=true",
+    ),
     (Chat, {"messages": [SAID], "tools": [1]}, "tools=[1] is not implemented, expected []"),
     (Document, {}, "the body has neither text nor messages, expected one of the two"),
     (Document, {"text": ""}, "text='', expected a text that is not empty"),
@@ -183,20 +188,31 @@ def test_token_texts_join_to_the_text():
 def test_logprobs_of_a_completion_say_where_each_text_begins():
     form = Form(False, "m", tokenizer(None))
     tokens = tokenizer(None)("ab c")["input_ids"]
-    found = form.logprobs(tokens, [-1.0, -2.0, -3.0], offset=5)
+    found = form.logprobs(tokens, [-1.0, -2.0, -3.0], [], offset=5)
     assert found["tokens"] == ["ab", " ", "c"]
     assert found["text_offset"] == [5, 7, 8]
-    assert form.logprobs([], [])["text_offset"] == []
+    assert form.logprobs([], [], [])["text_offset"] == []
 
 
 def test_logprobs_of_a_chat_have_bytes():
     form = Form(True, "m", tokenizer(None))
     tokens = tokenizer(None)("ab")["input_ids"]
-    assert form.logprobs(tokens, [-1.0]) == {
+    assert form.logprobs(tokens, [-1.0], []) == {
         "content": [{"token": "ab", "logprob": -1.0, "bytes": [97, 98], "top_logprobs": []}]
     }
     half = tokenizer(None)("é")["input_ids"][:1]
-    assert form.logprobs(half, [-1.0])["content"][0]["bytes"] is None
+    assert form.logprobs(half, [-1.0], [])["content"][0]["bytes"] is None
+
+
+def test_likeliest_tokens_have_their_texts():
+    made = tokenizer(None)
+    a, b = made("ab c")["input_ids"][0], made("z")["input_ids"][0]
+    top = [{a: -1.0, b: -2.0}]
+    assert Form(False, "m", made).logprobs([a], [-1.0], top)["top_logprobs"] == [
+        {"ab": -1.0, "z": -2.0}
+    ]
+    (told,) = Form(True, "m", made).logprobs([a], [-1.0], top)["content"]
+    assert [one["token"] for one in told["top_logprobs"]] == ["ab", "z"]
 
 
 def test_answers_are_ascii_and_one_line():

@@ -11,10 +11,6 @@ import urllib.request
 import numpy as np
 import pytest
 import served
-from turns import said
-
-import kvjax
-from kvjax.generation.detokenize import decode_after
 
 openai = pytest.importorskip("openai", reason="needs the openai package")
 
@@ -52,32 +48,34 @@ def idle(engine):
     served.until(quiet)
 
 
-def expected(engine, method="key-diff", **asked):
-    """What `kvjax.generate` answers greedily: 20 tokens, so that few programs are compiled."""
-    config, tokenizer = served.METHODS[method], engine.tokenizer
-    settings = {"config": config, "max_new_tokens": 20, "tokenizer": tokenizer}
-    return kvjax.generate(engine.model, **asked, **settings)
+def expected(engine, prompt=None, count=20, **asked):
+    """What the engine answers to Python, greedily; its own tests compare that with `generate`."""
+    (answer,) = engine.generate(prompt, max_new_tokens=count, **asked)
+    return answer
 
 
-def text(out, engine, count):
-    """The text of an answer's first tokens."""
-    return decode_after([], out.tokens[0][:count], engine.tokenizer)
+COUNT = 27
 
 
-PROMPT = "the note of Ann is 42, and "
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+PROMPT = " ".join(f"w{10 + number * number % 70}" for number in range(COUNT))
 GREEDY = {"model": served.NAME, "temperature": 0}
 
 
 # ---------------------------------------------------------------------------- openai's client
 def test_a_completion_is_what_generate_says(client, engine):
-    out = expected(engine, prompts=PROMPT)
+    out = expected(engine, PROMPT, 12)
     answer = client.completions.create(prompt=PROMPT, max_tokens=12, logprobs=0, **GREEDY)
     choice = answer.choices[0]
-    assert choice.text == text(out, engine, 12)
+    assert choice.text == out.text
     assert choice.finish_reason == "length"
     assert len(choice.logprobs.tokens) == 12
-    np.testing.assert_allclose(choice.logprobs.token_logprobs, out.log_probs[0][:12], atol=1e-4)
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(PROMPT), 12)
+    assert choice.logprobs.token_logprobs == pytest.approx(out.log_probs, abs=1e-6)
+    assert choice.logprobs.top_logprobs is None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (COUNT, 12)
     assert answer.model == served.NAME
 
 
@@ -95,18 +93,19 @@ def test_a_stream_has_the_same_text(client):
     assert pieces[-1].choices[0].finish_reason == "length"
     assert len(pieces) > 2
     assert (last.choices, last.usage) == ([], whole.usage)
+    assert any(len(piece.choices[0].logprobs.tokens) > 1 for piece in pieces)
     for name in ("tokens", "token_logprobs", "text_offset"):
         parts = [value for piece in pieces for value in getattr(piece.choices[0].logprobs, name)]
         assert parts == getattr(whole.choices[0].logprobs, name)
 
 
 def test_a_chat(client, engine):
-    messages = [said("system", "Be brief."), said("user", "Why?")]
-    out = expected(engine, "full", messages=messages)
+    messages = [said("system", "w11 w12"), said("user", "w40 why")]
+    out = expected(engine, messages=messages, method="full")
     asked = {"messages": messages, "max_completion_tokens": 20, "logprobs": True, **GREEDY}
     answer = client.chat.completions.create(extra_body={"method": "full"}, **asked)
     choice = answer.choices[0]
-    assert choice.message.content == out.text[0]
+    assert choice.message.content == out.text
     assert choice.message.role == "assistant"
     assert len(choice.logprobs.content) == answer.usage.completion_tokens
     chunks = list(
@@ -114,20 +113,39 @@ def test_a_chat(client, engine):
     )
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[1].choices[0].delta.role is None
-    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == out.text[0]
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == out.text
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason
 
 
+def test_the_likeliest_tokens_are_told(client, app):
+    asked = {"max_tokens": 4, **GREEDY}
+    told = client.completions.create(prompt=PROMPT, logprobs=2, **asked).choices[0].logprobs
+    for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        assert len(top) == 2
+        assert top[token] == max(top.values())
+        assert top[token] == pytest.approx(value, abs=1e-5)
+    messages = [said("user", PROMPT)]
+    answer = client.chat.completions.create(
+        messages=messages, logprobs=True, top_logprobs=3, **asked
+    )
+    for token in answer.choices[0].logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].token == token.token
+    body = {"messages": messages, "logprobs": True, "top_logprobs": 4}
+    refused = served.call(app, "POST", "/v1/chat/completions", body)
+    assert refused.sentence == "top_logprobs=4, expected an integer from 0 to 3"
+
+
 def test_a_stop_string_ends_an_answer(client, engine):
-    whole = expected(engine, prompts=PROMPT).text[0]
-    stop = whole[3:5]
+    whole = expected(engine, PROMPT).text
+    stop = whole.split()[5]
     answer = client.completions.create(prompt=PROMPT, max_tokens=20, stop=[stop], **GREEDY)
     assert answer.choices[0].text == whole[: whole.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
 
 
 def test_seeds_repeat(client):
-    asked = {"model": served.NAME, "prompt": PROMPT, "max_tokens": 12, "temperature": 1.5}
+    asked = {"model": served.NAME, "prompt": PROMPT, "max_tokens": 12, "temperature": 2}
     one, same, other = (
         client.completions.create(seed=seed, **asked).choices[0].text for seed in (1, 1, 2)
     )
@@ -136,10 +154,10 @@ def test_seeds_repeat(client):
 
 
 def test_several_prompts_get_a_choice_each(client, engine):
-    prompts = [PROMPT, PROMPT.upper()]
+    prompts = [PROMPT, f"{PROMPT} so"]
     answer = client.completions.create(prompt=prompts, max_tokens=6, **GREEDY)
     assert [choice.index for choice in answer.choices] == [0, 1]
-    texts = [text(expected(engine, prompts=prompt), engine, 6) for prompt in prompts]
+    texts = [expected(engine, prompt, 6).text for prompt in prompts]
     assert [choice.text for choice in answer.choices] == texts
     ids = [engine.tokenizer(prompt)["input_ids"] for prompt in prompts]
     again = client.completions.create(prompt=ids, max_tokens=6, **GREEDY)
@@ -166,9 +184,9 @@ def test_a_smaller_cache_answers_otherwise(client):
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == [served.NAME]
     assert client.models.retrieve(served.NAME).methods["key-diff"]["budget"] == 24
-    with pytest.raises(openai.NotFoundError, match="model='other', expected 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="model='other', expected 'small'"):
         client.models.retrieve("other")
-    with pytest.raises(openai.NotFoundError, match="model='other', expected 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match="model='other', expected 'small'"):
         client.completions.create(model="other", prompt="a")
 
 
@@ -195,27 +213,46 @@ def test_a_client_that_waits_for_a_whole_answer_and_leaves(address, engine):
 def test_a_context_is_read_once_and_asked_often(app, engine):
     made = served.call(app, "POST", "/v1/contexts", {"text": PROMPT, "method": "full"}).json
     assert made["object"] == "context"
-    assert (made["method"], made["tokens"], made["warning"]) == ("full", len(PROMPT), None)
+    assert (made["method"], made["tokens"], made["warning"]) == ("full", COUNT, None)
     assert served.call(app, "GET", "/v1/contexts").json["data"][0]["id"] == made["id"]
     assert engine.stats().shared_pages == made["pages"]
-    asked = {"prompt": "so?", "context": made["id"], "temperature": 0, "max_tokens": 8}
+    asked = {"prompt": "so why", "context": made["id"], "temperature": 0, "max_tokens": 8}
     answer = served.call(app, "POST", "/v1/completions", asked).json
-    out = expected(engine, "full", prompts=f"{PROMPT}so?")
-    assert answer["choices"][0]["text"] == text(out, engine, 8)
-    assert answer["usage"]["prompt_tokens"] == len(PROMPT) + 3
+    out = expected(engine, f"{PROMPT} so why", 8, method="full")
+    assert answer["choices"][0]["text"] == out.text
+    assert answer["usage"]["prompt_tokens"] == COUNT + 2
     path = f"/v1/contexts/{made['id']}"
     assert served.call(app, "DELETE", path).json["deleted"]
     again = served.call(app, "DELETE", path)
     assert (again.status, again.json["error"]["param"]) == (404, "context")
     late = served.call(app, "POST", "/v1/completions", asked)
-    assert late.sentence == f"context='{made['id']}' is not held, expected one of /v1/contexts"
+    assert (late.status, late.sentence) == (404, f"context='{made['id']}', expected one of []")
+    assert engine.stats().shared_pages == 0
+
+
+def test_a_chat_goes_on_after_a_context(app, engine):
+    document = [said("user", "w40 w50 w60")]
+    made = served.call(app, "POST", "/v1/contexts", {"messages": document, "method": "full"}).json
+    following = [said("user", "so why")]
+    asked = {"context": made["id"], "temperature": 0, "max_tokens": 8}
+    path = "/v1/chat/completions"
+    answer = served.call(app, "POST", path, asked | {"messages": following}).json
+    whole = served.call(app, "POST", path, asked | {"messages": document + following}).json
+    assert answer["choices"] == whole["choices"]
+    alone = served.call(
+        app, "POST", path,
+        {"messages": document + following, "method": "full", "temperature": 0, "max_tokens": 8},
+    ).json  # fmt: skip
+    assert answer["choices"] == alone["choices"]
+    assert answer["usage"] == alone["usage"]
+    served.call(app, "DELETE", f"/v1/contexts/{made['id']}")
     assert engine.stats().shared_pages == 0
 
 
 # ---------------------------------------------------------------------------- what is refused
 def test_a_tokenizer_without_a_template_has_no_chats():
     with served.engine(template=None) as plain:
-        body = {"messages": [said("user", "Why?")]}
+        body = {"messages": [said("user", "why")]}
         for path in ("/v1/chat/completions", "/v1/contexts"):
             told = served.call(served.app(plain), "POST", path, body)
             assert told.status == 400
@@ -225,7 +262,7 @@ def test_a_tokenizer_without_a_template_has_no_chats():
 REFUSED = [
     ({"prompt": "a", "max_tokens": 65}, "max_tokens=65, expected an integer from 1 to 64"),
     ({"prompt": "a", "method": "snapkv"}, "method='snapkv', expected one of key-diff, full"),
-    ({"prompt": "a" * 65}, "prompt of 65 tokens, expected at most 64"),
+    ({"prompt": "w10 " * 65}, "prompt of 65 tokens, expected at most 64"),
     ({"prompt": [10**6]}, "token id 1000000 in prompt 0 is outside the vocabulary"),
     (
         {"prompt": "a", "method": "full", "max_cache_tokens": 8},
@@ -277,14 +314,9 @@ def malformed(rng: np.random.Generator) -> tuple[str, bytes]:
         name = "".join(chr(c) for c in rng.integers(0xD800, 0xE100, 8))
         return path, json.dumps(body | {name: NONSENSE[rng.integers(len(NONSENSE))]}).encode()
     name = list(body)[rng.integers(len(body))]
-    others = [
-        one for one in NONSENSE if not (name in ("prompt", "text") and one == "../../etc/passwd")
-    ]
-    value = others[rng.integers(len(others))]
-    if name == "stop" and value == []:
-        value = [1]
-    if name in ("prompt", "text", "stop") and value == "x" * 999:
-        value = 0.5
+    value = NONSENSE[rng.integers(len(NONSENSE))]
+    if name in ("prompt", "text", "stop") and (value in ("x" * 999, "../../etc/passwd", [])):
+        value = [0.5]  # those would be texts, and no stop strings
     return path, json.dumps(body | {name: value}).encode()
 
 
@@ -349,7 +381,7 @@ def test_metrics_count(app):
     after = page()
     for counted, more in {
         name: 1,
-        "kvjax_tokens_in_total": len(PROMPT),
+        "kvjax_tokens_in_total": COUNT,
         "kvjax_tokens_out_total": 12,
         "kvjax_time_to_first_token_seconds_count": 1,
         "kvjax_inter_token_seconds_count": 11,
@@ -380,7 +412,7 @@ def test_the_pool_is_shown(app, address, engine):
     line.close()
     assert pool["model"] == served.NAME
     (holder,) = pool["holders"]
-    assert (holder["prompt_tokens"], holder["method"]) == (len(PROMPT), "key-diff")
+    assert (holder["prompt_tokens"], holder["method"]) == (COUNT, "key-diff")
     assert len(holder["pages"]) == engine.model.config.num_layers
     pages = [page for layer in holder["pages"] for page in layer]
     assert len(set(pages)) == len(pages) <= pool["held_pages"]
