@@ -144,13 +144,17 @@ class Loop:
     ) -> None:
         """Read and compress a text; `kept` has all of it but the lease."""
         for job in self._scheduler.hold(kept.pages):
-            assert job.row is not None  # it is running
-            job.saved = self._device.swap_out(job.row)
-            self._device.release([self._scheduler.swap_out(job)])
-            self._counts.swaps += 1
+            self.swap_out(job)
         lease = self._device.keep(tokens, choice, following, seed)
         self._counts.tokens_in += len(tokens)
         self.contexts[name] = kept._replace(lease=lease)
+
+    def swap_out(self, job: Job) -> None:
+        """Take a running job to the host's memory; it waits before all others."""
+        row = self._scheduler.swap_out(job)
+        job.saved = self._device.swap_out(row)
+        self._device.release([row])
+        self._counts.swaps += 1
 
     def drop_context(self, name: str) -> None:
         """Give a context's pages back."""
@@ -260,8 +264,11 @@ class Loop:
             return
         if job.context is None:
             drawn = self._device.admit(job, self._device.prefill(job))
+        elif (kept := self.contexts.get(job.context)) is None:  # given up before it was asked
+            job.fail(ValueError(f"context={job.context!r}, expected one of {list(self.contexts)}"))
+            self._end(job)
+            return
         else:
-            kept = self.contexts[job.context]
             assert kept.lease is not None  # it is listed once it is read
             drawn = self._device.ask(job, kept.lease, kept.rope_length)
         self._counts.tokens_in += len(job.tokens)

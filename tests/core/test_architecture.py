@@ -30,6 +30,7 @@ ORDER = (
     "likelihood",
     "calibrate",
     "spelling",
+    "serve",
     "figures",
     "__init__",
     "tiny",
