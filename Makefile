@@ -34,6 +34,11 @@ demo: setup  ## a question, answered from the full cache and from a tenth of it;
 needles: setup  ## questions about long prompts, answered from every method's cache; a few minutes
 	$(RUN) -m kvjax.studies.needles
 
+# The longest prompt and answer are short, so that it is ready in a minute.
+serve: setup  ## the bundled model for many clients, at http://127.0.0.1:8000
+	$(RUN) -m kvjax.cli serve --model kvjax/tiny/weights --served-name tiny --method key-diff,full \
+		--budget 128 --cache-bytes 32M --prompt-buckets 128,512 --question-buckets 64 --max-new-tokens 128
+
 PYTEST := $(RUN) -m pytest -n auto --dist loadfile --durations 10
 test: setup  ## what every change has to pass: 11 minutes on two cores the first time, less with kept programs
 	$(PYTEST) -m 'not rest'
@@ -115,4 +120,4 @@ gpu-check tpu-check:
 clean:  ## remove what set-up and tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 
-.PHONY: help setup demo needles test test-all mutants lives lint types fidelity stories study report real compile-matrix plan bench gpu-check tpu-check clean
+.PHONY: help setup demo needles serve test test-all mutants lives lint types fidelity stories study report real compile-matrix plan bench gpu-check tpu-check clean

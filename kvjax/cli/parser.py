@@ -7,7 +7,18 @@ from typing import Any, NoReturn
 import kvjax
 from kvjax.bench.decode import OWNERS
 from kvjax.bench.report import DEFAULTS, KINDS
-from kvjax.cli import calibrate, chat, commands, convert, demo, evaluate, inspect, plan, report
+from kvjax.cli import (
+    calibrate,
+    chat,
+    commands,
+    convert,
+    demo,
+    evaluate,
+    inspect,
+    plan,
+    report,
+    serve,
+)
 from kvjax.compression.scorers import decoding_scorers
 from kvjax.methods import METHODS
 from kvjax.models.presets import PRESETS
@@ -73,6 +84,10 @@ def build_parser() -> Parser:
     _turn_flags(sub)
     _method_flags(sub)
     _answer_flags(sub)
+
+    sub = command(serve.run, "serve", "Answer many clients at once over HTTP")
+    _model_flags(sub)
+    serve.add_flags(sub, whole)
 
     sub = command(commands.score, "score", "Score texts after a compressed prefix")
     _model_flags(sub)

@@ -1,0 +1,206 @@
+"""From a request that was read to its answer: the engine's steps as OpenAI's objects."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kvjax.config import CompressionConfig
+from kvjax.inputs.chat import check_template
+from kvjax.serve.answers import DONE, Form, encoded, error, event, token_texts, usage
+from kvjax.serve.engine import Engine
+from kvjax.serve.guard import Limits, Refused
+from kvjax.serve.job import Step, Usage
+from kvjax.serve.metrics import Metrics
+from kvjax.serve.protocol import Asked, Chat, Completion, shortened
+from kvjax.serve.watched import Streamed, watched
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine and what it is served with.
+
+    Attributes:
+      engine: answers.
+      tokenizer: the engine's own.
+      name: of the model, as clients give it.
+      methods: the engine's methods by name, the first one the default.
+      limits: what clients may do.
+      metrics: counts what they do.
+      created: when the server began, in seconds since 1970.
+      reader: the one thread that turns prompts into tokens, which takes long for long ones.
+    """
+
+    engine: Engine
+    tokenizer: Any
+    name: str
+    methods: Mapping[str, CompressionConfig]
+    limits: Limits
+    metrics: Metrics
+    created: int
+    reader: Executor
+
+    def check(self, asked: Asked) -> None:
+        """Raise Refused for what is wrong, or too much, before the engine is asked."""
+        if asked.model not in (None, self.name):
+            raise Refused(404, f"model={shortened(asked.model)}, expected {self.name!r}")
+        if isinstance(asked, Chat):
+            try:
+                check_template(self.tokenizer, "messages")
+            except ValueError as wrong:
+                raise Refused(400, str(wrong)) from None
+        if self.metrics.open >= self.limits.requests:
+            most = self.limits.requests
+            raise Refused(
+                429, f"{most} requests are here already, which is the limit: try again later"
+            )
+
+
+# What the engine calls otherwise than clients do.
+_NAMES = {"budget": "max_cache_tokens", "max_new_tokens": "max_tokens"}
+
+
+def as_asked(wrong: ValueError, names: Mapping[str, str] = _NAMES) -> Refused:
+    """The engine's complaint, with the argument's name as the client gave it."""
+    name, equals, rest = str(wrong).partition("=")
+    return Refused(404 if name == "context" else 400, names.get(name, name) + equals + rest)
+
+
+async def answer(served: Served, asked: Completion | Chat, request: Request) -> Response:
+    """Answer a completion or a chat, whole or as a stream.
+
+    Raises:
+      Refused: what cannot be answered, or not now.
+      TimeoutError: the time is up.
+      Gone: the client has gone away.
+    """
+    served.check(asked)
+    until = asyncio.get_running_loop().time() + served.limits.seconds
+    form = Form(isinstance(asked, Chat), served.name, served.tokenizer)
+    path, prompts = request.url.path, _calls(asked)
+    if not asked.stream:
+        whole, outcome = await watched(_whole(served, asked, prompts, form), request.receive, until)
+        served.metrics.ended(path, outcome)
+        return Response(encoded(whole), media_type="application/json")
+
+    def ended(outcome: str) -> None:
+        served.metrics.ended(path, outcome)
+
+    events = _events(served, asked, prompts[0], form, ended)
+    first = await watched(anext(events), request.receive, until)  # type: ignore[arg-type]
+    return Streamed(first, events, until, ended, lambda said: event(error(said, 500)))
+
+
+def _calls(asked: Completion | Chat) -> list[dict[str, Any]]:
+    """The engine's arguments for each prompt."""
+    shared = {
+        "method": asked.method,
+        "budget": asked.max_cache_tokens,
+        "max_new_tokens": asked.limit,
+        "sampling": asked.sampling(),
+        "seed": asked.drawn_seed(),
+        "stop": asked.stop,
+        "logprobs": asked.likeliest,
+        "context": asked.context,
+    }
+    if isinstance(asked, Chat):
+        return [{"messages": asked.messages} | shared]
+    return [{"prompt": prompt} | shared for prompt in asked.prompt]
+
+
+# ---------------------------------------------------------------------------- whole answers
+async def _whole(
+    served: Served, asked: Completion | Chat, calls: list[dict[str, Any]], form: Form
+) -> tuple[dict[str, Any], str]:
+    """The answers to all prompts in one object, and why the first one ended."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_one(served, call)) for call in calls]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    choices, counts = [], []
+    for index, task in enumerate(tasks):
+        steps = task.result()
+        tokens = [token for step in steps for token in step.tokens]
+        log_probs = [value for step in steps for value in step.log_probs]
+        top = [likeliest for step in steps for likeliest in step.top]
+        logprobs = form.logprobs(tokens, log_probs, top) if asked.wants_logprobs else None
+        text = _echo(served, asked, index) + "".join(step.text or "" for step in steps)
+        choices.append(form.choice(index, text, steps[-1].finish_reason, logprobs))
+        counts += [step.usage for step in steps if step.usage is not None]
+    return form.whole(choices, counted(*counts)), choices[0]["finish_reason"]
+
+
+async def _one(served: Served, call: dict[str, Any]) -> list[Step]:
+    """All steps of one answer."""
+    async with aclosing(_steps(served, call)) as steps:
+        return [step async for step in steps]
+
+
+async def _steps(served: Served, call: dict[str, Any]) -> AsyncGenerator[Step]:
+    """The steps of one answer, their times noted.
+
+    Raises:
+      Refused: the engine does not take the call.
+    """
+    submit = partial(served.engine.submit, **call)
+    try:
+        steps = await asyncio.get_running_loop().run_in_executor(served.reader, submit)
+    except ValueError as wrong:
+        names = _NAMES | ({"logprobs": "top_logprobs"} if "messages" in call else {})
+        raise as_asked(wrong, names) from None
+    closable = cast(AsyncGenerator[Step], steps)
+    async with aclosing(served.metrics.timed(closable)) as timed:
+        async for step in timed:
+            yield step
+
+
+def _echo(served: Served, asked: Completion | Chat, index: int) -> str:
+    """The prompt's text where the answer is to begin with it."""
+    if isinstance(asked, Chat) or not asked.echo:
+        return ""
+    prompt = asked.prompt[index]
+    return prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)
+
+
+# ---------------------------------------------------------------------------- streams
+async def _events(
+    served: Served,
+    asked: Completion | Chat,
+    call: dict[str, Any],
+    form: Form,
+    ended: Callable[[str], None],
+) -> AsyncGenerator[bytes]:
+    """A stream's events: chunks, the count of tokens if that was asked for, and the end."""
+    # As in OpenAI's streams, chunks say nothing of usage where the last one does.
+    extra: dict[str, Any] = {"usage": None} if asked.counts_at_the_end else {}
+    before: list[int] = []
+    offset, head = 0, _echo(served, asked, 0)
+    async with aclosing(_steps(served, call)) as steps:
+        async for step in steps:
+            logprobs = None
+            if asked.wants_logprobs:
+                logprobs = form.logprobs(step.tokens, step.log_probs, step.top, before, offset)
+                offset += sum(map(len, token_texts(step.tokens, served.tokenizer, before)))
+            text = head + (step.text or "")
+            chunk = form.chunk(text, step.finish_reason, logprobs, first=not before)
+            yield event(chunk | extra)
+            before, head = [*before, *step.tokens][-1:], ""
+            if step.usage is None or step.finish_reason is None:
+                continue
+            ended(step.finish_reason)
+            if asked.counts_at_the_end:
+                yield event(form.count(counted(step.usage)))
+    yield DONE
+
+
+def counted(*each: Usage) -> dict[str, int]:
+    """Tokens of prompts and of their answers."""
+    read = sum(one.prompt_tokens for one in each)
+    return usage(read, sum(one.completion_tokens for one in each))

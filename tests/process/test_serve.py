@@ -1,0 +1,119 @@
+"""`kvjax serve` as a process: it starts, is ended under load, and refuses what it cannot be."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+
+from kvjax.tiny import WEIGHTS
+
+FLAGS = (
+    "--model", WEIGHTS, "--method", "key-diff", "--budget", "24", "--cache-bytes", "4M",
+    "--prompt-buckets", "64", "--question-buckets", "32", "--rows", "2", "--max-new-tokens", "128",
+    "--port", "0",
+)  # fmt: skip
+
+
+@contextmanager
+def process(*flags, **environment):
+    command = [sys.executable, "-m", "kvjax.cli", "serve", *map(str, (*FLAGS, *flags))]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def address(running) -> str:
+    """Where it listens, once it says so."""
+    for line in running.stderr:
+        if found := re.search(r"http://\S+", line):
+            return found[0]
+    raise AssertionError("it ended before it listened")
+
+
+def ask(url: str, body: dict, **headers) -> dict:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"} | headers)
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
+
+
+def test_what_was_accepted_is_answered_after_sigterm():
+    """Slow: the command compiles its programs."""
+    with process("--served-name", "tiny", KVJAX_API_KEY="secret") as running:
+        root = address(running)
+        url, key = f"{root}/v1/completions", {"authorization": "Bearer secret"}
+        with pytest.raises(urllib.error.HTTPError, match="401") as caught:
+            ask(url, {"prompt": "the"})
+        caught.value.close()
+        answers: list[dict] = []
+        asked = {"model": "tiny", "prompt": "the note of the baker", "max_tokens": 128}
+
+        def one() -> None:
+            answers.append(ask(url, asked, **key))
+
+        threads = [threading.Thread(target=one) for _ in range(6)]  # more than rows
+        for thread in threads:
+            thread.start()
+        page = urllib.request.Request(f"{root}/pool.json", headers=key)
+        pool: dict = {}
+        while pool.get("running", 0) + pool.get("queued", 0) + pool.get("finished", 0) < 6:
+            with urllib.request.urlopen(page, timeout=60) as answer:
+                pool = json.load(answer)
+        running.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert running.wait(timeout=60) == 0
+        assert pool["finished"] < 6  # it was ended under load
+        assert [answer["usage"]["total_tokens"] > 5 for answer in answers] == [True] * 6
+        assert running.stderr.read() == ""
+
+
+@pytest.mark.smoke
+def test_what_a_server_refuses(run, monkeypatch):
+    monkeypatch.delenv("KVJAX_API_KEY", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = [
+            (
+                ("--port", port),
+                f"--host 127.0.0.1 --port {port} cannot be had (Address already in use), expected a"
+                " free address",
+            ),
+            (
+                ("--port", 65536),
+                "argument --port: '65536', expected a port from 0 to 65535",
+            ),
+            (
+                ("--cache-bytes", "0"),
+                "argument --cache-bytes: '0', expected bytes, such as 268435456 or 256M",
+            ),
+            (
+                ("--prompt-buckets", "64,x"),
+                "argument --prompt-buckets: '64,x', expected rising lengths, as in 512,4096",
+            ),
+            (
+                ("--api-key", ""),
+                "api_key of 0 characters, expected at least one, each of visible ASCII",
+            ),
+            (
+                ("--recompress-every", 8),
+                "--recompress-every and --recompress-budget, expected both or neither",
+            ),
+            (("--method", ""), "--method '', expected METHOD[/LAYOUT[/int8]][:NAME=VALUE,...]"),
+        ]
+        for flags, message in cases:
+            assert run("serve", *FLAGS, *flags) == (2, "", f"kvjax: {message}\n")
