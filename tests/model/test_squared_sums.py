@@ -119,10 +119,7 @@ def test_answers_follow_the_oracle_over_several_evictions(model, prompts):
 
 
 def test_a_document_is_asked_saved_and_asked_again(model, prompts, tmp_path):
-    """Two turns of a batch, with a file in between: the question's tokens add as the answer's do.
-
-    A stream gives the same, and what the file held goes on as if it had not been written.
-    """
+    """Two turns of a batch, with a file in between: a question's tokens add as an answer's do."""
     config = CompressionConfig.named("kv-compress", 16, sums=True)
     rows = begun(model, prompts, config)
     questions = [QUESTION, QUESTION[:2], QUESTION[1:]]
@@ -134,11 +131,6 @@ def test_a_document_is_asked_saved_and_asked_again(model, prompts, tmp_path):
     for number, row in enumerate(rows):
         for out in (first, second):
             row.add(questions[number])
-            likely(out.log_probs[number][1:], out.tokens[number][1:], follow(row, out.tokens[number]))
+            tokens = out.tokens[number]
+            likely(out.log_probs[number][1:], tokens[1:], follow(row, tokens))
             agree(out.cache, number, row)
-    steps = list(kvjax.stream(model, questions, cache=first.cache, **CALL))
-    for number, tokens in enumerate(second.tokens):
-        assert [token for step in steps for token in step.tokens[number]] == tokens
-    for name in ("owners", "positions", "counts", "sums"):
-        held, other = (getattr(cache.slots, name) for cache in (second.cache, steps[-1].cache))
-        np.testing.assert_array_equal(held, other)
