@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from eviction_cases import LAYERS, B, K, U, entries, prompt_cache, with_answer
 
-from kvjax import Recompress, exact
+from kvjax import CompressionConfig, ConfigError, Recompress, exact
 from kvjax.cache.slots import reshard_slots
 from kvjax.cache.sums import begin, settle
 from kvjax.compression.one_threshold import places_of
@@ -124,6 +124,12 @@ def test_sums_begin_and_settle():
     # What is evicted while it adds goes on adding, from nothing.
     after = evict(more, None, RULE, (None,) * LAYERS)
     assert (after.tail.slot_sums == 0).all()
+
+
+def test_sums_need_slots():
+    expected = "sums=True, expected True or False, and False with layout='padded'"
+    with pytest.raises(ConfigError, match=f"^{expected}$"):
+        CompressionConfig.named("snapkv", 8, sums=True, layout="padded")
 
 
 def test_ties_go_to_what_comes_first():

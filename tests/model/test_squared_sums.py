@@ -4,6 +4,7 @@ The oracle is Rehg 2024 (arXiv 2410.00161), sections 3.2 and 3.3, with pages of 
 """
 
 import numpy as np
+import pytest
 from life import likely, stored
 from oracle import Oracle, Row
 
@@ -124,6 +125,9 @@ def test_a_document_is_asked_saved_and_asked_again(model, prompts, tmp_path):
     rows = begun(model, prompts, config)
     questions = [QUESTION, QUESTION[:2], QUESTION[1:]]
     document = kvjax.compress_prompt(model, prompts, config)
+    bare = document.replace(slots=document.slots.replace(sums=None))
+    with pytest.raises(ValueError, match="adds to sums that the cache does not have, expected one"):
+        kvjax.generate(model, questions, cache=bare, **CALL)
     first = kvjax.generate(model, questions, cache=document, **CALL)
     path = kvjax.save_cache(tmp_path / "asked.cache", first.cache, model)
     kept = kvjax.load_cache(path, model)
