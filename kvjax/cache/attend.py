@@ -86,6 +86,7 @@ def slot_problem(q, positions, cache: Cache, layer: int, window: int | None):
     For `slot_call`, on every device with its own parts.
     """
     slots = cache.slots
+    assert slots is not None
     rules = {"window": window, "keep_ratio": cache.keep_ratio, "layout": _layout(slots, layer)}
     letters = "BR,B,B.,BME,BM,BM" + ",B2M" * (slots.scales is not None)
     rest = [pages_of(slots, layer), slots.lengths[:, layer], slots.counts[:, layer]]

@@ -48,6 +48,7 @@ def settle(cache: Cache) -> Cache:
     tail, slots = cache.tail, cache.slots
     if tail.slot_sums is None:
         return cache
+    assert slots is not None  # `begin` has seen to it
     slots = slots.replace(sums=slots.sums + tail.slot_sums)
     return cache.replace(slots=slots, tail=tail.replace(slot_sums=None))
 
@@ -65,11 +66,11 @@ def attend_and_add(
     """
     tail = cache.tail
     add = partial(_add, cache=cache, layer=layer, window=window)
-    sums = tail.slot_sums, tail.sums[layer]
+    found = tail.slot_sums, tail.sums[layer]
     batch, tokens, heads, _ = q.shape
     part = min(tokens, max(1, attend.MOST_ROWS // (batch * heads)))
     if part == tokens:
-        out, *sums = add(q, positions, *sums)
+        out, slot_sums, tail_sums = add(q, positions, *found)
     else:
         # What fills the last part up has position -1, as padding has.
         more = -tokens % part
@@ -80,13 +81,13 @@ def attend_and_add(
         )
 
         def step(sums, some):
-            out, *sums = add(*some, *sums)
-            return tuple(sums), out
+            out, *more = add(*some, *sums)
+            return tuple(more), out
 
-        sums, outs = lax.scan(step, sums, parts)
+        (slot_sums, tail_sums), outs = lax.scan(step, found, parts)
         out = outs.swapaxes(0, 1).reshape(batch, -1, *q.shape[2:])[:, :tokens]
-    tail_sums = (*tail.sums[:layer], sums[1], *tail.sums[layer + 1 :])
-    return out, cache.replace(tail=tail.replace(slot_sums=sums[0], sums=tail_sums))
+    sums = (*tail.sums[:layer], tail_sums, *tail.sums[layer + 1 :])
+    return out, cache.replace(tail=tail.replace(slot_sums=slot_sums, sums=sums))
 
 
 def _add(q, positions, slot_sums, tail_sums, *, cache: Cache, layer: int, window: int | None):
