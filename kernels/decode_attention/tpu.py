@@ -123,14 +123,10 @@ def _attend(
     scalars = [first_BX.reshape(-1), end_BX.reshape(-1)]
     if pages is not None:
         scalars.append(pages[0].astype(jnp.int32).reshape(-1))
-    out = [
-        jax.ShapeDtypeStruct(q_BYW.shape, jnp.float32),
-        jax.ShapeDtypeStruct((*q_BYW.shape[:2], _LANES), jnp.float32),
-    ]
+    shapes = [q_BYW.shape, (*q_BYW.shape[:2], _LANES)]
+    padded = -(-scored[1] // _SUBLANES) * _SUBLANES if scored else 0
     if scored:
-        padded = -(-scored[1] // _SUBLANES) * _SUBLANES
-        shape = owners.shape[0], padded, owners.shape[1]
-        out.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        shapes.append((owners.shape[0], padded, owners.shape[1]))
     o_BYW, lse_BYX, *scores = pl.pallas_call(
         partial(
             _kernel,
@@ -145,9 +141,9 @@ def _attend(
         ),
         grid_spec=_grid(
             tiles_BX.max(), blocks.size, owners.shape, entries, q_BYW.shape[-1],
-            scales is not None, len(scalars), **sizes, scored=padded if scored else 0,
+            scales is not None, len(scalars), **sizes, scored=padded,
         ),
-        out_shape=out,
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
