@@ -50,6 +50,10 @@ class CompressionConfig(Settings):
         and each value, or None for the model's dtype. Packed layout only. A prompt that the budget
         holds whole is quantized too, alone as beside longer ones; `full` and a budget of 1.0, which
         evict nothing of any prompt, are not.
+      sums: whether every entry that is kept carries the squared attention probabilities that it has
+        received, which `Recompress(scorer="squared-sum")` goes on adding to: 4 bytes a slot, packed
+        layout only. `generate` and `stream` set it under such a rule; `compress_prompt` has to be
+        told. They begin with the prompt's last 8 queries, or the window of "l2-window".
 
     Raises:
       ConfigError: a value outside its range.
@@ -101,6 +105,8 @@ class CompressionConfig(Settings):
             _fail(self, "kernel", "an odd integer")
         if self.quantize is not None and self.layout == "padded":
             _fail(self, "quantize", "None with layout='padded'")
+        if not isinstance(self.sums, bool) or (self.sums and self.layout == "padded"):
+            _fail(self, "sums", "True or False, and False with layout='padded'")
         for name in ("floor", "epsilon"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 <= value <= 1):
@@ -169,8 +175,13 @@ class CompressionConfig(Settings):
         return not self.compresses or (isinstance(self.budget, int) and self.budget >= bucket)
 
     def skips(self, bucket: int) -> bool:
-        """Whether a prompt of this bucket is left alone: neither evicted from nor quantized."""
-        return self.keeps_all(bucket) and not (self.compresses and self.quantize)
+        """Whether a prompt of this bucket is left alone: nothing evicted, quantized or summed."""
+        return self.keeps_all(bucket) and not self.sums and not self.quantizes
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether entries become int8; they do not where no prompt's are evicted."""
+        return self.compresses and self.quantize is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +197,18 @@ class Recompress:
         and what is protected) grows by no more than the fraction of the answer and 2 a head.
       scorer: "window", attention from the last queries (for an answer that goes on), "key-diff",
         keys unlike the others (for questions yet to come: what the answer does not look at for a
-        while is not forgotten), or another that scores while decoding
+        while is not forgotten), "squared-sum", KV-Compress's metric (squared attention
+        probabilities, summed over the query heads of a group and over all queries since the
+        prompt's window; on top of the prompt's own), or another that scores while decoding
         (`kvjax.compression.scorers.decoding_scorers`).
       window: last tokens, which are always kept and whose queries "window" scores by; None for
         min(32, every, budget // 2).
-      sinks: first positions always kept.
+      sinks: first positions always kept; KV-Compress protects none.
+      layers: "uniform", every layer goes on with the slots that it has, or "global", KV-Compress's
+        one threshold over all layers and heads; needs scorer="squared-sum" and a budget.
       heads: "ada" or "uniform", how a layer's entries are divided among its heads (any of
-        `kvjax.compression.allocators.HEADS` under which heads keep tokens of their own).
+        `kvjax.compression.allocators.HEADS` under which heads keep tokens of their own); "global"
+        layers divide them among heads, too.
       floor: Ada-KV's alpha.
 
     Raises:
@@ -204,6 +220,7 @@ class Recompress:
     scorer: str = "window"
     window: int | None = None
     sinks: int = 4
+    layers: str = "uniform"
     heads: str = "ada"
     floor: float = 0.2
 
@@ -219,6 +236,10 @@ class Recompress:
         for name, allowed in (("heads", heads), ("scorer", scorers.decoding_scorers())):
             if (value := getattr(self, name)) not in allowed:
                 _refuse(name, value, f"one of {', '.join(allowed)}")
+        if self.layers not in ("uniform", "global"):
+            _refuse("layers", self.layers, "one of uniform, global")
+        if self.layers == "global" and not self.sums:
+            _refuse("layers", self.layers, "'uniform' without scorer='squared-sum' and a budget")
         if not (isinstance(self.floor, int | float) and 0 <= self.floor <= 1):
             _refuse("floor", self.floor, "a number from 0 to 1")
         if self.window is not None:
@@ -237,6 +258,11 @@ class Recompress:
         """Queries to remember; none where nothing is scored by them."""
         reads = self.budget is not None and scorers.SCORERS[self.scorer].decoding_queries
         return self.recent if reads else 0
+
+    @property
+    def sums(self) -> bool:
+        """Whether squared attention probabilities are added up while decoding."""
+        return self.budget is not None and scorers.SCORERS[self.scorer].decoding_sums
 
 
 def _refuse(name: str, value: Any, expected: str):

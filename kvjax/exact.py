@@ -7,7 +7,7 @@ bits, with JAX_ENABLE_X64=1 too (`in_32_bits`), so the programs are the same wit
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import jax
@@ -141,6 +141,35 @@ def select_largest(
     spare = (k - above.sum(-1, dtype=jnp.int32))[..., None]
     rank_among_tied = jnp.cumsum(tied, axis=-1, dtype=jnp.int32)
     return above | (tied & (rank_among_tied <= spare))
+
+
+def select_in_order(
+    scores: Float[Array, "*shape S"],
+    k: Int[Array, "*shape"],
+    eligible: Bool[Array, "*shape S"],
+    order: Sequence[Int[Array, "*#shape S"]],
+) -> Bool[Array, "*shape S"]:
+    """Mask of the k best eligible scores of the last axis; ties go to what comes first in `order`.
+
+    Fewer than k eligible: all of them. What is chosen does not depend on where it lies.
+
+    Args:
+      scores: >= 0.
+      k: how many.
+      eligible: which may be chosen.
+      order: numbers from 0 to MOST - 1 that tell any two eligible entries apart, taken together:
+        the lowest first number comes first, among its equals the lowest second one, and so on.
+    """
+    k = jnp.minimum(k, eligible.sum(-1, dtype=jnp.int32))
+    tied, chosen = eligible, jnp.zeros_like(eligible)
+    ranks = [(MOST - numbers).astype(jnp.uint32) for numbers in order]
+    for keys in (ranking_keys(scores, eligible), *ranks):
+        keys = jnp.where(tied, keys, jnp.uint32(0))
+        threshold = kth_largest(keys, k)[..., None]
+        above = tied & (keys > threshold)
+        chosen, tied = chosen | above, tied & (keys == threshold)
+        k = k - above.sum(-1, dtype=jnp.int32)
+    return chosen | (tied & (k > 0)[..., None])
 
 
 def count_top(

@@ -72,6 +72,7 @@ class Settings(Choices):
     repeat_chunk: int = 2048
     layout: Literal["padded", "packed"] | None = None
     quantize: Literal["int8"] | None = None
+    sums: bool = False
 
     @property
     def default_window(self) -> int:

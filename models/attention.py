@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.attend import attend
 from kvjax.cache.state import Cache
+from kvjax.cache.sums import attend_and_add
 from kvjax.cache.tail import write_layer
 from kvjax.kernels.prefill_attention import prefill_attention
 from kvjax.kernels.prefill_attention.training import training_attention
@@ -119,7 +120,11 @@ class Attention(nnx.Module):
             turned_BT = positions + shift[:, None]
         q_BTNH, k_BTKH = self._rotate(q_BTNH, k_BTKH, turned_BT, cache.rope_length)
         cache = cache.replace(tail=write_layer(cache.tail, self.layer, k_BTKH, v_BTKH, q_BTNH))
-        out_BTNH = attend(q_BTNH, positions, cache, self.layer, self.window)
+        if cache.tail.slot_sums is None:
+            out_BTNH = attend(q_BTNH, positions, cache, self.layer, self.window)
+        else:
+            held = cache, self.layer, self.window
+            out_BTNH, cache = attend_and_add(q_BTNH, positions, *held)
         return self._output(out_BTNH), cache
 
     def _project(self, x_BTD):

@@ -74,6 +74,7 @@ class Row:
       rounded: `[L, K, n]` which of them are rounded.
       prompt: tokens of the prompt, or None before it was compressed.
       ratio: `[L, K]` entries of the prompt that each head kept, where PrefixKV's ratio is kept.
+      squares: `[L, N, T, n]` squared probabilities of the tokens that were fed last.
     """
 
     def __init__(self, oracle: Oracle):
@@ -109,6 +110,8 @@ class Row:
         self.keys, self.values = (
             np.concatenate([x, room], axis=2) for x in (self.keys, self.values)
         )
+        layers, heads = self.held.shape[0], model.config.num_heads
+        self.squares = np.zeros((layers, heads, len(tokens), self.seen))
         x_TD = model.table_VD[np.array(tokens)]
         for index, layer in enumerate(model.layers):
             x_TD = x_TD + self._attention(index, layer, model.norm(x_TD, layer["before"]), at_T)
@@ -136,7 +139,9 @@ class Row:
             s_Tn = q_TNH[:, head] @ self.keys[index, of].T / np.sqrt(head_dim)
             s_Tn = np.where(visible_KTn[of], s_Tn, -np.inf)
             p_Tn = np.exp(s_Tn - s_Tn.max(-1, keepdims=True))
-            out.append(p_Tn / p_Tn.sum(-1, keepdims=True) @ self.values[index, of])
+            p_Tn = p_Tn / p_Tn.sum(-1, keepdims=True)
+            self.squares[index, head] = p_Tn**2
+            out.append(p_Tn @ self.values[index, of])
         return np.concatenate(out, axis=-1) @ layer["out"]
 
     def visible(self, index: int, at_T: np.ndarray) -> np.ndarray:

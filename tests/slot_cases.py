@@ -1,6 +1,9 @@
 """Layers of slots for attention, and what a query finds there, in float64."""
 
+import jax.numpy as jnp
 import numpy as np
+
+from kvjax.kernels.decode_attention import paged_attention, tpu
 
 MANY = {"tokens": 7, "heads": 6, "kv_heads": 2, "head_dim": 64, "slots": 300}  # 21 rows a head
 
@@ -95,3 +98,55 @@ def ragged(seed, owners):
     case = make_case(seed, owners=owners, **MANY)
     case["query_positions"][1, 2:] = -1
     return case
+
+
+def paged(seed, case, page, *, shared=False):
+    """The case's layer in pages anywhere in larger pools, or in one that both rows share.
+
+    Pages that are not the layer's hold NaN and owners that would be seen.
+    """
+    rng = np.random.default_rng(seed)
+    start, end = case["start"], case["end"]
+    batch, lengths = len(start), end - start
+    pages = -(-max(lengths.max(), 1) // page) + 1
+    total = (batch * pages if shared else pages) + 3
+    if shared:
+        table = rng.permutation(total)[: batch * pages].reshape(batch, pages)
+    else:
+        table = np.stack([rng.permutation(total)[:pages] for _ in range(batch)])
+    pools = 1 if shared else batch
+    width = case["entries"].shape[2]
+    found = {
+        "entries": np.full((pools, total * page, width), np.nan, np.float32),
+        "owners": rng.integers(0, 2, (pools, total * page)).astype(np.int8),
+        "positions": np.zeros((pools, total * page), np.int32),
+    }
+    if "scales" in case:
+        found["entries"] = np.zeros((pools, total * page, width), np.int8)
+        found["scales"] = np.full((pools, 2, total * page), np.nan, np.float32)
+    for row in range(batch):
+        number = np.arange(lengths[row])
+        at = table[row, number // page] * page + number % page
+        pool, here = 0 if shared else row, slice(start[row], end[row])
+        for name in ("entries", "owners", "positions"):
+            found[name][pool, at] = case[name][row, here]
+        if "scales" in case:
+            found["scales"][pool][:, at] = case["scales"][row][:, here]
+    return found | {
+        "q": case["q"],
+        "query_positions": case["query_positions"],
+        "table": table.astype(np.int32),
+        "lengths": lengths.astype(np.int32),
+    }
+
+
+def through_pages(case, evicted, page, implementation, **rules):
+    """What a platform's kernel finds through the table."""
+    call = {name: jnp.asarray(x) for name, x in case.items()}
+    table, lengths = call.pop("table"), call.pop("lengths")
+    run = {"kv_heads": 2, "evicted": evicted, **rules}
+    if implementation == "pallas":
+        more = {"tile": 128, "interpret": True, "pages": (table, page)}
+        zero = jnp.zeros_like(lengths)
+        return tpu.slot_attention(**call, start=zero, end=lengths, **run, **more)
+    return paged_attention(**call, table=table, lengths=lengths, page=page, **run)

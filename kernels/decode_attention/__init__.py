@@ -46,8 +46,9 @@ def paged_attention(
     scales: Float[Array, "X 2 M"] | None = None,
     consecutive: bool = False,
     run: tuple[int, int] | None = None,
+    scores: bool = False,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+) -> tuple[Array, ...]:
     """Attend new tokens to one layer's slots, which lie in pages of a pool.
 
     A layer's slots are numbered through in the order of its pages. Every query head counts those
@@ -72,12 +73,19 @@ def paged_attention(
       consecutive: whether the layer's pages follow `table[:, 0]`; every row then has its own pool,
         and no other column is read.
       run: of consecutive pages, static [first, end) slots that hold the layer in every row.
+      scores: whether to give every slot's scores too; of one new token, and through a table.
       implementation: "xla", "pallas" (TPU) or "triton" (GPU); by default the platform's own, and
         "xla" where that one cannot take the call.
 
     Returns:
-      The softmax-weighted values of these slots and the log-sum-exp of the scaled scores, fp32.
-      A query that sees no slot gets zeros and -inf.
+      The softmax-weighted values of these slots `[B, T, N, H]` and the log-sum-exp of the scaled
+      scores `[B, T, N]`, fp32. A query that sees no slot gets zeros and -inf. With `scores` also
+      `[B, G, Y]`, Y at least the R pages' slots as the layer numbers them: the scaled scores that
+      the G query heads of its owner's group give each slot, at most -1e30 where they do not see it,
+      and anything past `lengths`.
+
+    Raises:
+      ValueError: shapes that do not fit one another; scores of several tokens, or without a table.
     """
     heads, head_dim = q.shape[2:]
     if heads % kv_heads:
@@ -90,6 +98,8 @@ def paged_attention(
         raise ValueError(f"entries are {entries.dtype}, expected int8 with scales, or neither")
     if entries.shape[0] != q.shape[0] and (consecutive or entries.shape[0] != 1):
         raise ValueError(f"entries have {entries.shape[0]} pools, expected q's {q.shape[0]} or 1")
+    if scores and (consecutive or q.shape[1] != 1):
+        raise ValueError(f"scores=True, expected one token, got {q.shape[1]}, and a table of pages")
     start = jnp.zeros_like(lengths)
     if consecutive:
         start = table[:, 0] * page
@@ -99,7 +109,7 @@ def paged_attention(
     pool = entries, owners, positions, start, start + lengths
     return module.slot_attention(
         q, query_positions, *pool, kv_heads=kv_heads, window=window, evicted=evicted, scales=scales,
-        region=run, pages=pages,
+        region=run, pages=pages, scores=scores,
     )  # fmt: skip
 
 

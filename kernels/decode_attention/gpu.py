@@ -58,7 +58,8 @@ def slot_attention(
     scales: Float[Array, "X 2 M"] | None = None,
     region: tuple[int, int] | None = None,
     pages: tuple[Int[Array, "B R"], int] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    scores: bool = False,
+) -> tuple[Array, ...]:
     """See `kvjax.kernels.decode_attention`; numbers of slots as in `packed.py`."""
     batch, tokens, heads, _ = q.shape
     rows = tokens * heads
@@ -78,16 +79,19 @@ def slot_attention(
             size=max(16, pl.next_power_of_2(rows)),
         )
     pool = entries, owners, positions, scales
-    found = _attend(blocks, pool, pages, window, evicted is not None)
+    group = heads // kv_heads if scores else 0
+    o_BYH, lse_BY1, *slots = _attend(blocks, pool, pages, window, evicted is not None, group)
     if many:
-        o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in found)
+        o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in (o_BYH, lse_BY1))
         return o_BTNH, lse_BTN1[..., 0]
-    o_BYH, lse_BY1 = found
-    return o_BYH.reshape(q.shape), lse_BY1.reshape(batch, tokens, heads)
+    return o_BYH.reshape(q.shape), lse_BY1.reshape(batch, tokens, heads), *slots
 
 
-def _attend(blocks: Blocks, pool, pages, window: int | None, evicts: bool):
-    """Output and log-sum-exp of each block's rows, against the slots between its bounds."""
+def _attend(blocks: Blocks, pool, pages, window: int | None, evicts: bool, group: int):
+    """Output and log-sum-exp of each block's rows, against the slots between its bounds.
+
+    With query heads of a `group` also the slots' scores.
+    """
     import jax_triton
 
     from kvjax.kernels.decode_attention.triton_kernel import slot_attention_kernel
@@ -97,7 +101,13 @@ def _attend(blocks: Blocks, pool, pages, window: int | None, evicts: bool):
     each = blocks.first.shape[1]
     table, page = pages or (blocks.first, 1)
     parts = splits(batch * each, entries.shape[1] if pages is None else table.shape[1] * page)
-    o_BPYH, lse_BPY = jax_triton.triton_call(
+    out = [
+        jax.ShapeDtypeStruct((batch, parts, rows, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, parts, rows), jnp.float32),
+    ]
+    if group:
+        out.append(jax.ShapeDtypeStruct((batch, group, table.shape[1] * page), jnp.float32))
+    o_BPYH, lse_BPY, *scores = jax_triton.triton_call(
         blocks.q.astype(entries.dtype if scales is None else blocks.q.dtype),
         blocks.rows,
         entries,
@@ -108,10 +118,7 @@ def _attend(blocks: Blocks, pool, pages, window: int | None, evicts: bool):
         blocks.end.astype(jnp.int32),
         table.astype(jnp.int32),
         kernel=slot_attention_kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((batch, parts, rows, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, parts, rows), jnp.float32),
-        ),
+        out_type=tuple(out),
         grid=(batch * each, parts),
         name="slot_attention",
         R=rows,
@@ -129,7 +136,10 @@ def _attend(blocks: Blocks, pool, pages, window: int | None, evicts: bool):
         WINDOW=window or 0,
         EVICTS=evicts,
         QUANTIZED=scales is not None,
+        GROUP=group,
+        **({} if group else {"scores_ptr": None}),
         **triton_options(),
     )
     weight_PBY, lse_BY = merge_weights(lse_BPY.swapaxes(0, 1))
-    return jnp.einsum("PBY,BPYH->BYH", weight_PBY, o_BPYH), lse_BY[..., None]
+    o_BYH = jnp.einsum("PBY,BPYH->BYH", weight_PBY, o_BPYH)
+    return o_BYH, lse_BY[..., None], *scores

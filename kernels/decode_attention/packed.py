@@ -38,7 +38,8 @@ def slot_attention(
     scales: Float[Array, "X 2 M"] | None = None,
     region: tuple[int, int] | None = None,
     pages: tuple[Int[Array, "B R"], int] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    scores: bool = False,
+) -> tuple[Array, ...]:
     """See `kvjax.kernels.decode_attention`.
 
     Bounds and evicted slots are numbered as the pool's are, or through `pages`: the layer's table
@@ -55,10 +56,10 @@ def slot_attention(
         first, last = region
         pool = tuple(x[:, first:last] for x in pool)
         slots_BM = jnp.broadcast_to(jnp.arange(first, last), pool[1].shape)
-        found = _partial(q, pool, slots_BM, (start, end), visible)
+        found = _partial(q, pool, slots_BM, (start, end), visible)[:3]
     else:
-        found = _blocks(q, pool, (start, end), visible, pages)
-    return _divided(*found)
+        found = _blocks(q, pool, (start, end), visible, pages, kv_heads if scores else 0)
+    return *_divided(*found[:3]), *found[3:]
 
 
 def _many(q_shape, region) -> bool:
@@ -90,7 +91,8 @@ def _by_head(q_BTNH, pool, rules, region, pages):
     def attend(block):
         q_BRH, rows_BR4, first_B, end_B = block
         visible = partial(_visible_by_row, rows_BR4, window, evicted is not None)
-        return _divided(*_blocks(q_BRH[:, :, None], pool, (first_B, end_B), visible, pages))
+        found = _blocks(q_BRH[:, :, None], pool, (first_B, end_B), visible, pages)
+        return _divided(*found)
 
     each = apart(blocks.q), apart(blocks.rows), blocks.first.T, blocks.end.T
     o_XBR1H, lse_XBR1 = lax.map(attend, each)
@@ -102,15 +104,22 @@ def _by_head(q_BTNH, pool, rules, region, pages):
     return together(o_XBR1H[:, :, :, 0]), together(lse_XBR1)[..., 0]
 
 
-def _blocks(q_BTNH, pool, bounds, visible, pages):
-    """Online softmax over as many blocks as the longest row needs."""
+def _blocks(q_BTNH, pool, bounds, visible, pages, scored=0):
+    """Online softmax over as many blocks as the longest row needs.
+
+    With `scored` KV heads every slot's scores beside it, `[B, G, Y]`; one token's, through pages.
+    """
     start, end = bounds
     block, first, read = _reader(pool, start, pages)
 
     def step(index, carry):
-        peak, total, o_BTNH = carry
+        peak, total, o_BTNH, *scores = carry
         held, slots_BM = read(first + index * block)
-        part = _partial(q_BTNH, held, slots_BM, bounds, visible)
+        *part, s_BTNM = _partial(q_BTNH, held, slots_BM, bounds, visible)
+        if scores:
+            s_BKGM = s_BTNM.reshape(s_BTNM.shape[0], scored, -1, block)
+            at = (0, 0, index * block)
+            scores = [lax.dynamic_update_slice(scores[0], s_BKGM.max(1), at)]
         top = jnp.maximum(peak, part[0])
         safe = jnp.where(top == -jnp.inf, 0.0, top)
         old, new = jnp.exp(peak - safe), jnp.exp(part[0] - safe)
@@ -118,15 +127,20 @@ def _blocks(q_BTNH, pool, bounds, visible, pages):
             top,
             total * old + part[1] * new,
             o_BTNH * old[..., None] + part[2] * new[..., None],
+            *scores,
         )
 
     shape = q_BTNH.shape[:-1]
-    nothing = (
+    nothing = [
         jnp.full(shape, -jnp.inf, jnp.float32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros(q_BTNH.shape, jnp.float32),
-    )
-    return lax.fori_loop(0, (end - first + block - 1).max() // block, step, nothing)
+    ]
+    if scored:
+        slots = -(-pages[0].shape[1] * pages[1] // block) * block
+        group = q_BTNH.shape[2] // scored
+        nothing.append(jnp.full((q_BTNH.shape[0], group, slots), -jnp.inf, jnp.float32))
+    return lax.fori_loop(0, (end - first + block - 1).max() // block, step, tuple(nothing))
 
 
 def _reader(pool, start_B, pages):
@@ -180,8 +194,9 @@ def in_order(array: Array, pages) -> Array:
 
 
 def _partial(q_BTNH, pool, slots_BM, bounds, visible):
-    """(peak, sum of exponentials, weighted sum) over some slots; -inf, 0, 0 where none is seen.
+    """(peak, sum of exponentials, weighted sum, scores) over some slots.
 
+    Where a row sees none they are -inf, 0, 0, and so is the score of what it does not see, -inf.
     `visible(slots_BM, owners_BM, positions_BM)` says which rows see which of these slots.
     """
     entries_BME, owners_BM, positions_BM, *scales_BM = pool
@@ -213,7 +228,7 @@ def _partial(q_BTNH, pool, slots_BM, bounds, visible):
     o_BTNH = jnp.einsum(
         "BTNM,BMH->BTNH", p_BTNM.astype(v_BMH.dtype), v_BMH, preferred_element_type=jnp.float32
     )
-    return peak_BTN, total_BTN, o_BTNH
+    return peak_BTN, total_BTN, o_BTNH, s_BTNM
 
 
 def _visible(rules, heads, slots_BM, owners_BM, positions_BM):

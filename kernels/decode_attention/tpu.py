@@ -11,7 +11,7 @@ How many tiles that are is a run-time number (the grid is dynamic), tiles that t
 slot cut are masked.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +59,10 @@ def slot_attention(
     scales: Float[Array, "X 2 M"] | None = None,
     region: tuple[int, int] | None = None,
     pages: tuple[Int[Array, "B R"], int] | None = None,
+    scores: bool = False,
     tile: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+) -> tuple[Array, ...]:
     """See `kvjax.kernels.decode_attention`; numbers of slots as in `packed.py`."""
     batch, tokens, heads, head_dim = q.shape
     # What is small is put in the layer's order outside: 5 bytes a slot beside 4 H.
@@ -84,13 +85,15 @@ def slot_attention(
     if scales is not None and pages is not None:
         scales = in_order(scales.swapaxes(1, 2), pages).swapaxes(1, 2)
     pool = entries, owners, positions, scales
-    o_BYH, lse_BY1 = _attend(
-        blocks, pool, pages, tile, window=window, evicts=evicted is not None, interpret=interpret
-    )
+    o_BYH, lse_BY1, *of_slots = _attend(
+        blocks, pool, pages, tile, window=window, evicts=evicted is not None, interpret=interpret,
+        scored=(heads, heads // kv_heads) if scores else None,
+    )  # fmt: skip
     if many:
         o_BTNH, lse_BTN1 = (by_token(x, tokens, heads, kv_heads) for x in (o_BYH, lse_BY1))
         return o_BTNH, lse_BTN1[..., 0]
-    return o_BYH[:, :rows].reshape(q.shape), lse_BY1[:, :rows, 0].reshape(batch, tokens, heads)
+    lse_BTN = lse_BY1[:, :rows, 0].reshape(batch, tokens, heads)
+    return o_BYH[:, :rows].reshape(q.shape), lse_BTN, *of_slots
 
 
 def _tile(many: bool, entry_bytes: int) -> int:
@@ -98,8 +101,14 @@ def _tile(many: bool, entry_bytes: int) -> int:
     return min(MANY_TILE if many else TILE, TILE_BYTES // entry_bytes // _LANES * _LANES)
 
 
-def _attend(blocks: Blocks, pool, pages, tile: int, *, window: int | None, evicts: bool, interpret):
-    """Output and log-sum-exp of each block's rows, against the slots between its bounds."""
+def _attend(
+    blocks: Blocks, pool, pages, tile: int, *, window: int | None, evicts: bool, interpret,
+    scored: tuple[int, int] | None,
+):  # fmt: skip
+    """Output and log-sum-exp of each block's rows, against the slots between its bounds.
+
+    With (query heads, those of a group) `scored` also the slots' scores.
+    """
     entries, owners, positions, scales = pool
     head_dim = entries.shape[-1] // 2
     q_BYW = blocks.q.astype(entries.dtype if scales is None else blocks.q.dtype)
@@ -114,7 +123,11 @@ def _attend(blocks: Blocks, pool, pages, tile: int, *, window: int | None, evict
     scalars = [first_BX.reshape(-1), end_BX.reshape(-1)]
     if pages is not None:
         scalars.append(pages[0].astype(jnp.int32).reshape(-1))
-    o_BYW, lse_BYX = pl.pallas_call(
+    shapes = [q_BYW.shape, (*q_BYW.shape[:2], _LANES)]
+    padded = -(-scored[1] // _SUBLANES) * _SUBLANES if scored else 0
+    if scored:
+        shapes.append((owners.shape[0], padded, owners.shape[1]))
+    o_BYW, lse_BYX, *scores = pl.pallas_call(
         partial(
             _kernel,
             scale=head_dim**-0.5,
@@ -123,16 +136,14 @@ def _attend(blocks: Blocks, pool, pages, tile: int, *, window: int | None, evict
             quantized=scales is not None,
             apart=apart,
             pages=None if pages is None else (pages[0].shape[1], pages[1]),
+            scored=scored,
             **sizes,
         ),
         grid_spec=_grid(
             tiles_BX.max(), blocks.size, owners.shape, entries, q_BYW.shape[-1],
-            scales is not None, len(scalars), **sizes,
+            scales is not None, len(scalars), **sizes, scored=padded,
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(q_BYW.shape, jnp.float32),
-            jax.ShapeDtypeStruct((*q_BYW.shape[:2], _LANES), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
@@ -147,12 +158,13 @@ def _attend(blocks: Blocks, pool, pages, tile: int, *, window: int | None, evict
         *(() if scales is None else (scales,)),
         entries,
     )  # fmt: skip
-    return o_BYW[..., -head_dim:], lse_BYX[..., :1]
+    of_slots = [scores_BGY[:, : scored[1]] for scores_BGY in scores] if scored else []
+    return o_BYW[..., -head_dim:], lse_BYX[..., :1], *of_slots
 
 
 def _grid(
     most_tiles: Array, rows: int, layer: tuple[int, int], entries: Array, query_width: int,
-    quantized: bool, scalars: int, *, tile: int, blocks: int,
+    quantized: bool, scalars: int, *, tile: int, blocks: int, scored: int,
 ) -> pltpu.PrefetchScalarGridSpec:  # fmt: skip
     """One step for every block of rows and each of its tiles; scratch for the online softmax."""
     batch, slots = layer
@@ -193,6 +205,7 @@ def _grid(
         out_specs=[
             pl.BlockSpec((1, rows, query_width), of_block),
             pl.BlockSpec((1, rows, _LANES), of_block),
+            *([pl.BlockSpec((1, scored, tile), columns)] if scored else []),
         ],
         scratch_shapes=scratch,
     )
@@ -204,13 +217,15 @@ def _pad_rows(x: Array, rows: int, value: int) -> Array:
 
 def _kernel(
     *all_refs, scale: float, tile: int, blocks: int, window: int | None, evicts: bool,
-    quantized: bool, apart: bool, pages: tuple[int, int] | None,
+    quantized: bool, apart: bool, pages: tuple[int, int] | None, scored: tuple[int, int] | None,
 ):  # fmt: skip
     first_X, end_X, *refs = all_refs
     table_X, refs = (refs[0], refs[1:]) if pages else (None, refs)
     q_ref, rows_ref, owners_ref, positions_ref, *refs = refs
     scales_ref, refs = (refs[0], refs[1:]) if quantized else (None, refs)
-    entries_ref, o_ref, lse_ref, peak_ref, total_ref, acc_ref, *fetched = refs
+    entries_ref, o_ref, lse_ref, *refs = refs
+    scores_ref, refs = (refs[0], refs[1:]) if scored else (None, refs)
+    peak_ref, total_ref, acc_ref, *fetched = refs
     row, step = pl.program_id(0), pl.program_id(2)
     at = row * blocks + pl.program_id(1)
     start, end = first_X[at], end_X[at]
@@ -243,10 +258,15 @@ def _kernel(
             visible_RC &= (slot_1C < rows_R4[:, 2:3]) | (slot_1C >= rows_R4[:, 3:4])
         slot_C1 = first + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
         inside_C1 = (slot_C1 >= start) & (slot_C1 < end)
-        _accumulate(
+        s_RC = _accumulate(
             q_ref[0], tile_ref, None if scales_ref is None else scales_ref[0], visible_RC,
             inside_C1, (peak_ref, total_ref, acc_ref), scale=scale, apart=apart,
         )  # fmt: skip
+        if scored:
+            heads, group = scored
+            # A slot's owner is one KV head: the others' rows do not see it.
+            each = [s_RC[head : head + group] for head in range(0, heads, group)]
+            scores_ref[0, :group] = reduce(jnp.maximum, each)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -273,7 +293,7 @@ def _fetched(tiles: tpu_pages.Tiles, step, first, end, tile: int):
 
 
 def _accumulate(q_RW, tile_ref, scales_2C, visible_RC, inside_C1, state, *, scale, apart):
-    """Add a tile's slots to the online softmax of a block's rows."""
+    """Add a tile's slots to the online softmax of a block's rows, and give their scores."""
     peak_ref, total_ref, acc_ref = state
     head_dim = tile_ref.shape[-1] // 2
     k_CW = tile_ref[:, :head_dim] if apart else tile_ref[...]
@@ -300,3 +320,4 @@ def _accumulate(q_RW, tile_ref, scales_2C, visible_RC, inside_C1, state, *, scal
     )  # fmt: skip
     acc_ref[...] = acc_ref[...] * decay_R1 + o_RW
     peak_ref[...] = jnp.broadcast_to(peak_R1, peak_ref.shape)
+    return s_RC

@@ -29,6 +29,7 @@ def slot_attention_kernel(
     table_ptr,  # [B, PAGES] if PAGES
     o_ptr,  # [B, SPLITS, R, H]
     lse_ptr,  # [B, SPLITS, R]
+    scores_ptr,  # [B, GROUP, PAGES * PAGE] if GROUP
     R: tl.constexpr,
     M: tl.constexpr,
     POOLS: tl.constexpr,  # B, or 1 for a pool that all rows share
@@ -44,6 +45,7 @@ def slot_attention_kernel(
     WINDOW: tl.constexpr,  # 0 for none
     EVICTS: tl.constexpr,
     QUANTIZED: tl.constexpr,  # entries are int8
+    GROUP: tl.constexpr,  # query heads of a KV head, where slots' scores are asked for; else 0
 ):
     block = tl.program_id(0)
     batch = (block // BLOCKS).to(tl.int64)
@@ -98,6 +100,11 @@ def slot_attention_kernel(
             of_keys = scales_ptr + 2 * pool * M + slot
             s = s * tl.load(of_keys, mask=held, other=0.0)[None, :]
         s = tl.where(visible, s, -1e30)
+        if GROUP > 0:
+            # The rows of a slot's owner write its scores, whatever they are, and no others.
+            mine_too = held[None, :] & (owner[:, None] == slot_owner[None, :])
+            line = (batch * GROUP + row % GROUP) * (PAGES * PAGE)
+            tl.store(scores_ptr + line[:, None] + number[None, :], s, mask=mine_too)
         top = tl.maximum(peak, tl.max(s, 1))
         p = tl.where(visible, tl.exp(s - top[:, None]), 0.0)
         decay = tl.exp(peak - top)

@@ -69,26 +69,42 @@ class _New(NamedTuple):
 
 
 def _attend(q, positions, cache: Cache, layer: int, window: int | None):
-    tail, slots = cache.tail, cache.slots
-    new = q, positions, tail.keys[layer], tail.values[layer], tail.positions, cache.prompt_lengths
-    rules = {"window": window, "keep_ratio": cache.keep_ratio}
-    if slots is None:
-        body = partial(_attend_padded, **rules)
-        held, letters = cache.layers[layer], "BKSH,BKSH,BKS"
-        rest = [held.keys, held.values, held.positions]
+    if cache.slots is not None:
+        rules, axes, arrays = slot_problem(q, positions, cache, layer, window)
+        body = partial(_attend_slots, **rules)
     else:
-        body = partial(_attend_slots, **rules, layout=_layout(slots, layer))
-        letters = "BR,B,B.,BME,BM,BM" + ",B2M" * (slots.scales is not None)
-        rest = [pages_of(slots, layer), slots.lengths[:, layer], slots.counts[:, layer]]
-        rest += [slots.entries, slots.owners, slots.positions]
-        rest += [slots.scales] if slots.scales is not None else []
+        body = partial(_attend_padded, window=window, keep_ratio=cache.keep_ratio)
+        held = cache.layers[layer]
+        rest = [held.keys, held.values, held.positions]
+        axes, arrays = _problem(q, positions, cache, layer, "BKSH,BKSH,BKS", rest)
+    return sharding.by_device(body, f"{axes}->BTNH", *arrays)
+
+
+def slot_problem(q, positions, cache: Cache, layer: int, window: int | None):
+    """What is static of attention to packed slots, the letters of its arrays, and these.
+
+    For `slot_call`, on every device with its own parts.
+    """
+    slots = cache.slots
+    assert slots is not None
+    rules = {"window": window, "keep_ratio": cache.keep_ratio, "layout": _layout(slots, layer)}
+    letters = "BR,B,B.,BME,BM,BM" + ",B2M" * (slots.scales is not None)
+    rest = [pages_of(slots, layer), slots.lengths[:, layer], slots.counts[:, layer]]
+    rest += [slots.entries, slots.owners, slots.positions]
+    rest += [slots.scales] if slots.scales is not None else []
+    return rules, *_problem(q, positions, cache, layer, letters, rest)
+
+
+def _problem(q, positions, cache: Cache, layer: int, letters: str, held: list[Array]):
+    """Letters and arrays of what new tokens bring and of what is held of a layer."""
+    tail = cache.tail
+    new = q, positions, tail.keys[layer], tail.values[layer], tail.positions, cache.prompt_lengths
     # What rows share lies on every device of the data axis.
     axes = [
         name if x.shape[0] == cache.batch else f".{name[1:]}"
-        for name, x in zip(letters.split(","), rest, strict=True)
+        for name, x in zip(letters.split(","), held, strict=True)
     ]
-    equation = f"BTNH,BT,BKUH,BKUH,BU,B,{','.join(axes)}->BTNH"
-    return sharding.by_device(body, equation, *new, *rest)
+    return f"BTNH,BT,BKUH,BKUH,BU,B,{','.join(axes)}", (*new, *held)
 
 
 def _layout(slots: Slots, layer: int) -> dict:
@@ -113,11 +129,24 @@ def _attend_padded(*arrays, window, keep_ratio):
         of_prompt = folded_evicted(of_prompt, rows)
     asked = folded(new.q, rows), folded(new.positions, rows)
     part = padded_attention(*asked, keys, values, held, window=window, evicted=of_prompt)
-    return merge([unfolded(part, rows), _attend_tail(new, window, of_tail)]).astype(new.q.dtype)
+    return merge([unfolded(part, rows), attend_tail(new, window, of_tail)]).astype(new.q.dtype)
 
 
 def _attend_slots(*arrays, window, keep_ratio, layout):
     """One device's slots for all query heads, and its own heads' tail."""
+    new, call, of_tail = slot_call(*arrays, window=window, keep_ratio=keep_ratio, layout=layout)
+    rows = new.q.shape[0] // call["table"].shape[0]
+    parts = of_own_heads(*unfolded(paged_attention(**call), rows))
+    return merge([*parts, attend_tail(new, window, of_tail)]).astype(new.q.dtype)
+
+
+def of_own_heads(out, lse) -> list[tuple[Array, Array]]:
+    """What was found for all query heads, as parts for those of this device."""
+    return _to_heads(out, lse) if sharding.on_device() else [(out, lse)]
+
+
+def slot_call(*arrays, window, keep_ratio, layout) -> tuple[_New, dict, Evicted | None]:
+    """The new tokens, `paged_attention`'s arguments, and what is evicted of the tail."""
     new, (table_XR, length_X, counts_XK, entries, owners, held, *scales) = (
         _New(*arrays[:6]),
         arrays[6:],
@@ -137,30 +166,28 @@ def _attend_slots(*arrays, window, keep_ratio, layout):
         q, length_X = lax.all_gather(q, QUERY_HEADS, axis=2, tiled=True), _here(length_X)
         evicted = evicted and (_here(evicted[0]), _here(evicted[1]))
         of_tail = of_tail and _of_own_heads(of_tail, new.keys.shape[1])
-    part = paged_attention(
-        folded(q, rows),
-        folded(new.positions, rows),
-        entries,
-        owners,
-        held,
-        table_XR,
-        length_X,
-        kv_heads=counts_XK.shape[1],
-        window=window,
-        evicted=evicted,
-        scales=scales[0] if scales else None,
+    call = {
+        "q": folded(q, rows),
+        "query_positions": folded(new.positions, rows),
+        "entries": entries,
+        "owners": owners,
+        "positions": held,
+        "table": table_XR,
+        "lengths": length_X,
+        "kv_heads": counts_XK.shape[1],
+        "window": window,
+        "evicted": evicted,
+        "scales": scales[0] if scales else None,
         **layout,
-    )
-    part = unfolded(part, rows)
-    parts = _to_heads(*part) if on_mesh else [part]
-    return merge([*parts, _attend_tail(new, window, of_tail)]).astype(new.q.dtype)
+    }
+    return new, call, of_tail
 
 
 def _evicted(new: _New, kept: Int[Array, "B K"], window: int | None, slots: int = 0):
     return evicted_ranges(kept, new.prompt_lengths, new.positions, window, new.tail, slots)
 
 
-def _attend_tail(new: _New, window: int | None, evicted: Evicted | None):
+def attend_tail(new: _New, window: int | None, evicted: Evicted | None):
     """Output and log-sum-exp of the tail, in fp32."""
     held = new.keys, new.values, new.tail_positions[:, None]
     return padded_attention(new.q, new.positions, *held, window=window, evicted=evicted)

@@ -27,7 +27,7 @@ from kvjax.model_interface import Model
 
 _FORMAT = "kvjax-cache-2"
 _BEFORE = "kvjax-cache-1"
-_SLOTS = ("entries", "owners", "positions", "counts", "table", "sizes", "scales")
+_SLOTS = ("entries", "owners", "positions", "counts", "table", "sizes", "scales", "sums")
 _STATIC = ("runs", "room", "most", "alike", "page")
 
 
@@ -119,6 +119,7 @@ def _arrays(cache: Cache) -> dict[str, Any]:
             found[name] = array
     for index, (keys, values) in enumerate(zip(cache.tail.keys, cache.tail.values, strict=True)):
         found |= {f"tail.{index}.keys": keys, f"tail.{index}.values": values}
+    found |= {f"tail.{index}.sums": sums for index, sums in enumerate(cache.tail.sums)}
     for index, layer in enumerate(cache.layers):
         for name in ("keys", "values", "positions"):
             found[f"layer.{index}.{name}"] = getattr(layer, name)
@@ -148,6 +149,7 @@ def _cache(arrays: dict[str, Any], facts: dict[str, Any]) -> Cache:
             values=tuple(arrays[f"tail.{i}.values"] for i in layers),
             positions=arrays["tail.positions"],
             cursor=arrays["tail.cursor"],
+            sums=tuple(arrays[f"tail.{i}.sums"] for i in layers if f"tail.{i}.sums" in arrays),
         ),
         prompt_lengths=arrays["prompt_lengths"],
         next_positions=arrays["next_positions"],

@@ -47,17 +47,19 @@ def put_layer(
     values: Float[Array, "B T K H"],
     keep: Bool[Array, "B K T"],
     room: int,
+    sums: Float[Array, "B K T"] | None = None,
 ) -> Slots:
     """Write one layer's kept entries into the pages behind those of the layers before it.
 
     `room` is at least the most entries that the layer's heads keep together. Were it less, the last
-    heads' last ones would be lost, and `counts` would say so: it counts what is stored.
+    heads' last ones would be lost, and `counts` would say so: it counts what is stored. `sums` go
+    beside the entries where the slots have any.
 
     Where slots are split over a mesh, a device gathers what its own heads keep; nothing but that,
     and counts, goes to the others.
     """
     if slots.parts > 1:
-        return _put_on_devices(slots, layer, keys, values, keep, room)
+        return _put_on_devices(slots, layer, keys, values, keep, room, sums)
     counts_BK = stored(slots, layer, keep, room)
     place_Y = jnp.arange(room, dtype=jnp.int32)
     filled_BY = place_Y < counts_BK.sum(-1, keepdims=True, dtype=jnp.int32)
@@ -73,14 +75,19 @@ def put_layer(
         halves = list(whole)
         new += [jnp.where(filled_BY, scale, 0.0) for scale in scales]
         old += [slots.scales[:, 0], slots.scales[:, 1]]
+    if slots.sums is not None:
+        new.append(jnp.where(filled_BY, _sums_of(sums, owner_BY, position_BY), 0.0))
+        old.append(slots.sums)
     new.append(jnp.where(filled_BY[..., None], jnp.concatenate(halves, axis=-1), 0))
     old.append(slots.entries)
-    owners, positions, *scales, entries = _written(slots, layer, old, new, filled_BY)
+    owners, positions, *more, entries = _written(slots, layer, old, new, filled_BY)
+    written = None if slots.sums is None else more.pop()
     return slots.replace(
         entries=entries,
         owners=owners,
         positions=positions,
-        scales=jnp.stack(scales, axis=1) if scales else None,
+        scales=jnp.stack(more, axis=1) if more else None,
+        sums=written,
         counts=slots.counts.at[:, layer].set(counts_BK),
     )
 
@@ -103,6 +110,12 @@ def _gathered(keys, values, keep, place: Int[Array, "B Y"]):
     return head_BY, position_BY, halves
 
 
+def _sums_of(sums, head_BY, position_BY) -> Float[Array, "B Y"]:
+    """The sums of some heads' entries at some positions."""
+    batch, _, tokens = sums.shape
+    return jnp.take_along_axis(sums.reshape(batch, -1), head_BY * tokens + position_BY, axis=1)
+
+
 def _written(slots: Slots, layer: int, old: list[Array], new: list[Array], filled_BY: Array):
     """Arrays of slots with a layer's rows in their place."""
     if slots.runs is not None:
@@ -123,28 +136,34 @@ def _written(slots: Slots, layer: int, old: list[Array], new: list[Array], fille
 
 
 # ---------------------------------------------------------------------------- over a mesh
-def _put_on_devices(slots: Slots, layer: int, keys, values, keep, room: int) -> Slots:
+def _put_on_devices(slots: Slots, layer: int, keys, values, keep, room: int, sums) -> Slots:
     keep = sharding.constrain(keep, "BKT")
     counts_BK = sharding.constrain(stored(slots, layer, keep, room), "B.")
     start_B = first_page(slots, layer) * slots.page
-    body = partial(_put_here, room=room, parts=slots.parts)
+    body = partial(_put_here, room=room, parts=slots.parts, summed=slots.sums is not None)
     arrays = [slots.entries, slots.owners, slots.positions]
-    arrays += [] if slots.scales is None else [slots.scales]
+    arrays += [x for x in (slots.scales, slots.sums) if x is not None]
     letters = "BME,BM,BM" + ",B2M" * (slots.scales is not None)
-    rest = [keys, values, keep, counts_BK, start_B]
-    found = sharding.by_device(body, f"BTKH,BTKH,BKT,B.,B,{letters}->{letters}", *rest, *arrays)
-    entries, owners, positions, *scales = found
+    letters += ",BM" * (slots.sums is not None)
+    rest, axes = [keys, values, keep, counts_BK, start_B], "BTKH,BTKH,BKT,B.,B"
+    if slots.sums is not None:
+        rest, axes = [*rest, sharding.constrain(sums, "BKT")], f"{axes},BKT"
+    found = sharding.by_device(body, f"{axes},{letters}->{letters}", *rest, *arrays)
+    entries, owners, positions, *more = found
+    written = None if slots.sums is None else more.pop()
     return slots.replace(
         entries=entries,
         owners=owners,
         positions=positions,
-        scales=scales[0] if scales else None,
+        scales=more[0] if more else None,
+        sums=written,
         counts=slots.counts.at[:, layer].set(counts_BK),
     )
 
 
-def _put_here(keys, values, keep, counts_BK, start_B, *slots, room: int, parts: int):
+def _put_here(keys, values, keep, counts_BK, start_B, *slots, room: int, parts: int, summed: bool):
     """One device's part: its heads' kept entries out, its slots of all heads' in."""
+    sums, slots = (slots[0], slots[1:]) if summed else (None, slots)
     tokens, heads = keys.shape[1:3]
     first_head = lax.axis_index(HEADS) * heads
     ends_BK = jnp.cumsum(counts_BK, axis=1, dtype=jnp.int32)
@@ -159,7 +178,10 @@ def _put_here(keys, values, keep, counts_BK, start_B, *slots, room: int, parts: 
     entries_BCE = _to_slots(entries_BRE, rows)
     code_BR = (first_head + head_BR) * tokens + position_BR + 1
     code_BC = _to_slots(jnp.where(valid_BR, code_BR, 0), rows) - 1
-    return _written_here(slots, entries_BCE, code_BC, start_B // parts, tokens)
+    sums_BC = None
+    if summed:
+        sums_BC = _to_slots(jnp.where(valid_BR, _sums_of(sums, head_BR, position_BR), 0.0), rows)
+    return _written_here(slots, entries_BCE, code_BC, start_B // parts, tokens, sums_BC)
 
 
 def _to_slots(x: Array, rows: int) -> Array:
@@ -170,8 +192,9 @@ def _to_slots(x: Array, rows: int) -> Array:
     return lax.dynamic_index_in_dim(x, lax.axis_index((GROUP, REST)), axis=2, keepdims=False)
 
 
-def _written_here(slots, entries_BCE, code_BC, first_B, tokens: int):
+def _written_here(slots, entries_BCE, code_BC, first_B, tokens: int, sums_BC):
     """This device's slots with a layer's entries from slot `first_B` on; code -1 is no entry."""
+    sums, slots = ((), slots) if sums_BC is None else (slots[-1:], slots[:-1])
     filled_BC = code_BC >= 0
     new = [
         jnp.where(filled_BC, code_BC // tokens, -1).astype(jnp.int8),
@@ -189,4 +212,5 @@ def _written_here(slots, entries_BCE, code_BC, first_B, tokens: int):
     rows_B1 = jnp.arange(code_BC.shape[0])[:, None]
     old = [*slots[:3], *(x.swapaxes(1, 2) for x in slots[3:])]
     out = [a.at[rows_B1, slot_BC].set(b, mode="drop") for a, b in zip(old, new, strict=True)]
-    return (*out[:3], *(x.swapaxes(1, 2) for x in out[3:]))
+    sums = tuple(x.at[rows_B1, slot_BC].set(sums_BC, mode="drop") for x in sums)
+    return (*out[:3], *(x.swapaxes(1, 2) for x in out[3:]), *sums)

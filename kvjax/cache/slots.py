@@ -59,6 +59,8 @@ class Slots(struct.PyTreeNode):
       alike: whether every layer of every row may use `most` slots.
       page: slots of a page, on all `parts` together.
       scales: `[X, 2, M]` fp32 of quantized entries, keys' and values'; else None.
+      sums: `[X, M]` fp32, squared attention probabilities that each entry has received
+        (`kvjax.cache.sums`); None where nobody asked for them.
       dtype: of keys and values before they were quantized.
       parts: devices that the slots are dealt out to: slot j, in the order above, is slot j // parts
         of device j % parts, and the arrays are one device's slots after the other's. So every
@@ -72,6 +74,7 @@ class Slots(struct.PyTreeNode):
     table: Int[Array, "B L R"] | None = None
     sizes: Int[Array, "B L"] | None = None
     scales: Float[Array, "X 2 M"] | None = None
+    sums: Float[Array, "X M"] | None = None
     runs: tuple[tuple[int, int], ...] | None = struct.field(pytree_node=False, default=None)
     room: int = struct.field(pytree_node=False, default=0)
     most: int | None = struct.field(pytree_node=False, default=None)
@@ -124,6 +127,7 @@ def empty_slots(
     *,
     page: int,
     quantize: bool = False,
+    sums: bool = False,
     parts: int = 1,
 ) -> Slots:
     """Slots without entries, for keys of this shape and dtype, which may be quantized to int8.
@@ -135,6 +139,7 @@ def empty_slots(
       runs: [first, end) of each layer where that is known beforehand, else None.
       page: slots of a page, a multiple of `parts`.
       quantize: whether entries become int8.
+      sums: whether they have sums.
       parts: devices, each with equally many slots.
     """
     batch, _, kv_heads, head_dim = like.shape
@@ -148,6 +153,7 @@ def empty_slots(
         positions=jnp.full((batch, slots), -1, jnp.int32),
         counts=jnp.zeros((batch, layers, kv_heads), jnp.int32),
         scales=jnp.zeros((batch, 2, slots), jnp.float32) if quantize else None,
+        sums=jnp.zeros((batch, slots), jnp.float32) if sums else None,
         runs=runs,
         room=room,
         most=max(sizes, default=None),
@@ -181,6 +187,7 @@ def reshard_slots(slots: Slots, parts: int) -> Slots:
         owners=deal(slots.owners, 1),
         positions=deal(slots.positions, 1),
         scales=None if slots.scales is None else deal(slots.scales, 2),
+        sums=None if slots.sums is None else deal(slots.sums, 1),
         parts=parts,
     )
 
@@ -318,6 +325,7 @@ def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Sl
         owners=longer(slots.owners, 1, -1),
         positions=longer(slots.positions, 1, -1),
         scales=None if slots.scales is None else longer(slots.scales, 2, 0),
+        sums=None if slots.sums is None else longer(slots.sums, 1, 0),
         table=table_BLR,
         sizes=sizes,
         runs=None,
@@ -333,6 +341,7 @@ def compacted(slots: Slots) -> Slots:
     rows_B1 = jnp.arange(batch)[:, None]
     arrays = [slots.entries, slots.owners, slots.positions]
     arrays += [] if slots.scales is None else [slots.scales[:, 0], slots.scales[:, 1]]
+    arrays += [] if slots.sums is None else [slots.sums]
     for layer in range(layers):
         here = layer_slots(slots, layer)
         order_BY = jnp.argsort(~here.owned.any(1), axis=1, stable=True)
@@ -341,10 +350,11 @@ def compacted(slots: Slots) -> Slots:
             at = order_BY.reshape(*order_BY.shape, *(1,) * (x.ndim - 2))
             moved = jnp.take_along_axis(held, at, axis=1)
             arrays[index] = x.at[rows_B1, here.numbers].set(moved, mode="drop")
+    sums = None if slots.sums is None else arrays.pop()
     entries, owners, positions, *scales = arrays
     stacked = jnp.stack(scales, axis=1) if scales else None
     return slots.replace(
-        entries=entries, owners=owners, positions=positions, scales=stacked, sizes=None
+        entries=entries, owners=owners, positions=positions, scales=stacked, sums=sums, sizes=None
     )
 
 
@@ -399,6 +409,7 @@ def repaged(slots: Slots, page: int, size: int) -> Slots:
         owners=move(slots.owners, -1),
         positions=move(slots.positions, -1),
         scales=scales,
+        sums=None if slots.sums is None else move(slots.sums, 0),
         table=table,
         runs=None,
         page=page,

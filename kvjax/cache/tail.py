@@ -33,6 +33,10 @@ class Tail(struct.PyTreeNode):
       queries: one `[B, W, N, H]` a layer, the last W tokens' after RoPE: token number c of the
         tail has row c % W. Empty unless they are to be remembered (`remember`).
       query_positions: `[B, W]` theirs, -1 where there is none yet.
+      sums: one `[B, K, T]` a layer, squared attention probabilities that these entries have
+        received; empty where nobody asked for them.
+      slot_sums: `[B, M]` what the cache's slots have received since `kvjax.cache.sums.begin`; None
+        where nothing is added.
     """
 
     keys: tuple[Float[Array, "B K T H"], ...]
@@ -41,6 +45,8 @@ class Tail(struct.PyTreeNode):
     cursor: Int[Array, ""]
     queries: tuple[Float[Array, "B W N H"], ...] = ()
     query_positions: Int[Array, "B W"] | None = None
+    sums: tuple[Float[Array, "B K T"], ...] = ()
+    slot_sums: Float[Array, "B M"] | None = None
 
 
 def empty_tail(entries: tuple[PaddedLayer, ...] | Slots, slots: int) -> Tail:
@@ -89,8 +95,11 @@ def resized(tail: Tail, slots: int) -> Tail:
         widths = [(0, more if at == axis else 0) for at in range(array.ndim)]
         return jnp.pad(array, widths, constant_values=empty)
 
-    keys, values = (tuple(resize(x, 2, 0) for x in xs) for xs in (tail.keys, tail.values))
-    return tail.replace(keys=keys, values=values, positions=resize(tail.positions, 1, -1))
+    rows = tail.keys, tail.values, tail.sums
+    keys, values, sums = (tuple(resize(x, 2, 0) for x in xs) for xs in rows)
+    return tail.replace(
+        keys=keys, values=values, positions=resize(tail.positions, 1, -1), sums=sums
+    )
 
 
 def compact(tail: Tail) -> Tail:
@@ -108,6 +117,7 @@ def compact(tail: Tail) -> Tail:
     return tail.replace(
         keys=tuple(map(moved, tail.keys)),
         values=tuple(map(moved, tail.values)),
+        sums=tuple(jnp.take_along_axis(x, order_BT[:, None], axis=2) for x in tail.sums),
         positions=jnp.take_along_axis(tail.positions, order_BT, axis=1),
         cursor=filled_BT.sum(1, dtype=jnp.int32).max(),
     )

@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
         "recompress": recompression(arguments),
     }
     _check(call, model)  # before the document is read
+    if call["recompress"] is not None and call["recompress"].sums:
+        config = dataclasses.replace(config, sums=True)
     setting = Setting(model, tokenizer, config, template_args(arguments), call)
     begun = _begun(setting, arguments.system, document)
     talk = begun

@@ -337,7 +337,14 @@ def _answer_flags(parser: Parser) -> None:
     add(
         "--recompress-scorer",
         choices=decoding_scorers(),
-        help="what the last queries look at, keys unlike the others, or small keys (window)",
+        help="what the last queries look at, squared attention of all queries since the prompt's"
+        " last, keys unlike the others, or small keys (window)",
+    )
+    add(
+        "--recompress-layers",
+        choices=("uniform", "global"),
+        help="layers keep the slots they have, or one threshold over layers and heads, with"
+        " squared-sum (uniform)",
     )
     ends = group.add_mutually_exclusive_group()
     ends.add_argument(

@@ -34,7 +34,7 @@ def compression(arguments: argparse.Namespace) -> CompressionConfig:
 
 def recompression(arguments: argparse.Namespace) -> Recompress | None:
     """What the flags of compression while decoding ask for."""
-    names = "every", "budget", "scorer"
+    names = "every", "budget", "scorer", "layers"
     given = {name: getattr(arguments, f"recompress_{name}") for name in names}
     settings = {name: value for name, value in given.items() if value is not None}
     if settings and "every" not in settings:

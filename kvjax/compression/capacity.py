@@ -20,7 +20,7 @@ def packs(config: CompressionConfig) -> bool:
     """
     if config.layout is not None:
         return config.layout == "packed"
-    if config.quantize is not None:
+    if config.quantize is not None or config.sums:
         return True
     even = LAYERS[config.layers].even and head_allocator(config).even
     return not even or platform() != "cpu"
@@ -153,6 +153,6 @@ def most_kept(
 
 def slot_bytes(config: CompressionConfig, tokens: int, head_dim: int, itemsize: int) -> int:
     """Bytes of a slot's key and value for a bucket of `tokens`, with their scales in int8."""
-    if config.quantize is None or config.skips(tokens):
+    if not config.quantizes or config.skips(tokens):
         return 2 * head_dim * itemsize
     return 2 * (head_dim + 4)

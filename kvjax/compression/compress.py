@@ -24,7 +24,7 @@ from kvjax.compression.allocators import HeadInput, LayerInput, head_allocator, 
 from kvjax.compression.capacity import capacity, layer_capacity, packs, pool_shape
 from kvjax.compression.row_budgets import Rows, eligible, largest, make_rows, protected
 from kvjax.compression.scorer_input import ScorerInput
-from kvjax.compression.scorers import output_aware, score
+from kvjax.compression.scorers import output_aware, score, squared_sums
 from kvjax.config import CompressionConfig, check_config
 from kvjax.exact import always_32_bits
 from kvjax.methods import Settings
@@ -39,6 +39,7 @@ class ScoredLayer(struct.PyTreeNode):
     values: Float[Array, "B T K H"]
     scores: Float[Array, "B K T"]
     output_norms: Float[Array, "B K T"] | None = None
+    sums: Float[Array, "B K T"] | None = None
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -155,13 +156,17 @@ def _each(change: Callable, key: Key[Array, "*row"]) -> Key[Array, "*row"]:
 def probe_request(config: CompressionConfig, tokens: int) -> ProbeRequest:
     """What the scorer of `config` needs from the prefill of a bucket of `tokens`."""
     check_config(config)
+    summed = ProbeRequest()
+    if config.sums:
+        window = min(scorers.SUMS_WINDOW, tokens)
+        summed = ProbeRequest(queries=max(window, largest(config, tokens).window))
     if config.keeps_all(tokens):
-        return ProbeRequest()
+        return summed
     scorer = scorers.SCORERS[config.scorer]
     asked = scorer.request(config, largest(config, tokens).window)
     norms = asked.output_norms or config.output_aware
     skipped = config.sinks if asked.future else 0
-    return dataclasses.replace(asked, output_norms=norms, skipped=skipped)
+    return dataclasses.replace(asked, output_norms=norms, skipped=skipped) | summed
 
 
 def needs_all_layers(config: CompressionConfig) -> bool:
@@ -180,14 +185,17 @@ def add_layer(
     """Score the next layer, and pack it at once where its size is known."""
     if plan.config.skips(plan.tokens):
         return kept.replace(layers=(*kept.layers, full_layer(keys, values, plan.rows.lengths)))
-    if plan.config.keeps_all(plan.tokens):  # to be quantized: what a later token can see
-        keep_BT = eligible(plan.rows, plan.tokens, plan.windows[index])
-        return _store(kept, index, keys, values, keep_BT[:, None], plan)
+    window = plan.windows[index]
+    layer = ScorerInput(probe, keys, values, plan.rows, plan.config, plan.key, window)
+    sums = sharding.constrain(squared_sums(layer), "BKT") if plan.config.sums else None
+    if plan.config.keeps_all(plan.tokens):  # to be quantized or summed: what a later token can see
+        keep_BT = eligible(plan.rows, plan.tokens, window)
+        return _store(kept, index, keys, values, keep_BT[:, None], plan, sums)
     key = _each(lambda key: jax.random.fold_in(key, index), plan.key)
-    layer = ScorerInput(probe, keys, values, plan.rows, plan.config, key, plan.windows[index])
+    layer = layer._replace(key=key)
     norms = probe.output_norms if plan.config.output_aware else None
     scores_BKT = sharding.constrain(score(layer), "BKT")
-    scored = ScoredLayer(keys=keys, values=values, scores=scores_BKT, output_norms=norms)
+    scored = ScoredLayer(keys=keys, values=values, scores=scores_BKT, output_norms=norms, sums=sums)
     if plan.sizes is None:
         return kept.replace(layers=(*kept.layers, scored))
     return _pack(kept, index, scored, plan.sizes[:, index], plan)
@@ -223,10 +231,10 @@ def _pack(
 ) -> Packing:
     window = plan.windows[index]
     keep = choose(layer.scores, size, plan.rows, plan.config, window, layer.output_norms)
-    return _store(kept, index, layer.keys, layer.values, keep, plan)
+    return _store(kept, index, layer.keys, layer.values, keep, plan, layer.sums)
 
 
-def _store(kept: Packing, index: int, keys, values, keep, plan: Plan) -> Packing:
+def _store(kept: Packing, index: int, keys, values, keep, plan: Plan, sums) -> Packing:
     """What is to be kept of the next layer, in slots."""
     config, windows, tokens = plan.config, plan.windows, plan.tokens
     batch, _, kv_heads, _ = keys.shape
@@ -242,14 +250,15 @@ def _store(kept: Packing, index: int, keys, values, keep, plan: Plan) -> Packing
             len(windows),
             *pool_shape(config, tokens, windows, kv_heads),
             page=page_size(parts),
-            quantize=config.quantize is not None,
+            quantize=config.quantizes,
+            sums=config.sums,
             parts=parts,
         )
     room = kv_heads * layer_capacity(config, tokens, index, windows)
     room = min(room, slots.room)
     if slots.runs is None:
         slots = slots.replace(most=max(slots.most or 0, room))
-    return kept.replace(slots=put_layer(slots, index, keys, values, keep_BKT, room))
+    return kept.replace(slots=put_layer(slots, index, keys, values, keep_BKT, room, sums))
 
 
 def choose(

@@ -14,15 +14,17 @@ X = K U.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from kvjax import exact
 from kvjax.cache.packing import quantized
 from kvjax.cache.ratio import Ratio, allowed, ratio_of
 from kvjax.cache.slots import LayerSlots, Slots, layer_slots, of_layer, reshard_slots
 from kvjax.cache.state import Cache, with_own_entries
+from kvjax.cache.sums import begin, settle
 from kvjax.compression import scorers
 from kvjax.compression.compress import best
+from kvjax.compression.one_threshold import evict_everywhere
 from kvjax.compression.room import add_pages
 from kvjax.compression.scorer_input import HeldInput, HeldKeys
 from kvjax.config import Recompress
@@ -52,11 +54,14 @@ def make_room(
       new, fraction: see `kvjax.compression.room.slots_needed`.
     """
     masked = cache.keep_ratio and rule.budget is not None and asked
-    roomy, ratio = add_pages(with_own_entries(cache), rule, heads, new, fraction, windows)
+    cache = with_own_entries(cache)
+    if rule.sums:
+        cache = settle(begin(cache) if cache.tail.slot_sums is None else cache)
+    roomy, ratio = add_pages(cache, rule, heads, new, fraction, windows)
     if masked and roomy.slots is not None:
         held = reshard_slots(roomy.slots, 1)
         roomy = evict(roomy, ratio_of(held, roomy.prompt_lengths), rule, windows)
-    return roomy, ratio
+    return begin(roomy) if rule.sums else roomy, ratio
 
 
 def evict(
@@ -64,7 +69,7 @@ def evict(
 ) -> Cache:
     """Score, allocate and evict in every layer; what survives of the tail moves into slots.
 
-    The tail is empty afterwards.
+    The tail is empty afterwards. A cache to whose entries attention adds goes on doing so.
 
     Args:
       cache: from `add_pages`, with tokens in its tail.
@@ -73,8 +78,13 @@ def evict(
       windows: each layer's sliding window.
     """
     assert cache.slots is not None  # `add_pages` made some
+    adds = cache.tail.slot_sums is not None
+    cache = settle(cache)
     parts, slots = cache.slots.parts, reshard_slots(cache.slots, 1)
-    for index, window in enumerate(windows):
+    everywhere = ratio is None and rule.layers == "global"
+    if everywhere:
+        slots = evict_everywhere(cache, slots, rule, windows)
+    for index, window in enumerate(() if everywhere else windows):
         layer = layer_slots(slots, index)
         if ratio is not None:
             keep_BKS = _by_ratio(cache, ratio, layer, index, window)
@@ -83,7 +93,9 @@ def evict(
         slots = _reuse(slots, cache, layer, index, keep_BKS)
     tail = cache.tail
     fresh = {"positions": jnp.full_like(tail.positions, -1), "cursor": jnp.zeros_like(tail.cursor)}
-    return cache.replace(slots=reshard_slots(slots, parts), tail=tail.replace(**fresh))
+    fresh["sums"] = tuple(map(jnp.zeros_like, tail.sums))
+    cache = cache.replace(slots=reshard_slots(slots, parts), tail=tail.replace(**fresh))
+    return begin(cache) if adds else cache
 
 
 def _held(cache: Cache, layer: LayerSlots, window: int | None):
@@ -121,7 +133,7 @@ def _by_ratio(cache, ratio, layer: LayerSlots, index: int, window) -> Bool[Array
 
 def _by_budget(cache, slots: Slots, rule, layer: LayerSlots, index, window) -> Bool[Array, "B K S"]:
     """The last tokens, the sinks, and what scores best of the others."""
-    entries = _scorer_input(cache, slots, layer, index, window)
+    entries = _scorer_input(cache, slots, rule, layer, index, window)
     decoding = scorers.SCORERS[rule.scorer].decoding
     assert decoding is not None  # `Recompress` takes no others
     scores_BKS = decoding(entries)
@@ -139,7 +151,7 @@ def _by_budget(cache, slots: Slots, rule, layer: LayerSlots, index, window) -> B
     return kept_BKS | best(scores_BKS, rest_B // kv_heads, can_BKS, held_B, divided, total=rest_B)
 
 
-def _scorer_input(cache, slots: Slots, layer: LayerSlots, index: int, window) -> HeldInput:
+def _scorer_input(cache, slots: Slots, rule, layer: LayerSlots, index: int, window) -> HeldInput:
     """What a scorer sees of a layer."""
     tail = cache.tail
     head_dim = tail.keys[index].shape[-1]
@@ -159,7 +171,15 @@ def _scorer_input(cache, slots: Slots, layer: LayerSlots, index: int, window) ->
         queries=tail.queries[index] if tail.queries else None,
         query_positions=tail.query_positions if tail.queries else None,
         window=window,
+        sums=_sums(slots, tail, layer, index) if rule.sums else None,
     )
+
+
+def _sums(slots: Slots, tail, layer: LayerSlots, index: int) -> Float[Array, "B K S"]:
+    """What the entries of a layer have received; a slot's for every head."""
+    slots_BY = of_layer(slots, slots.sums, index)
+    slots_BKY = jnp.broadcast_to(slots_BY[:, None], layer.owned.shape)
+    return jnp.concatenate([slots_BKY, tail.sums[index]], axis=-1)
 
 
 def _reuse(slots: Slots, cache: Cache, layer: LayerSlots, index: int, keep_BKS) -> Slots:
@@ -199,11 +219,15 @@ def _reuse(slots: Slots, cache: Cache, layer: LayerSlots, index: int, keep_BKS) 
     entries = slots.entries.at[batch_B1, slot_BX].set(
         jnp.concatenate(halves, axis=-1).astype(slots.entries.dtype), mode="drop"
     )
+    sums = slots.sums
+    if sums is not None and tail.sums:
+        sums = put(sums, rows(tail.sums)[..., 0], 0)
     position_BX = jnp.take_along_axis(tail.positions, source_BX % tail_slots, axis=1)
     return slots.replace(
         entries=entries,
         owners=put(slots.owners, source_BX // tail_slots, -1),
         positions=put(slots.positions, position_BX, -1),
         scales=scales,
+        sums=sums,
         counts=slots.counts.at[:, index].set(keep_BKS.sum(-1, dtype=jnp.int32)),
     )

@@ -140,6 +140,8 @@ def _most(
     all hold the same, as they do in slots that were just packed.
     """
     layers, same = slots.counts.shape[1], len(set(caps)) == 1
+    if rule.layers == "global":  # any layer may come to have the largest sums
+        return total, False
     most = slots.most or slots.room
     if slots.alike:
         width = total // layers

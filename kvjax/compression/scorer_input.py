@@ -155,6 +155,7 @@ class HeldInput(NamedTuple):
       positions: of the entries.
       queries: the last ones, where the scorer scores by them; their positions, -1 for none.
       window: width of a sliding-window layer, or None.
+      sums: squared probabilities that the entries have received, where the scorer reads them.
     """
 
     held_keys: HeldKeys
@@ -164,3 +165,4 @@ class HeldInput(NamedTuple):
     queries: Float[Array, "B W N H"] | None
     query_positions: Int[Array, "B W"] | None
     window: int | None
+    sums: Float[Array, "B K S"] | None = None

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.compression.row_budgets import eligible
 from kvjax.compression.scorer_input import HeldInput, ScorerInput, norms, unit
@@ -27,6 +27,8 @@ from kvjax.sharding import across_group, by_device
 # Tokens that expected attention looks at together: between keys and scores lies an array that is
 # G times as large as the keys, in fp32.
 BLOCK = 1024
+# Last queries of a prompt whose squared probabilities its entries begin with: KV-Compress's best.
+SUMS_WINDOW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Scorer:
       decoding: importances >= 0 `[B, K, S]` of a cache's entries while an answer is decoded; None
         where it reads what only a prefill leaves.
       decoding_queries: whether that reads the last queries.
+      decoding_sums: whether that reads the squared probabilities that entries have received.
     """
 
     function: Callable[[ScorerInput], Float[Array, "B K T"]]
@@ -59,6 +62,7 @@ class Scorer:
     passes: str = "1"
     decoding: Callable[[HeldInput], Float[Array, "B K S"]] | None = None
     decoding_queries: bool = False
+    decoding_sums: bool = False
 
 
 def decoding_scorers() -> tuple[str, ...]:
@@ -107,6 +111,28 @@ def _l2_window(layer: ScorerInput) -> Float[Array, "B K T"]:
     return over_group(pooled_BNT, kv_heads, "mean") * group
 
 
+def squared_sums(layer: ScorerInput) -> Float[Array, "B K T"]:
+    """KV-Compress's metric of a prompt's entries: squared probabilities of its last queries.
+
+    As `l2-window`, but entries of the window have theirs too: what keeps them is their position.
+    The window is the scorer's own, or as long where the scorer has another kind.
+    """
+    rows, row = layer.rows, SCORERS[layer.config.scorer]
+    observed = row.function in (_l2_window, squared_sums)
+    window_B = rows.window if observed else jnp.minimum(rows.lengths, SUMS_WINDOW)
+    raw_BNT = _observed(layer, power=2, group=None, window=window_B)
+    pooled_BNT = smooth(raw_BNT, layer.config.pooling, layer.config.kernel)
+    kv_heads = layer.keys.shape[2]
+    sums_BKT = over_group(pooled_BNT, kv_heads, "mean") * (pooled_BNT.shape[1] // kv_heads)
+    return jnp.where(layer.real, sums_BKT, 0.0)
+
+
+def _sums_while_decoding(layer: HeldInput) -> Float[Array, "B K S"]:
+    """KV-Compress's metric of a cache's entries, as attention has added it up."""
+    assert layer.sums is not None  # `decoding_sums`
+    return jnp.where(layer.filled, layer.sums, 0.0)
+
+
 def _tova(layer: ScorerInput) -> Float[Array, "B K T"]:
     """TOVA (Oren et al. 2024, section 3.2): attention from the last query, the mean over all heads.
 
@@ -115,11 +141,16 @@ def _tova(layer: ScorerInput) -> Float[Array, "B K T"]:
     return _before(layer, _observed(layer, power=1, group="mean", queries=1))
 
 
-def _observed(layer: ScorerInput, *, power, group, queries: int = 0) -> Float[Array, "B X T"]:
-    """Column sums of the softmax over a row's observation window, or its last `queries` queries."""
+def _observed(
+    layer: ScorerInput, *, power, group, queries: int = 0, window: Int[Array, " B"] | None = None
+) -> Float[Array, "B X T"]:
+    """Column sums of the softmax over a row's observation window, or its last `queries` queries.
+
+    `window` replaces the row's own.
+    """
     rows, queries_BWNH = layer.rows, layer.read("queries")[:, -queries:]
     back_W = jnp.arange(queries_BWNH.shape[1], 0, -1)  # the last query is 1 from the end
-    observed_BW = back_W <= rows.window[:, None]
+    observed_BW = back_W <= (rows.window if window is None else window)[:, None]
     positions_BW = jnp.where(observed_BW, rows.lengths[:, None] - back_W, -1)
 
     def observe(*arrays):
@@ -295,7 +326,14 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
             decoding=_window_while_decoding,
             decoding_queries=True,
         ),
-        "l2-window": _observer(function=_l2_window, words="last W queries", window=8),
+        "l2-window": _observer(function=_l2_window, words="last W queries", window=SUMS_WINDOW),
+        "squared-sum": _observer(
+            function=squared_sums,
+            words="last W queries",
+            window=SUMS_WINDOW,
+            decoding=_sums_while_decoding,
+            decoding_sums=True,
+        ),
         "tova": _observer(function=_tova, words="last query", window=1),
         "accumulated": Scorer(
             function=_accumulated,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.cache.ratio import Ratio
 from kvjax.cache.state import Cache
+from kvjax.cache.sums import settle
 from kvjax.cache.tail import Tail, compact, forget
 from kvjax.compression.recompress import evict, make_room
 from kvjax.compression.room import entries_of_prompt
@@ -242,6 +243,7 @@ def close_answer(
     drawn_B = (answer.tokens >= 0).sum(-1, dtype=jnp.int32)
     last_B1 = jnp.take_along_axis(answer.tokens, drawn_B[:, None] - 1, axis=1)
     _, cache = model.extend(last_B1, jnp.ones_like(drawn_B), cache)
+    cache = settle(cache)
     return cache.replace(tail=compact(forget(cache.tail)))
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from kvjax import sharding
 from kvjax.cache.ratio import Ratio
-from kvjax.cache.state import Cache, reshard, with_room
+from kvjax.cache.state import Cache, reshard, with_own_entries, with_room
+from kvjax.cache.sums import begin
 from kvjax.cache.tail import Tail, remember, resized
 from kvjax.compression.recompress import evict
 from kvjax.config import CompressionConfig, Recompress
@@ -148,6 +149,8 @@ def _ask(model, cache, tokens, lengths, tail_slots, recompress):
     if recompress is not None and recompress.queries:
         tail = remember(cache.tail, recompress.queries, model.config.num_heads)
         cache = cache.replace(tail=tail)
+    if recompress is not None and recompress.sums:
+        cache = begin(with_own_entries(cache))
     taken = cache.tail.cursor
     logits, cache = prefill.extend_prompt(model, tokens, lengths, cache)
     # What follows takes the slots of the question's padding.

@@ -140,14 +140,16 @@ class Request(struct.PyTreeNode):
         tokenizer, shape = options.tokenizer, model.config
         config = instructed(config, tokenizer, shape.vocab_size)
         prefilled = prompts.arrays if isinstance(prompts, PrefilledPrompts) else None
+        if recompress is not None:
+            _check_recompress(recompress, config, cache)
+            layout = "packed" if config.compresses else None
+            config = dataclasses.replace(config, layout=layout, sums=recompress.sums)
         inputs = _inputs(model, prompts, config, options)
         rows = inputs.rows
         tokens, lengths = pad(rows)
         slots = new_tokens
         if recompress is not None:
-            _check_recompress(recompress, config, cache)
             slots = min(new_tokens, recompress.every) + 1  # one for the token that is fed last
-            config = dataclasses.replace(config, layout="packed" if config.compresses else None)
         if cache is None:
             check_rows(model, rows, config, new_tokens=new_tokens)
         else:
@@ -268,6 +270,11 @@ def handed_back(
 
 
 def _check_recompress(rule: Recompress, config: CompressionConfig, cache: Cache | None):
+    if rule.sums and cache is not None and (cache.slots is None or cache.slots.sums is None):
+        raise ValueError(
+            f"recompress.scorer={rule.scorer!r} adds to sums that the cache does not have, expected"
+            " one of a config with sums=True"
+        )
     if rule.budget is not None:
         return
     if cache is not None or not config.keep_ratio or isinstance(config.budget, int):

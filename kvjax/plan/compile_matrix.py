@@ -34,7 +34,13 @@ from kvjax.models.decoder import Decoder
 from kvjax.models.presets import preset
 from kvjax.plan import question_matrix
 
-KERNELS = ("slot_attention", "paged_attention", "window_scores", "accumulated_scores")
+KERNELS = (
+    "slot_attention",
+    "paged_attention",
+    "scored_attention",
+    "window_scores",
+    "accumulated_scores",
+)
 LAYERS = 4  # of the pool that attention reads one layer of
 WINDOW = 32
 WHOLE = Shape("llama-3-8b", 32, 8, 128, 1, 32_768, 1024)
@@ -75,7 +81,7 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
     b, n, k, h = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     dtype, wide = jnp.dtype(shape.dtype), jnp.int32
     on_tpu = target in TPUS
-    if kernel in ("slot_attention", "paged_attention"):
+    if kernel.endswith("_attention"):
         return _decoding(kernel, shape, on_tpu)
     tokens = min(shape.tokens, LONGEST) if kernel == "accumulated_scores" else shape.tokens
     queries = tokens if kernel == "accumulated_scores" else WINDOW
@@ -92,7 +98,7 @@ def problem(kernel: str, shape: Shape, target: str) -> tuple[Callable, list, int
 
 
 def _decoding(kernel: str, shape: Shape, on_tpu: bool) -> tuple[Callable, list, int] | None:
-    """One layer's slots: consecutive ones, or in pages anywhere in the pool."""
+    """One layer's slots: consecutive ones, or in pages anywhere in the pool, with their scores."""
     array, dtype, wide = jax.ShapeDtypeStruct, jnp.dtype(shape.dtype), jnp.int32
     b, n, k, h = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     module = decode_attention.tpu if on_tpu else decode_attention.gpu
@@ -100,7 +106,8 @@ def _decoding(kernel: str, shape: Shape, on_tpu: bool) -> tuple[Callable, list, 
         page = page_size()
     slots = -(-LAYERS * shape.slots // page) * page
     table = array((b, -(-shape.slots // page)), wide)
-    pages = (table, page) if kernel == "paged_attention" else None
+    pages = (table, page) if kernel != "slot_attention" else None
+    scores = kernel == "scored_attention"
     if not module.supports((b, 1, n, h), dtype, pages):
         return None
     arrays = [array((b, 1, n, h), dtype), array((b, 1), wide), array((b, slots, 2 * h), dtype)]
@@ -110,7 +117,7 @@ def _decoding(kernel: str, shape: Shape, on_tpu: bool) -> tuple[Callable, list, 
     def attend(*call):
         *call, table = call
         through = (table, page) if pages else None
-        return module.slot_attention(*call, kv_heads=k, pages=through)
+        return module.slot_attention(*call, kv_heads=k, pages=through, scores=scores)
 
     return attend, [*arrays, table], b * slots * 2 * h * dtype.itemsize
 

@@ -33,7 +33,7 @@ def target(request):
 def test_kernels_compile_without_hidden_copies(target, kernel, shape):
     row = compile_one(kernel, shape, target)
     assert row["result"] == "compiled"
-    if kernel in ("slot_attention", "paged_attention"):
+    if kernel in ("slot_attention", "paged_attention", "scored_attention"):
         # Queries and results beside the pool, which is small here.
         assert row["temporaries"] < 0.05 * row["reads"] + 2**19
 

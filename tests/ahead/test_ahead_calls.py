@@ -116,6 +116,10 @@ CALLS = {
     "generate": generate,
     "generate from a cache": answer(named("snapkv")),
     "recompress": answer(named("snapkv"), Recompress(budget=512, every=8)),
+    "one threshold": answer(
+        named("kv-compress", sums=True),
+        Recompress(budget=512, every=8, scorer="squared-sum", layers="global"),
+    ),
     "score": score,
     "stream's question": ask(named("snapkv")),
     "stream's answer": decoding,

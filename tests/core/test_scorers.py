@@ -112,6 +112,9 @@ def test_l2_window_by_hand():
     for queries, expected in (([1.0], up), ([-1.0], down), ([1.0, -1.0], up + down)):
         scores = counting_scores(plain, queries)
         np.testing.assert_allclose(scores, [*expected, 0, 0], rtol=1e-5)
+    # The metric that decoding goes on adding to: the window's own entries have theirs, too.
+    whole = counting_scores(configured("squared-sum", pooling="none"), [1.0])
+    np.testing.assert_allclose(whole, [*up, 9 / 36 + 9 / 100, 16 / 100], rtol=1e-5)
     # Pooled before the group's sum: each head's best counts, though they lie apart.
     most = up[1] + down[0]
     np.testing.assert_allclose(counting_scores(pooled, [1.0, -1.0]), [most, most, 0, 0], rtol=1e-5)
@@ -385,5 +388,6 @@ def test_what_the_scorers_read_by_default():
     assert {name: largest(configured(name, budget=99), 200).window for name in windowed} == {
         "window": 32,
         "l2-window": 8,
+        "squared-sum": 8,
         "tova": 1,
     }

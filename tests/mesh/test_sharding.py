@@ -176,11 +176,15 @@ def test_groups_of_rows(mesh, prompts, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compressing_while_decoding(mesh, prompts):
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("ada-snapkv", {}), ("kv-compress", {"scorer": "squared-sum", "layers": "global"})],
+)
+def test_compressing_while_decoding(method, changes, mesh, prompts):
     """Slow: the loop around the decode loop, on a mesh."""
     model = make_model(2)
-    rule = {"recompress": Recompress(every=3, budget=BUDGET + 4)}
-    config = CompressionConfig.named("ada-snapkv", BUDGET)
+    rule = {"recompress": Recompress(every=3, budget=BUDGET + 4, **changes)}
+    config = CompressionConfig.named(method, BUDGET)
     assert_same(
         answers(model, prompts, config, **rule), answers(model, prompts, config, mesh=mesh, **rule)
     )

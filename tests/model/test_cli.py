@@ -142,6 +142,9 @@ def test_flags_of_compression_while_decoding():
     flags = ["--recompress-budget", "256", "--recompress-scorer", "key-diff"]
     expected = kvjax.Recompress(every=64, budget=256, scorer="key-diff")
     assert rule("--recompress-every", "64", *flags) == expected
+    flags = [*flags[:2], "--recompress-scorer", "squared-sum", "--recompress-layers", "global"]
+    expected = kvjax.Recompress(every=64, budget=256, scorer="squared-sum", layers="global")
+    assert rule("--recompress-every", "64", *flags) == expected
     with pytest.raises(ValueError, match=r"^--recompress-budget needs --recompress-every N$"):
         rule(*flags)
 
@@ -163,8 +166,8 @@ def test_compression_while_decoding(run, one, model, prompt):
     # 12 entries of 2 heads in 2 pages of 16 slots, for 2 layers.
     assert report["cache_bytes"] == expected.cache_bytes == 2 * 32 * HEAD
     assert report["recompress"] == {
-        "every": 2, "budget": 12, "scorer": "window", "window": None, "sinks": 4, "heads": "ada",
-        "floor": 0.2,
+        "every": 2, "budget": 12, "scorer": "window", "window": None, "sinks": 4,
+        "layers": "uniform", "heads": "ada", "floor": 0.2,
     }  # fmt: skip
 
 

@@ -29,6 +29,10 @@ RULES = {
         Recompress(every=EVERY, budget=20),
     ),
     "ratio": (RATIO, Recompress(every=EVERY)),
+    "squared-sum": (
+        CompressionConfig.named("kv-compress", 16, quantize="int8"),
+        Recompress(every=EVERY, budget=20, scorer="squared-sum", layers="global"),
+    ),
 }
 
 
@@ -56,7 +60,7 @@ def test_where_everything_fits_the_tokens_are_those_without(model, prompts, meth
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["window", "int8", "ratio"])
+@pytest.mark.parametrize("name", ["window", "int8", "ratio", "squared-sum"])
 def test_stream_timed_and_a_row_alone_give_the_same_tokens(model, prompts, name):
     """Slow: each rule is compiled whole, as a stream, timed, and for one row."""
     config, rule = RULES[name]

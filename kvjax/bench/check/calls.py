@@ -212,6 +212,7 @@ def calls(size: Size) -> dict[str, Call]:
         "score": score,
         "recompress": recompress,
         "recompress key-diff": partial(recompress, scorer="key-diff", heads="uniform"),
+        "recompress squared-sum": partial(recompress, scorer="squared-sum", layers="global"),
         "kvzip": kvzip,
         "saved cache": saved,
         "second turn": second_turn,
