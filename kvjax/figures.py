@@ -179,7 +179,7 @@ def _draw_lines(axis, lines: Sequence[Sequence[tuple[int, str]]], share_T) -> No
     # Some first tokens are kept by every head, which would leave all others pale.
     shades, most = _shades(), max(float(np.quantile(share_T, 0.98)), 1e-9)
     # Each token for itself, as signs may be drawn up to a twentieth wider than they should be.
-    font = {"fontsize": 0.96 * _WIDTH * (_RIGHT - _LEFT) * 72 / _COLUMNS / _ADVANCE}
+    font: dict[str, Any] = {"fontsize": 0.96 * _WIDTH * (_RIGHT - _LEFT) * 72 / _COLUMNS / _ADVANCE}
     font |= {"family": "DejaVu Sans Mono", "va": "center_baseline", "parse_math": False}
     axis.set(xlim=(0, _COLUMNS), ylim=(len(lines), 0))
     for row, line in enumerate(lines):
@@ -206,6 +206,30 @@ def dispersion(path: str | Path, counts: Float[np.ndarray, "L N"], tokens: int) 
         axis.set_xticks([])
     axes[0, 0].set_ylabel("entries for 90 % of attention")
     figure.supxlabel(f"query heads of each layer, sorted (prompts of {tokens} tokens)", fontsize=9)
+    return _save(figure, path)
+
+
+def layer_losses(
+    path: str | Path, losses: Mapping[str, Mapping[str, Float[np.ndarray, " L"]]]
+) -> Path:
+    """What eviction changes of each layer's attention output: a panel a budget, a line a method.
+
+    Args:
+      path: of the PNG.
+      losses: shares of the output's norm, by the titles of panels and of lines.
+    """
+    figure, axes = _figure(3.6 * len(losses) + 0.6, 3.2, ncols=len(losses), squeeze=False)
+    colours = [_NEEDLE, _KEPT, "#8ab6d6", _ASKED]
+    for axis, (title, methods) in zip(axes[0], losses.items(), strict=True):
+        for colour, (name, values) in zip(colours, methods.items(), strict=False):
+            axis.plot(100 * values, label=name, color=colour, marker=".", ms=4, lw=1.2)
+        axis.set_title(title, fontsize=9, fontweight="bold", loc="left")
+        axis.set(xlabel="layer", ylim=(0, None))
+    axes[0, 0].set_ylabel("L1 loss, % of the output's norm")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False
+    )
     return _save(figure, path)
 
 
