@@ -223,7 +223,11 @@ class Engine:
             boxes.append(queue.SimpleQueue())
             job.push = boxes[-1].put
         self._loop.enqueue(jobs)
-        return [together(_all_steps(box)) for box in boxes]
+        try:
+            return [together(_all_steps(box)) for box in boxes]
+        finally:
+            for job in jobs:
+                self._loop.give_up(job)
 
     def _read(self, prompts, messages, template_args, context: str | None) -> ModelInputs:
         history = None if context is None else self._kept(context).history
@@ -257,7 +261,7 @@ class Engine:
         if rules.repetition_penalty != 1:
             raise ValueError(f"repetition_penalty={rules.repetition_penalty}, expected 1")
         more, menu = self._menu.growth(limit), self._menu
-        choice, before, told = None, 0, tokens
+        choice, before, told, shared = None, 0, tokens, 0
         if context is None:
             choice = menu.choose(method, len(tokens), budget)
             pages, name = menu.pages(choice.entries, more), method or self.methods[0]
@@ -268,12 +272,14 @@ class Engine:
             menu.question_bucket(len(tokens))
             more += len(tokens)
             pages, name, before = menu.forked_pages(more), kept.method, kept.tokens
+            shared = kept.pages
             told = [*kept.history[0].tokens, *tokens]
         config = FULL if choice is None else choice.config
         check_rows(self.model, [tokens], config, [before], limit)
-        self._loop.check(pages)
+        self._loop.check(pages + shared)
         return Job(
-            pages=pages, number=next(self._numbers), method=name, tokens=tokens, before=before,
+            pages=pages, apart=pages + shared, number=next(self._numbers), method=name,
+            tokens=tokens, before=before,
             choice=choice, limit=limit, sampling=rules, seed=self._seed if seed is None else seed,
             ends=not ignore_eos, context=context, more=more, logprobs=logprobs,
             push=lambda step: None, text=running_text(self.tokenizer, stops, told),

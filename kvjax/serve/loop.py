@@ -51,6 +51,13 @@ class _Dispatch(NamedTuple):
     jobs: tuple[tuple[int, Job], ...]
 
 
+class _Command(NamedTuple):
+    """What the loop's thread is to do, and where its result or its error goes."""
+
+    function: Callable[[], Any]
+    box: "queue.SimpleQueue[tuple[Any, BaseException | None]] | None" = None
+
+
 class Loop:
     """Jobs in, steps out, until it is closed.
 
@@ -70,7 +77,7 @@ class Loop:
         self._counts = Counts()
         self._open: set[Job] = set()
         self._pending: deque[_Dispatch] = deque()
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[_Command] = deque()
         self._changed = threading.Condition()
         self._closed = self._draining = False
         self._thread = threading.Thread(target=self._run, name="kvjax-serve", daemon=True)
@@ -91,29 +98,22 @@ class Loop:
             if self._closed or self._draining:
                 raise RuntimeError("the engine is closed, or about to be") from self.failure
             self._open.update(jobs)
-            self._commands.extend([partial(self._scheduler.submit, job) for job in jobs])
+            self._commands.extend([_Command(partial(self._submit, job)) for job in jobs])
             self._changed.notify()
 
     def give_up(self, job: Job) -> None:
         """End a job whose client has gone; its pages are free in the next round."""
         with self._changed:
-            self._commands.append(lambda: self._abort(job))
+            self._commands.append(_Command(partial(self._abort, job)))
             self._changed.notify()
 
     def call(self, question: Callable[[], Any]) -> Any:
         """What a function gives in the loop's thread, between two rounds; its errors are raised."""
-        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def answer() -> None:
-            try:
-                box.put((question(), None))
-            except Exception as error:  # the caller's
-                box.put((None, error))
-
+        box: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed") from self.failure
-            self._commands.append(answer)
+            self._commands.append(_Command(question, box))
             self._changed.notify()
         found, error = box.get()
         if error is not None:
@@ -218,7 +218,8 @@ class Loop:
             commands = list(self._commands)
             self._commands.clear()
         for command in commands:
-            command()
+            if command.box is not None:
+                command.box.put((None, error))
         for job in list(self._open):
             job.fail(error)
 
@@ -231,12 +232,25 @@ class Loop:
                 return False
             commands = list(self._commands)
             self._commands.clear()
-        for command in commands:
-            command()
+        for function, box in commands:
+            if box is None:
+                function()
+                continue
+            try:
+                box.put((function(), None))
+            except Exception as error:  # the caller's
+                box.put((None, error))
         return True
 
     def _busy(self) -> bool:
         return bool(self._scheduler.queue or self._scheduler.running or self._pending)
+
+    def _submit(self, job: Job) -> None:
+        try:
+            self._scheduler.submit(job)
+        except ValueError as error:  # a context has come since it was checked
+            job.fail(error)
+            self._end(job)
 
     def _abort(self, job: Job) -> None:
         if not job.done:

@@ -195,7 +195,8 @@ def decode_program(
             step,
             (jnp.zeros((), jnp.int32), rows, tail, nothing),
         )
-    return rows, tail, sharding.replicated(drawn)
+    rows, drawn = sharding.replicated((rows, drawn))
+    return rows, _placed_tail(tail), drawn
 
 
 @partial(Program, donate_argnames=("pages", "tail"))
@@ -206,7 +207,7 @@ def flush_program(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> tuple[Pa
         positions=jnp.where(rows[:, None], -1, tail.positions),
         cursor=jnp.where(rows, 0, tail.cursor),
     )
-    return pages, tail
+    return _placed_pages(pages), tail
 
 
 @partial(Program, static_argnames=("recompress", "windows"), donate_argnames=("pages", "tail"))
@@ -245,7 +246,8 @@ def _row_of(tail: Tail, row: Int[Array, ""]) -> Tail:
 @partial(Program, donate_argnames=("pages", "rows"))
 def release_program(pages: Pages, rows: Rows, gone: Bool[Array, " R"]) -> tuple[Pages, Rows]:
     """End these rows and give their pages back."""
-    return paged.release(pages, gone), rows.replace(running=rows.running & ~gone)
+    pages = _placed_pages(paged.release(pages, gone))
+    return pages, sharding.replicated(rows.replace(running=rows.running & ~gone))
 
 
 # ---------------------------------------------------------------------------- contexts
@@ -344,10 +346,14 @@ def swap_in_program(
 def _placed(state: State) -> State:
     """The state as every program leaves it on a mesh: slots split, rows whole everywhere."""
     pages, rows, tail = state
+    return State(_placed_pages(pages), sharding.replicated(rows), _placed_tail(tail))
+
+
+def _placed_tail(tail: Tail) -> Tail:
     keys, values = (
         tuple(sharding.constrain(x, ".KUH") for x in xs) for xs in (tail.keys, tail.values)
     )
-    tail = tail.replace(
+    return tail.replace(
         keys=keys,
         values=values,
         queries=tuple(sharding.constrain(x, "..NH") for x in tail.queries),
@@ -355,7 +361,6 @@ def _placed(state: State) -> State:
         cursor=sharding.replicated(tail.cursor),
         query_positions=sharding.replicated(tail.query_positions),
     )
-    return State(_placed_pages(pages), sharding.replicated(rows), tail)
 
 
 def _placed_pages(pages: Pages) -> Pages:

@@ -71,9 +71,13 @@ def nothing_drawn(rows: int, steps: int, top: int) -> Drawn:
 
 def empty_rows(rows: int, *, rope_by_length: bool = False) -> Rows:
     """Rows that nobody has."""
-    # Arrays of their own: a program is given them to overwrite.
-    number = lambda: jnp.zeros((rows,), jnp.int32)  # noqa: E731
-    real = lambda: jnp.zeros((rows,), jnp.float32)  # noqa: E731
+
+    def number() -> Array:  # arrays of their own: a program is given them to overwrite
+        return jnp.zeros((rows,), jnp.int32)
+
+    def real() -> Array:
+        return jnp.zeros((rows,), jnp.float32)
+
     return Rows(
         token=number(), position=number(), prompt=number(), drawn=number(), limit=number(),
         running=jnp.zeros((rows,), bool), ends=jnp.zeros((rows,), bool),

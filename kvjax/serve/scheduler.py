@@ -12,10 +12,20 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Ticket:
-    """A request as the scheduler sees it: pages that it may come to hold, and its row."""
+    """A request as the scheduler sees it.
+
+    Attributes:
+      pages: that it may come to hold beside those that it shares.
+      apart: that it may come to hold once it shares none any more; as many by default.
+      row: its own, while it has one.
+    """
 
     pages: int
+    apart: int = 0
     row: int | None = None
+
+    def __post_init__(self):
+        self.apart = max(self.apart, self.pages)
 
 
 class Scheduler[T: Ticket]:
@@ -40,16 +50,20 @@ class Scheduler[T: Ticket]:
         self.held = 0
 
     def check(self, pages: int) -> None:
-        """Raise ValueError where so many pages can never be had."""
-        if pages > self.pages:
+        """Raise ValueError where so many pages cannot be had, whoever else ends."""
+        if pages > self.pages - self.held:
             raise ValueError(
-                f"the request may come to hold {pages} pages, expected at most the pool's"
-                f" {self.pages} (cache_bytes)"
+                f"the request may come to hold {pages} pages, expected at most"
+                f" {self.pages - self.held} (cache_bytes, less what contexts hold)"
             )
 
     def submit(self, ticket: T) -> None:
-        """Put a ticket at the end of the queue."""
-        self.check(ticket.pages)
+        """Put a ticket at the end of the queue.
+
+        Raises:
+          ValueError: as `check`.
+        """
+        self.check(ticket.apart)
         self.queue.append(ticket)
 
     def admit(self) -> T | None:
@@ -79,13 +93,15 @@ class Scheduler[T: Ticket]:
         They are back in the queue, before all others.
 
         Raises:
-          ValueError: not even without them there are so many.
+          ValueError: so many that some ticket could never be admitted beside them.
         """
-        available = self.pages - self.held
+        waiting = [*self.queue, *self.running.values()]
+        largest = max((ticket.apart for ticket in waiting), default=0)
+        available = self.pages - self.held - largest
         if pages > available:
             raise ValueError(
-                f"the context needs {pages} pages, expected at most the {available} that other"
-                " contexts leave (cache_bytes)"
+                f"the context needs {pages} pages, expected at most {available} (cache_bytes, less"
+                " what other contexts and the largest request hold)"
             )
         leaving: list[T] = []
         newest = list(self.running.values())[::-1]
@@ -98,9 +114,10 @@ class Scheduler[T: Ticket]:
         return leaving
 
     def swap_out(self, ticket: T) -> int:
-        """Take a running ticket's row and pages; it waits before all others."""
+        """Take a running ticket's row and pages; it waits before all others, and shares no more."""
         row = self.finish(ticket)
         assert row is not None  # it was running
+        ticket.pages = ticket.apart
         self.queue.appendleft(ticket)
         return row
 

@@ -39,14 +39,16 @@ def test_a_context_swaps_out_the_newest_rows():
         scheduler.swap_out(ticket)
     assert list(scheduler.queue) == tickets[1:]
     assert (scheduler.free, scheduler.held) == (3, 5)
-    with pytest.raises(ValueError, match="needs 8 pages, expected at most the 7"):
-        scheduler.hold(8)
+    with pytest.raises(ValueError, match="needs 4 pages, expected at most 3"):
+        scheduler.hold(4)
+    with pytest.raises(ValueError, match="hold 8 pages, expected at most 7"):
+        scheduler.submit(Ticket(8))
     scheduler.let_go(5)
     assert admitted(scheduler) == tickets[1:3]
 
 
 def test_what_can_never_fit_is_refused():
-    with pytest.raises(ValueError, match="hold 11 pages, expected at most the pool's 10"):
+    with pytest.raises(ValueError, match="hold 11 pages, expected at most 10"):
         Scheduler(rows=1, pages=10).submit(Ticket(11))
 
 
@@ -56,7 +58,8 @@ def test_pages_and_rows_are_promised_once():
     for _ in range(2000):
         move = rng.choice(["submit", "admit", "finish", "abort", "hold", "let_go"])
         if move == "submit":
-            scheduler.submit(Ticket(rng.randint(0, 15)))
+            pages = rng.randint(0, 12)
+            scheduler.submit(Ticket(pages, apart=pages + rng.randint(0, 3)))
         elif move == "admit":
             scheduler.admit()
         elif move == "finish" and scheduler.running:
@@ -65,8 +68,8 @@ def test_pages_and_rows_are_promised_once():
             assert scheduler.finish(ticket) == row
         elif move == "abort" and scheduler.queue:
             assert scheduler.finish(rng.choice(list(scheduler.queue))) is None
-        elif move == "hold" and sum(held) < 25:
-            held.append(rng.randint(1, 15))
+        elif move == "hold" and sum(held) < 15:
+            held.append(rng.randint(1, 10))
             for ticket in scheduler.hold(held[-1]):
                 scheduler.swap_out(ticket)
         elif move == "let_go" and held:
