@@ -181,17 +181,17 @@ async def _events(
     # As in OpenAI's streams, chunks say nothing of usage where the last one does.
     extra: dict[str, Any] = {"usage": None} if asked.counts_at_the_end else {}
     before: list[int] = []
-    offset, head = 0, _echo(served, asked, 0)
+    offset = 0
     async with aclosing(_steps(served, call)) as steps:
         async for step in steps:
             logprobs = None
             if asked.wants_logprobs:
                 logprobs = form.logprobs(step.tokens, step.log_probs, step.top, before, offset)
                 offset += sum(map(len, token_texts(step.tokens, served.tokenizer, before)))
-            text = head + (step.text or "")
+            text = ("" if before else _echo(served, asked, 0)) + (step.text or "")
             chunk = form.chunk(text, step.finish_reason, logprobs, first=not before)
             yield event(chunk | extra)
-            before, head = [*before, *step.tokens][-1:], ""
+            before = [*before, *step.tokens][-1:]
             if step.usage is None or step.finish_reason is None:
                 continue
             ended(step.finish_reason)

@@ -42,8 +42,8 @@ class Limits:
     api_key: str | None = None
     loopback: bool = True
     body_bytes: int = 4 * 2**20
-    body_seconds: float = 30
-    seconds: float = 600
+    body_seconds: int | float = 30
+    seconds: int | float = 600
     requests: int = 256
 
     def __post_init__(self):

@@ -201,7 +201,7 @@ def _add_errors(app: FastAPI, served: Served) -> None:
     """Whatever goes wrong is one sentence in OpenAI's form."""
 
     def told(request: Request, outcome: str, message: str, status: int, name=None) -> Response:
-        served.metrics.ended(_known(request.url.path), outcome)
+        served.metrics.ended(_labelled(request.url.path), outcome)
         headers = {"retry-after": "1"} if status == 429 else None
         body = encoded(error(message, status, name))
         return Response(body, status, headers, media_type="application/json")
@@ -242,6 +242,6 @@ def _add_errors(app: FastAPI, served: Served) -> None:
         return told(request, "failed", "the server failed on this request", 500)
 
 
-def _known(path: str) -> str:
+def _labelled(path: str) -> str:
     """A path as a label of metrics: few of them, whatever clients ask for."""
     return path if path in _PATHS else "other"

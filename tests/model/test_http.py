@@ -264,6 +264,7 @@ REFUSED = [
     ({"prompt": "a", "method": "snapkv"}, "method='snapkv', expected one of key-diff, full"),
     ({"prompt": "w10 " * 65}, "prompt of 65 tokens, expected at most 64"),
     ({"prompt": [10**6]}, "token id 1000000 in prompt 0 is outside the vocabulary"),
+    ({"prompt": [2**70], "echo": True}, f"token id {2**70} in prompt 0 is outside"),
     (
         {"prompt": "a", "method": "full", "max_cache_tokens": 8},
         "max_cache_tokens=8 with method 'full', expected None",
