@@ -1,0 +1,46 @@
+"""Serving on eight virtual devices: pages split over the model's axis, the same tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import CompressionConfig, Recompress
+from kvjax.models.checkpoints.weights import load_decoder
+from kvjax.serve import Engine
+from kvjax.sharding import make_mesh, place
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
+ADA = CompressionConfig.named("ada-snapkv", 16)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [None, pytest.param(Recompress(every=8, budget=20), marks=pytest.mark.slow)],
+    ids=["kept", "evicted"],
+)
+def test_the_tokens_are_those_of_one_device(rule):
+    """Slow: to evict on a mesh compiles for a minute."""
+    model = load_decoder(FIXTURES / "llama2-gqa", progress=False)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 80, size).tolist() for size in (64, 41, 52)]
+    call = {"max_new_tokens": 24, "eos_ids": (), "recompress": rule}
+    reference = kvjax.generate(model, prompts, ADA, **call)
+    with Engine(
+        place(model, make_mesh(model=8)), None, ADA, cache_bytes=100_000, rows=2, buckets=(64,),
+        max_new_tokens=24, tail_slots=8, recompress=rule, warm_up=False,
+    ) as engine:  # fmt: skip
+        answers = engine.generate(prompts, ignore_eos=True)
+        entries = engine._loop._device.state.pages.slots.entries
+        assert {shard.data.shape[1] for shard in entries.addressable_shards} == {
+            entries.shape[1] // 8
+        }
+        assert engine._loop.call(engine._loop._device.held) == 0
+    assert [answer.tokens for answer in answers] == reference.tokens
+
+
+def test_rows_are_not_split_over_a_mesh():
+    model = load_decoder(FIXTURES / "llama2-gqa", progress=False)
+    with pytest.raises(ValueError, match="the model's mesh has data=2, expected 1"):
+        Engine(place(model, make_mesh(data=2, model=2)), None, ADA, cache_bytes=100_000)
