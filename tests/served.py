@@ -86,7 +86,12 @@ class Reply:
         return found["message"]
 
 
-def call(
+def call(made: Any, method: str, path: str, body: Any = None, **settings: Any) -> Reply:
+    """One request; arguments as of `exchange`."""
+    return asyncio.run(exchange(made, method, path, body, **settings))
+
+
+async def exchange(
     made: Any,
     method: str,
     path: str,
@@ -116,19 +121,16 @@ def call(
     coming = [{"type": "http.request", "body": data}] if messages is None else list(messages)
     sent: list[Any] = []
 
-    async def run() -> None:
-        async def receive() -> Any:
-            if coming:
-                return coming.pop(0)
-            await asyncio.sleep(3600 if then is None else then)
-            return {"type": "http.disconnect"}
+    async def receive() -> Any:
+        if coming:
+            return coming.pop(0)
+        await asyncio.sleep(3600 if then is None else then)
+        return {"type": "http.disconnect"}
 
-        async def send(message: Any) -> None:
-            sent.append(message)
+    async def send(message: Any) -> None:
+        sent.append(message)
 
-        await made(scope, receive, send)
-
-    asyncio.run(run())
+    await made(scope, receive, send)
     if not sent:
         return Reply(0, {}, b"")
     told = {name.decode(): value.decode() for name, value in sent[0]["headers"]}

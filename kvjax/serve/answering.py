@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -84,17 +84,22 @@ async def answer(served: Served, asked: Completion | Chat, request: Request) -> 
     until = asyncio.get_running_loop().time() + served.limits.seconds
     form = Form(isinstance(asked, Chat), served.name, served.tokenizer)
     path, prompts = request.url.path, _calls(asked)
-    if not asked.stream:
-        whole, outcome = await watched(_whole(served, asked, prompts, form), request.receive, until)
-        served.metrics.ended(path, outcome)
-        return Response(encoded(whole), media_type="application/json")
 
     def ended(outcome: str) -> None:
         served.metrics.ended(path, outcome)
 
-    events = _events(served, asked, prompts[0], form, ended)
-    first = await watched(anext(events), request.receive, until)  # type: ignore[arg-type]
-    return Streamed(first, events, until, ended, lambda said: event(error(said, 500)))
+    with ExitStack() as stack:
+        stack.enter_context(served.metrics.opened(len(prompts)))
+        if not asked.stream:
+            work = _whole(served, asked, prompts, form)
+            whole, outcome = await watched(work, request.receive, until)
+            ended(outcome)
+            return Response(encoded(whole), media_type="application/json")
+        events = _events(served, asked, prompts[0], form, ended)
+        first = await watched(anext(events), request.receive, until)  # type: ignore[arg-type]
+        return Streamed(
+            first, events, until, ended, lambda said: event(error(said, 500)), stack.pop_all()
+        )
 
 
 def _calls(asked: Completion | Chat) -> list[dict[str, Any]]:
@@ -152,13 +157,13 @@ async def _steps(served: Served, call: dict[str, Any]) -> AsyncGenerator[Step]:
     submit = partial(served.engine.submit, **call)
     try:
         steps = await asyncio.get_running_loop().run_in_executor(served.reader, submit)
-    except ValueError as wrong:
+        closable = cast(AsyncGenerator[Step], steps)
+        async with aclosing(served.metrics.timed(closable)) as timed:
+            async for step in timed:
+                yield step
+    except ValueError as wrong:  # with the first step: a context that was given up meanwhile
         names = _NAMES | ({"logprobs": "top_logprobs"} if "messages" in call else {})
         raise as_asked(wrong, names) from None
-    closable = cast(AsyncGenerator[Step], steps)
-    async with aclosing(served.metrics.timed(closable)) as timed:
-        async for step in timed:
-            yield step
 
 
 def _echo(served: Served, asked: Completion | Chat, index: int) -> str:

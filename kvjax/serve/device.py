@@ -5,6 +5,7 @@ once `warm_up` has run them all.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from kvjax.serve.menu import Choice, Menu
 from kvjax.serve.pages import Lease, Shape
 from kvjax.serve.programs import Prompt, State, Swapped
 from kvjax.serve.rows import Drawn, Rows
-from kvjax.sharding import MODEL, mesh_of
+from kvjax.sharding import DATA, MODEL, mesh_of
 
 
 class Device:
@@ -294,9 +295,14 @@ def _pages_within(cache_bytes: int, model: Model, menu: Menu, rows: int) -> int:
 
 
 def page_of(model: Model) -> int:
-    """Slots of a page on the devices that a model lies on."""
+    """Slots of a page on the devices that a model lies on.
+
+    Raises:
+      ValueError: a mesh with several parts of `data`; all rows are to share one pool.
+    """
     mesh = mesh_of(model)
-    parts = 1
-    for axis in MODEL:
-        parts *= 1 if mesh is None else mesh.shape[axis]
-    return page_size(parts)
+    if mesh is None:
+        return page_size()
+    if mesh.shape[DATA] > 1:
+        raise ValueError(f"the model's mesh has data={mesh.shape[DATA]}, expected 1")
+    return page_size(math.prod(mesh.shape[axis] for axis in MODEL))

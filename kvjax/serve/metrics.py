@@ -6,6 +6,7 @@ passed since the tokens before, divided by how many came at once.
 
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -62,11 +63,19 @@ class Metrics:
         """Count a request."""
         self._requests.labels(path, outcome).inc()
 
+    @contextmanager
+    def opened(self, count: int) -> Iterator[None]:
+        """Count answers as open."""
+        self.open += count
+        try:
+            yield
+        finally:
+            self.open -= count
+
     async def timed(self, steps: AsyncGenerator[Step]) -> AsyncGenerator[Step]:
         """The steps of an answer as they come, their times noted."""
         begun = before = time.perf_counter()
         first = True
-        self.open += 1
         try:
             async for step in steps:
                 now, count = time.perf_counter(), len(step.tokens)
@@ -81,7 +90,6 @@ class Metrics:
                 yield step
             self._whole.observe(time.perf_counter() - begun)
         finally:
-            self.open -= 1
             await steps.aclose()
 
 

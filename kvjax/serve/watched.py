@@ -5,6 +5,7 @@ What a client no longer waits for is cancelled, and its pages go to others.
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import ExitStack
 from typing import Any
 
 from starlette.responses import Response
@@ -58,6 +59,7 @@ class Streamed(Response):
       until: the loop's time at which the time is up.
       ended: told the outcome where it is not the answer's own: gone, late or failed.
       last: the event after which a stream stops whose time is up or that fails.
+      held: closed at the end too.
     """
 
     media_type = "text/event-stream"
@@ -69,17 +71,18 @@ class Streamed(Response):
         until: float,
         ended: Callable[[str], None],
         last: Callable[[str], bytes],
+        held: ExitStack,
     ):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first, self._events, self._until = first, events, until
-        self._ended, self._last = ended, last
+        self._ended, self._last, self._held = ended, last, held
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:  # type: ignore[override]
         """Send the events; a client that goes away closes them."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
         try:
+            await send(start)
             await watched(self._send(send), receive, self._until)
         except Gone:
             self._ended("gone")
@@ -93,7 +96,8 @@ class Streamed(Response):
             await _body(send, b"", more=False)
             raise
         finally:
-            await self._events.aclose()
+            with self._held:
+                await self._events.aclose()
         await _body(send, b"", more=False)
 
     async def _send(self, send: Send) -> None:

@@ -38,3 +38,9 @@ def test_the_tokens_are_those_of_one_device(rule):
         }
         assert engine._loop.call(engine._loop._device.held) == 0
     assert [answer.tokens for answer in answers] == reference.tokens
+
+
+def test_rows_are_not_split_over_a_mesh():
+    model = load_decoder(FIXTURES / "llama2-gqa", progress=False)
+    with pytest.raises(ValueError, match="the model's mesh has data=2, expected 1"):
+        Engine(place(model, make_mesh(data=2, model=2)), None, ADA, cache_bytes=100_000)

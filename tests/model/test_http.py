@@ -1,5 +1,6 @@
 """A server over HTTP: clients of others' making, bodies that are wrong, clients that go away."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -230,6 +231,20 @@ def test_a_context_is_read_once_and_asked_often(app, engine):
     assert engine.stats().shared_pages == 0
 
 
+def test_a_context_that_is_given_up_meanwhile_is_one_sentence(app, engine, monkeypatch):
+    name, submit = engine.add_context("w40 w50", method="full"), engine.submit
+
+    def too_late(*prompt, **asked):
+        steps = submit(*prompt, **asked)
+        engine.drop_context(name)
+        return steps
+
+    monkeypatch.setattr(engine, "submit", too_late)
+    body = {"prompt": "so", "context": name}
+    told = served.call(app, "POST", "/v1/completions", body)
+    assert (told.status, told.sentence) == (404, f"context={name!r}, expected one of []")
+
+
 def test_a_chat_goes_on_after_a_context(app, engine):
     document = [said("user", "w40 w50 w60")]
     made = served.call(app, "POST", "/v1/contexts", {"messages": document, "method": "full"}).json
@@ -335,17 +350,19 @@ def test_malformed_bodies_are_one_sentence_each(app, engine):
 
 def test_too_many_requests_are_told_to_come_back(engine):
     few = served.app(engine, requests=2)
-    body = {"prompt": ["a", "b"], "max_tokens": 64}
-    with served.listening(few) as address:
-        waiting = threading.Thread(target=post, args=(f"{address}/v1/completions", body))
-        waiting.start()
-        served.until(lambda: engine.stats().running == 2)
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            post(f"{address}/v1/completions", body)
-        assert caught.value.code == 429
-        assert caught.value.headers["retry-after"] == "1"
-        caught.value.close()
-        waiting.join()
+
+    async def together(stream):
+        body = {"prompt": PROMPT, "max_tokens": 8, "stream": stream}
+        calls = (served.exchange(few, "POST", "/v1/completions", body) for _ in range(5))
+        return await asyncio.gather(*calls)
+
+    for stream in (False, True):  # twice: those that are over are counted no more
+        replies = asyncio.run(together(stream))
+        assert [reply.status for reply in replies] == [200, 200, 429, 429, 429]
+        assert replies[-1].headers["retry-after"] == "1"
+        assert replies[-1].sentence == (
+            "2 requests are here already, which is the limit: try again later"
+        )
     idle(engine)
 
 
@@ -358,13 +375,6 @@ def test_what_takes_too_long_is_given_up(engine):
 
 
 # ---------------------------------------------------------------------------- for operators
-def post(url: str, body, **headers) -> dict:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"} | headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
-
-
 def metric(page: str, name: str) -> float:
     found = re.search(rf"^{re.escape(name)} (\S+)$", page, re.MULTILINE)
     return float(found[1]) if found else 0.0
