@@ -177,6 +177,7 @@ def _scorer_input(cache, slots: Slots, rule, layer: LayerSlots, index: int, wind
 
 def _sums(slots: Slots, tail, layer: LayerSlots, index: int) -> Float[Array, "B K S"]:
     """What the entries of a layer have received; a slot's for every head."""
+    assert slots.sums is not None  # `begin` has seen to it
     slots_BY = of_layer(slots, slots.sums, index)
     slots_BKY = jnp.broadcast_to(slots_BY[:, None], layer.owned.shape)
     return jnp.concatenate([slots_BKY, tail.sums[index]], axis=-1)
