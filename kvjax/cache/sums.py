@@ -49,6 +49,7 @@ def settle(cache: Cache) -> Cache:
     if tail.slot_sums is None:
         return cache
     assert slots is not None  # `begin` has seen to it
+    assert slots.sums is not None
     slots = slots.replace(sums=slots.sums + tail.slot_sums)
     return cache.replace(slots=slots, tail=tail.replace(slot_sums=None))
 
