@@ -23,7 +23,7 @@ BLOCK = 512
 
 
 def _squares(scores: Array, lse: Array) -> Array:
-    """Squared probabilities; 0 for what a query does not see, and for one that sees nothing."""
+    """Squared probabilities; 0 for what a query does not see, nothing included."""
     seen = (scores > -1e29) & (lse > -jnp.inf)
     return jnp.where(seen, jnp.exp(2 * jnp.where(seen, scores - lse, 0.0)), 0.0)
 
@@ -100,7 +100,8 @@ def add_slots(
     Returns:
       The sums; those of other layers' slots, and of unowned ones, are as they were.
     """
-    start, pages = jnp.zeros_like(lengths), (table, page)
+    start = jnp.zeros_like(lengths)
+    pages: tuple[Array, int] | None = (table, page)
     if consecutive:
         start, pages = table[:, 0] * page, None
         evicted = evicted and (evicted[0] + start[:, None], evicted[1] + start[:, None, None])

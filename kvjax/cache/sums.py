@@ -49,6 +49,7 @@ def settle(cache: Cache) -> Cache:
     if tail.slot_sums is None:
         return cache
     assert slots is not None  # `begin` has seen to it
+    assert slots.sums is not None
     slots = slots.replace(sums=slots.sums + tail.slot_sums)
     return cache.replace(slots=slots, tail=tail.replace(slot_sums=None))
 
@@ -116,10 +117,11 @@ def _add_here(rules, *arrays):
     else:
         more = {name: x for name, x in call.items() if name != "run"}
         slot_sums = add_slots(slot_sums, of_all, **more)
-    return out, slot_sums, add_tail(tail_sums, lse_BTN, new.q, new.keys, _seen(new, rules, of_tail))
+    visible = _in_tail(new, rules, of_tail)
+    return out, slot_sums, add_tail(tail_sums, lse_BTN, new.q, new.keys, visible)
 
 
-def _seen(new, rules, of_tail):
+def _in_tail(new, rules, of_tail):
     """`[B, #K, T, U]` entries of the tail that each new token sees."""
     held_B11U = new.tail_positions[:, None, None]
     seen = in_sight(held_B11U, new.positions[:, None, :, None], rules["window"])

@@ -77,9 +77,9 @@ def evict(
       rule: when and to what.
       windows: each layer's sliding window.
     """
-    assert cache.slots is not None  # `add_pages` made some
     adds = cache.tail.slot_sums is not None
     cache = settle(cache)
+    assert cache.slots is not None  # `add_pages` made some
     parts, slots = cache.slots.parts, reshard_slots(cache.slots, 1)
     everywhere = ratio is None and rule.layers == "global"
     if everywhere:
@@ -93,8 +93,8 @@ def evict(
         slots = _reuse(slots, cache, layer, index, keep_BKS)
     tail = cache.tail
     fresh = {"positions": jnp.full_like(tail.positions, -1), "cursor": jnp.zeros_like(tail.cursor)}
-    fresh["sums"] = tuple(map(jnp.zeros_like, tail.sums))
-    cache = cache.replace(slots=reshard_slots(slots, parts), tail=tail.replace(**fresh))
+    tail = tail.replace(**fresh, sums=tuple(map(jnp.zeros_like, tail.sums)))
+    cache = cache.replace(slots=reshard_slots(slots, parts), tail=tail)
     return begin(cache) if adds else cache
 
 
@@ -177,6 +177,7 @@ def _scorer_input(cache, slots: Slots, rule, layer: LayerSlots, index: int, wind
 
 def _sums(slots: Slots, tail, layer: LayerSlots, index: int) -> Float[Array, "B K S"]:
     """What the entries of a layer have received; a slot's for every head."""
+    assert slots.sums is not None  # `begin` has seen to it
     slots_BY = of_layer(slots, slots.sums, index)
     slots_BKY = jnp.broadcast_to(slots_BY[:, None], layer.owned.shape)
     return jnp.concatenate([slots_BKY, tail.sums[index]], axis=-1)

@@ -150,7 +150,9 @@ def _observed(
     """
     rows, queries_BWNH = layer.rows, layer.read("queries")[:, -queries:]
     back_W = jnp.arange(queries_BWNH.shape[1], 0, -1)  # the last query is 1 from the end
-    observed_BW = back_W <= (rows.window if window is None else window)[:, None]
+    if window is not None:
+        rows = rows.replace(window=window)
+    observed_BW = back_W <= rows.window[:, None]
     positions_BW = jnp.where(observed_BW, rows.lengths[:, None] - back_W, -1)
 
     def observe(*arrays):

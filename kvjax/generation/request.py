@@ -142,8 +142,10 @@ class Request(struct.PyTreeNode):
         prefilled = prompts.arrays if isinstance(prompts, PrefilledPrompts) else None
         if recompress is not None:
             _check_recompress(recompress, config, cache)
-            layout = "packed" if config.compresses else None
-            config = dataclasses.replace(config, layout=layout, sums=recompress.sums)
+            sums = recompress.sums
+            config = dataclasses.replace(
+                config, layout="packed" if config.compresses else None, sums=sums
+            )
         inputs = _inputs(model, prompts, config, options)
         rows = inputs.rows
         tokens, lengths = pad(rows)
