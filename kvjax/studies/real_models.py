@@ -196,8 +196,8 @@ def measure(
             for (method, budget), config in configs.items():
                 assert measured is not None
                 found, kept[f"{method} {budget}"] = measured.row(config)
-                row = dict(part=text.part, name=text.name, method=method, budget=budget) | found
-                writer.writerow(row)
+                of = {"part": text.part, "name": text.name, "method": method, "budget": budget}
+                writer.writerow(of | found)
                 file.flush()
                 rows.append(row)
             if text.name in KEPT and kept:
