@@ -186,18 +186,19 @@ def measure(
         for number, text in enumerate(tqdm(texts, desc=out.stem, disable=None)):
             configs = {}
             for method in ("full", *SHARED) if shared else methods_of(text, number, rows):
-                for budget in (1.0,) if method == "full" else BUDGETS[text.part]:
-                    if (text.name, method, f"{budget:g}") not in done:
-                        config = parse_method(method, budget)
+                for share in (1.0,) if method == "full" else BUDGETS[text.part]:
+                    if (text.name, method, f"{share:g}") not in done:
+                        config = parse_method(method, share)
                         config = instructed(config, tokenizer, model.config.vocab_size)
-                        configs[method, f"{budget:g}"] = config
+                        configs[method, f"{share:g}"] = config
             kept = {}
             measured = Measurement(model, text, list(configs.values())) if configs else None
             for (method, budget), config in configs.items():
                 assert measured is not None
                 found, kept[f"{method} {budget}"] = measured.row(config)
-                of = {"part": text.part, "name": text.name, "method": method, "budget": budget}
-                writer.writerow(of | found)
+                row = {"part": text.part, "name": text.name, "method": method, "budget": budget}
+                row |= found
+                writer.writerow(row)
                 file.flush()
                 rows.append(row)
             if text.name in KEPT and kept:
