@@ -192,11 +192,16 @@ def tail_slots(slots: int | None, steps: int, recompress: Recompress | None) -> 
     """Slots of a row's tail, which whole dispatches of so many steps fill.
 
     Raises:
-      ValueError: no multiple of the steps.
+      ValueError: no multiple of the steps, or a rule that no server has.
     """
     if recompress is not None:
         if recompress.budget is None:
             raise ValueError("recompress.budget=None, expected a number of entries a head")
+        if recompress.sums:  # the pool has no place for them
+            raise ValueError(
+                f"recompress.scorer={recompress.scorer!r}, expected one that scores by what is held:"
+                " a server adds nothing up (kvjax.generate does)"
+            )
         if recompress.every % steps or slots not in (None, recompress.every):
             raise ValueError(
                 f"recompress.every={recompress.every}, expected a multiple of decode_steps={steps}"

@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from kvjax import Recompress
+from kvjax.serve.menu import tail_slots
 from kvjax.serve.scheduler import Scheduler, Ticket
 
 
@@ -80,3 +82,21 @@ def test_pages_and_rows_are_promised_once():
         assert scheduler.held == sum(held)
         promised = sum(ticket.pages for ticket in running.values()) + sum(held)
         assert scheduler.free == 40 - promised >= 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "rule", "message"),
+    [
+        (20, None, "tail_slots=20, expected a multiple of decode_steps=8"),
+        (None, Recompress(every=8), "recompress.budget=None, expected a number of entries"),
+        (None, Recompress(every=12, budget=16), "recompress.every=12, expected a multiple of"),
+        (
+            None,
+            Recompress(every=8, budget=16, scorer="squared-sum", layers="global"),
+            "recompress.scorer='squared-sum', expected one that scores by what is held",
+        ),
+    ],
+)
+def test_tails_that_no_server_has(slots, rule, message):
+    with pytest.raises(ValueError, match=message):
+        tail_slots(slots, 8, rule)
