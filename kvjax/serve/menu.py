@@ -199,8 +199,8 @@ def tail_slots(slots: int | None, steps: int, recompress: Recompress | None) -> 
             raise ValueError("recompress.budget=None, expected a number of entries a head")
         if recompress.sums:  # the pool has no place for them
             raise ValueError(
-                f"recompress.scorer={recompress.scorer!r}, expected one that scores by what is held:"
-                " a server adds nothing up (kvjax.generate does)"
+                f"recompress.scorer={recompress.scorer!r}, expected one that scores by what is"
+                " held: a server adds nothing up, as kvjax.generate does"
             )
         if recompress.every % steps or slots not in (None, recompress.every):
             raise ValueError(

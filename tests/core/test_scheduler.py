@@ -93,7 +93,7 @@ def test_pages_and_rows_are_promised_once():
         (
             None,
             Recompress(every=8, budget=16, scorer="squared-sum", layers="global"),
-            "recompress.scorer='squared-sum', expected one that scores by what is held",
+            "recompress.scorer='squared-sum', expected one that scores by what is",
         ),
     ],
 )
