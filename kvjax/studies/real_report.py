@@ -33,7 +33,8 @@ Rows = Mapping[tuple[str, str], Mapping[str, Mapping[str, str]]]
 LENGTHS = ("1024", "2048", "4096")
 LAST = ", last kept"  # kvpress told to keep the last token, as kvjax does
 SHOWN = (  # in the picture
-    "kvzip", "ada-kvzip:layers=prefix", "ada-kvzip", "key-diff", "ada-expected-attention", "tova",
+    "kvzip", "ada-kvzip:layers=prefix", "ada-kvzip",
+    "key-diff:layers=global,heads=global", "key-diff", "ada-expected-attention", "tova",
     AGREEING[0],
 )  # fmt: skip
 
@@ -243,7 +244,7 @@ def picture(path: Path, mine: Mapping[str, Rows], theirs: Mapping[str, Rows]) ->
             float(paired(losses(mine["novel"].get((method, b), {}), LENGTHS[0]), full).mean())
             for b in budgets_of("novel")
         ]
-        for method in ("snapkv", "kvzip", "expected-attention", "tova", "key-diff", "random")
+        for method in ("snapkv", "kvzip", "expected-attention", "tova", "key-diff")
         if all((method, b) in mine["novel"] for b in budgets_of("novel"))
     }
     whole = share(mine["unseen"], "full", "1") or 0.0
