@@ -193,10 +193,10 @@ def measure(
                         configs[method, f"{budget:g}"] = config
             kept = {}
             measured = Measurement(model, text, list(configs.values())) if configs else None
-            for (method, budget), config in configs.items():
+            for (method, share), config in configs.items():
                 assert measured is not None
-                found, kept[f"{method} {budget}"] = measured.row(config)
-                row = dict(part=text.part, name=text.name, method=method, budget=budget) | found
+                found, kept[f"{method} {share}"] = measured.row(config)
+                row = dict(part=text.part, name=text.name, method=method, budget=share) | found
                 writer.writerow(row)
                 file.flush()
                 rows.append(row)

@@ -221,7 +221,7 @@ def layers_table(rows: Rows) -> str:
     return table(["scorer", "kept", *LAYERS], lines) + "\n"
 
 
-def picture(path: Path, mine: dict[str, Rows], theirs: dict[str, Rows]) -> None:
+def picture(path: Path, mine: Mapping[str, Rows], theirs: Mapping[str, Rows]) -> None:
     """Answers right and nats lost, ours and kvpress's."""
 
     def share(rows: Rows, method: str, budget: str) -> float | None:
