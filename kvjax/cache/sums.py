@@ -26,7 +26,7 @@ from kvjax.cache.state import Cache
 from kvjax.kernels.decode_attention import paged_attention
 from kvjax.kernels.decode_attention.reference import in_sight, merge, merge_weights
 from kvjax.kernels.decode_attention.squares import add_scored, add_slots, add_tail
-from kvjax.sharding import QUERY_HEADS
+from kvjax.sharding import GROUP, QUERY_HEADS
 
 
 def begin(cache: Cache) -> Cache:
@@ -118,7 +118,10 @@ def _add_here(rules, *arrays):
         more = {name: x for name, x in call.items() if name != "run"}
         slot_sums = add_slots(slot_sums, of_all, **more)
     visible = _in_tail(new, rules, of_tail)
-    return out, slot_sums, add_tail(tail_sums, lse_BTN, new.q, new.keys, visible)
+    more = add_tail(jnp.zeros_like(tail_sums), lse_BTN, new.q, new.keys, visible)
+    if sharding.on_device():  # a group's query heads may lie on several devices
+        more = lax.psum(more, GROUP)
+    return out, slot_sums, tail_sums + more
 
 
 def _in_tail(new, rules, of_tail):
