@@ -110,7 +110,8 @@ def test_a_scorer_while_decoding_by_the_same_row(monkeypatch):
 
 
 def test_a_scorer_that_reads_a_probe_is_refused_while_decoding():
-    with pytest.raises(ConfigError, match="scorer='kvzip', expected one of window, squared-sum, key-norm, key"):
+    expected = "scorer='kvzip', expected one of window, squared-sum, key-norm, key"
+    with pytest.raises(ConfigError, match=expected):
         Recompress(every=4, budget=10, scorer="kvzip")
 
 
