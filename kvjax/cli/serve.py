@@ -19,6 +19,8 @@ from kvjax.spelling import FORM, parse_method, parse_methods
 
 _INSTALL = "kvjax serve needs FastAPI, uvicorn and prometheus_client: pip install kvjax[serve]"
 _KEY = "KVJAX_API_KEY"
+# Connections that wait until they are taken; uvicorn's own number.
+_BACKLOG = 2048
 _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -169,6 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
             name = arguments.served_name or Path(arguments.model).name
             app = make_app(engine, tokenizer, name, offered, limits)
             _say(f"{engine.compiled} programs, {engine.stats().pages} pages, {arguments.rows} rows")
+            listener.listen(_BACKLOG)  # who reads the next line may connect at once
             _say(f"{name} at http://{_shown(listener)}")
             _serve(app, listener, arguments.timeout)
 

@@ -128,7 +128,7 @@ def test_what_the_cache_holds_after_the_answer(model, prompts, name):
         assert counts.sum((1, 2)).tolist() == [2 * 2 * 20] * 3
         assert cache.nbytes == out.cache_bytes
         entry = 2 * model.config.head_dim
-        entry = entry + 2 * 4 if name == "int8" else entry * 4
+        entry = entry + 2 * 4 if config.quantize == "int8" else entry * 4
         # Whole pages of 16 slots, of which each layer may leave one all but empty.
         assert cache.nbytes == 3 * cache.slots.size * entry
         assert 2 * 2 * 20 <= cache.slots.size < 2 * 2 * 20 + 3 * 16

@@ -80,6 +80,19 @@ def test_what_was_accepted_is_answered_after_sigterm():
         assert running.stderr.read() == ""
 
 
+def test_it_can_be_reached_once_it_says_where(run, monkeypatch):
+    """Slow: the command compiles its programs."""
+
+    def reach(app, listener, seconds):
+        with socket.create_connection(listener.getsockname(), timeout=5):
+            reached.append(listener)
+
+    reached: list[socket.socket] = []
+    monkeypatch.setattr("kvjax.cli.serve._serve", reach)
+    assert run("serve", *FLAGS)[0] == 0
+    assert len(reached) == 1
+
+
 @pytest.mark.smoke
 def test_what_a_server_refuses(run, monkeypatch):
     monkeypatch.delenv("KVJAX_API_KEY", raising=False)
