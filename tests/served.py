@@ -155,6 +155,13 @@ def listening(made: Any) -> Iterator[str]:
         thread.join()
 
 
+def slow_down(made: Engine, monkeypatch: Any, seconds: float = 0.1) -> None:
+    """Let every dispatch take so long at least: answers last until a test has done its part."""
+    device = made._loop._device
+    decode = device.decode
+    monkeypatch.setattr(device, "decode", lambda: (time.sleep(seconds), decode())[1])
+
+
 def until(true: Any, seconds: float = 60) -> None:
     """Wait for something to become true."""
     end = time.monotonic() + seconds

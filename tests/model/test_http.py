@@ -191,7 +191,8 @@ def test_models_are_listed(client):
         client.completions.create(model="other", prompt="a")
 
 
-def test_a_client_that_leaves_a_stream_gives_its_pages_back(client, engine):
+def test_a_client_that_leaves_a_stream_gives_its_pages_back(client, engine, monkeypatch):
+    served.slow_down(engine, monkeypatch)
     before = engine.stats().aborted
     with client.completions.create(prompt=PROMPT, max_tokens=64, stream=True, **GREEDY) as chunks:
         next(iter(chunks))
@@ -199,9 +200,10 @@ def test_a_client_that_leaves_a_stream_gives_its_pages_back(client, engine):
     assert engine.stats().aborted == before + 1
 
 
-def test_a_client_that_waits_for_a_whole_answer_and_leaves(address, engine):
+def test_a_client_that_waits_for_a_whole_answer_and_leaves(address, engine, monkeypatch):
+    served.slow_down(engine, monkeypatch)
     before = engine.stats().aborted
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 64}).encode()
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 64, "temperature": 0}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as line:
         line.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
@@ -368,7 +370,7 @@ def test_too_many_requests_are_told_to_come_back(engine):
 
 def test_what_takes_too_long_is_given_up(engine):
     hurried = served.app(engine, seconds=1e-4)
-    body = {"prompt": PROMPT, "max_tokens": 64}
+    body = {"prompt": PROMPT, "max_tokens": 64, "temperature": 0}
     told = served.call(hurried, "POST", "/v1/completions", body)
     assert (told.status, told.sentence) == (504, "no answer after 0.0001 s, which is the limit")
     idle(engine)
@@ -409,11 +411,12 @@ def test_metrics_count(app):
     assert "xxx" not in page()
 
 
-def test_the_pool_is_shown(app, address, engine):
+def test_the_pool_is_shown(app, address, engine, monkeypatch):
+    served.slow_down(engine, monkeypatch)
     with urllib.request.urlopen(f"{address}/") as page:
         assert "default-src 'none'" in page.headers["content-security-policy"]
         assert b"http://" not in page.read().replace(b"http://www.w3.org", b"")
-    body = {"prompt": PROMPT, "max_tokens": 64, "stream": True}
+    body = {"prompt": PROMPT, "max_tokens": 64, "stream": True, "temperature": 0}
     port = int(address.rpartition(":")[2])
     line = http.client.HTTPConnection("127.0.0.1", port)
     line.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+import served
 
 import kvjax
 from kvjax import CompressionConfig, Recompress, Sampling
@@ -117,7 +118,7 @@ def test_a_shared_context_is_compressed_once(model, engine, prompts):
 
 
 @pytest.mark.parametrize("about", ["full", "context"])
-def test_swapped_out_and_back(engine, prompts, about):
+def test_swapped_out_and_back(engine, prompts, about, monkeypatch):
     """Rows go to the host's memory in the middle of their answers, and go on where they were."""
     ask = {"method": "full", "max_new_tokens": NEW, "ignore_eos": True}
     if about == "context":
@@ -125,6 +126,7 @@ def test_swapped_out_and_back(engine, prompts, about):
         ask |= {"method": None, "context": engine.add_context(prompts[0] * 4)}
     alone = [engine.generate(row, **ask)[0] for row in prompts]
     swaps, loop, found = engine.stats().swaps, engine._loop, {}
+    served.slow_down(engine, monkeypatch)
 
     def swap_all():
         jobs = list(loop._scheduler.running.values())
@@ -152,6 +154,7 @@ def test_swapped_out_and_back(engine, prompts, about):
 def test_a_client_that_goes_away_frees_its_pages(engine, prompts, monkeypatch):
     device, loop = engine._loop._device, engine._loop
     dispatches, before = [], []
+    served.slow_down(engine, monkeypatch)
     decode, give_up = device.decode, loop.give_up
     monkeypatch.setattr(device, "decode", lambda: (dispatches.append(0), decode())[1])
     monkeypatch.setattr(loop, "give_up", lambda job: (before.append(len(dispatches)), give_up(job)))
@@ -178,7 +181,8 @@ def test_a_client_that_goes_away_frees_its_pages(engine, prompts, monkeypatch):
     assert held(engine) == (0, 0)
 
 
-def test_stats_say_who_holds_which_pages(engine, prompts):
+def test_stats_say_who_holds_which_pages(engine, prompts, monkeypatch):
+    served.slow_down(engine, monkeypatch)
     loop = engine._loop
 
     def look():
