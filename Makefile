@@ -90,6 +90,7 @@ real: $(REAL)/hf/config.json  ## methods on a model that nobody here made (needs
 	$(RUN) -m kvjax.studies.real_texts --model $(REAL)/hf --novel ../shared/data/text/war_and_peace.txt -o $(REAL)/texts.jsonl
 	$(RUN) -m kvjax.studies.real_models $(STUDY) $(if $(SHORT),--shared)
 	$(if $(PEER),$(PEER) tests/fixtures/peer_kvpress.py $(STUDY))
+	$(if $(PEER),$(PEER) tests/fixtures/peer_kvpress.py $(STUDY) --last)
 	$(RUN) -m kvjax.studies.real_report --results $(RESULTS) -o $(RESULTS)/tables.md \
 		--picture $(if $(SHORT),$(RESULTS),docs/images)/real_models.png $(if $(SHORT),,$(if $(PEER),--kept $(REAL)))
 

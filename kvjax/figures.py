@@ -136,7 +136,7 @@ def kept_text(
 def text_lines(words: Sequence[str], columns: int) -> list[list[tuple[int, str]]]:
     """The tokens of a text, each with its piece, on lines of at most `columns` signs.
 
-    Lines end where the text's own do, or before a space; what has no space is cut anywhere.
+    Lines end where the text's own do, or before a space; what has no space is cut between pieces.
     """
     lines: list[list[tuple[int, str]]] = [[]]
     for token, word in enumerate(words):
@@ -144,8 +144,10 @@ def text_lines(words: Sequence[str], columns: int) -> list[list[tuple[int, str]]
             if number:
                 lines.append([])
             line = lines[-1]
-            if line and sum(len(shown) for _, shown in line) + len(piece.rstrip()) > columns:
+            if line and _width(line) + len(piece.rstrip()) > columns:
                 first = _word_start(line, piece)
+                if _width(line[first:]) + len(piece.rstrip()) > columns:
+                    first = len(line)  # a word that is longer than a line is cut
                 lines.append(line[first:])
                 del line[first:]
                 if lines[-1]:
@@ -154,6 +156,10 @@ def text_lines(words: Sequence[str], columns: int) -> list[list[tuple[int, str]]
             if piece:
                 lines[-1].append((token, piece))
     return [line for line in lines if line]
+
+
+def _width(line: Sequence[tuple[int, str]]) -> int:
+    return sum(len(shown) for _, shown in line)
 
 
 def _word_start(line: Sequence[tuple[int, str]], piece: str) -> int:

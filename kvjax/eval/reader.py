@@ -39,12 +39,13 @@ class Reader:
         `more` tokens are to follow each prompt, as in `kvjax.compress_prompt`.
 
         Raises:
-          RuntimeError: keys and values that do not fit; from then on nothing is read ahead.
+          RuntimeError: keys and values that do not fit; its bucket is read ahead no more.
         """
         key = prompts, images, more
         if key != self._key:
             self._key, self._held = key, None
-        groups = self._groups(bucket(max(map(len, prompts))))
+        tokens = bucket(max(map(len, prompts)))
+        groups = self._groups(tokens)
         mine = [number for number, group in enumerate(groups) if config in group]
         if not mine or len(groups[mine[0]]) == 1:
             return None
@@ -56,7 +57,7 @@ class Reader:
                 )
                 jax.block_until_ready(found.arrays)  # its seconds are nobody's
             except RuntimeError:
-                self._configs, self._by_bucket = [], {}
+                self._by_bucket[tokens] = []
                 raise
             self._held = mine[0], found
         return self._held[1]

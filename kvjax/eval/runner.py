@@ -90,7 +90,12 @@ def evaluate(
                     (_Run(model, tokenizer, config, method, protocol, settings, reader), budget)
                     for (method, budget), config in configs.items()
                 ]
-                tokens = bucket(max(question.size for mine in batch for question in mine))
+                read = [
+                    question.size + (len(question.rest) if protocol == "seen" else 0)
+                    for mine in batch
+                    for question in mine
+                ]
+                tokens = bucket(max(read))
                 runs.sort(key=lambda run: reader.turn(run[0].config, tokens))
                 for wave, run, budget in _in_turn_of(batch, runs, protocol):
                     rows = run.missing(batch, wave, budget, journal.done)

@@ -77,10 +77,8 @@ def losses(rows: Mapping[str, Mapping[str, str]], length: str = "") -> dict[str,
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Markdown."""
-    rule = "|---" * len(heads) + "|"
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, *lines)).replace(
-        "\n", f"\n{rule}\n", 1
-    )
+    head, *rest = (f"| {' | '.join(line)} |" for line in (heads, *lines))
+    return "\n".join((head, "|---" * len(heads) + "|", *rest))
 
 
 # ---------------------------------------------------------------------------- a novel
@@ -102,7 +100,8 @@ def novel_table(rows: Rows) -> str:
         ]
         return float(np.mean([gap.mean() for gap in gaps if len(gap)]))
 
-    methods = sorted({method for method, _ in rows if method != "full"}, key=worst)
+    named = {method for method, _ in rows if method != "full"}
+    methods = sorted(named, key=lambda method: (worst(method), method))
     heads = ["method", *(f"{length}: {percent(b)}" for length in lengths for b in budgets)]
     lines = [[f"`{m}`", *(cell(m, b, n) for n in lengths for b in budgets)] for m in methods]
     told = [f"{np.mean(list(losses(full, n).values())):.4f} ({n})" for n in lengths]
@@ -123,7 +122,7 @@ def agreement_table(mine: Rows, theirs: Rows, kept: Sequence[dict[str, str]]) ->
             gaps = paired(losses(one), losses(two))
             if len(gaps) == 0:
                 continue
-            both = one.keys() & two.keys()
+            both = sorted(one.keys() & two.keys())
             means = [np.mean([float(rows[n]["nll"]) for n in both]) for rows in (one, two)]
             low, high = mean_interval(gaps)
             same = [r for r in kept if (r["method"], r["budget"]) == (peer, budget)]
@@ -142,20 +141,27 @@ def agreement_table(mine: Rows, theirs: Rows, kept: Sequence[dict[str, str]]) ->
 
 
 def count_same(mine: Path, theirs: Path, out: Path) -> None:
-    """Write how many of kvpress's kept entries are ours as well, by method, budget and text."""
+    """Write how many of kvpress's kept entries are ours as well, by method, budget and text.
+
+    What the file has of others stays: a run that goes on elsewhere has not all positions.
+    """
+    heads = ("name", "method", "budget", "kept", "same")
+    found = {tuple(row[head] for head in heads[:3]): row for row in read_rows(out)}
+    for path in theirs.glob("*.npz"):
+        if not (mine / path.name).exists():
+            continue
+        ours, others = np.load(mine / path.name), np.load(path)
+        for key in others:
+            if key in ours:
+                both = ours[key][..., : others[key].shape[-1]] & others[key]
+                method, _, budget = key.rpartition(" ")
+                counts = [str(np.bitwise_count(x).sum()) for x in (others[key], both)]
+                row = dict(zip(heads, (path.stem, method, budget, *counts), strict=True))
+                found[path.stem, method, budget] = row
     with out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("name", "method", "budget", "kept", "same"))
-        for path in sorted(theirs.glob("*.npz")):
-            if not (mine / path.name).exists():
-                continue
-            ours, others = np.load(mine / path.name), np.load(path)
-            for key in others:
-                if key in ours:
-                    both = ours[key][..., : others[key].shape[-1]] & others[key]
-                    method, _, budget = key.rpartition(" ")
-                    counts = [int(np.bitwise_count(x).sum()) for x in (others[key], both)]
-                    writer.writerow((path.stem, method, budget, *counts))
+        writer = csv.DictWriter(file, heads, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found[key] for key in sorted(found))
 
 
 # ---------------------------------------------------------------------------- questions
@@ -178,7 +184,8 @@ def answers_table(mine: Rows, theirs: Rows, part: str) -> str:
         found = [shares(mine.get((method, budget), {})) for budget in budgets]
         return sum(float(np.mean(list(share.values()))) for share in found if share)
 
-    methods = sorted({method for method, _ in mine if method != "full"}, key=right, reverse=True)
+    named = {method for method, _ in mine if method != "full"}
+    methods = sorted(named, key=lambda method: (-right(method), method))
     heads = ["method", *map(percent, budgets), *(f"kvpress, {percent(b)}" for b in budgets)]
     lines = [
         [f"`{m}`", *(cell(rows, m, b) for rows in (mine, theirs) for b in budgets)] for m in methods
@@ -204,7 +211,7 @@ def best_table(mine: Rows, theirs: Rows, part: str) -> str:
         names = [f"`{name}`" for name, _ in found]
         lines.append([percent(budget), *names, points, str(len(gaps))])
     heads = ["kept", "our best", "kvpress's best", "difference in points", "contexts"]
-    return table(heads, lines) + "\n"
+    return table(heads, lines) + "\n" if lines else ""
 
 
 def layers_table(rows: Rows) -> str:
@@ -222,20 +229,18 @@ def layers_table(rows: Rows) -> str:
 
 
 def picture(path: Path, mine: Mapping[str, Rows], theirs: Mapping[str, Rows]) -> None:
-    """Answers right and nats lost, ours and kvpress's."""
+    """Answers right and nats lost; beside kvpress's on the contexts that both answered."""
 
-    def share(rows: Rows, method: str, budget: str) -> float | None:
-        found = shares(rows.get((method, budget), {}))
-        return float(np.mean(list(found.values()))) if found else None
+    def share(found: Mapping[str, float], among: Mapping[str, float]) -> float | None:
+        both = sorted(found.keys() & among.keys()) if among else sorted(found)
+        return float(np.mean([found[name] for name in both])) if both else None
+
+    def pair(method: str, budget: str) -> tuple[float | None, float | None]:
+        ours, others = (shares(side["unseen"].get((method, budget), {})) for side in (mine, theirs))
+        return share(ours, others), share(others, ours)
 
     answers = {
-        percent(budget): {
-            method.split(":window")[0]: (
-                share(mine["unseen"], method, budget),
-                share(theirs["unseen"], method, budget),
-            )
-            for method in SHOWN
-        }
+        percent(budget): {method.split(":window")[0]: pair(method, budget) for method in SHOWN}
         for budget in budgets_of("unseen")
     }
     full = losses(mine["novel"]["full", "1"], LENGTHS[0])
@@ -247,7 +252,7 @@ def picture(path: Path, mine: Mapping[str, Rows], theirs: Mapping[str, Rows]) ->
         for method in ("snapkv", "kvzip", "expected-attention", "tova", "key-diff")
         if all((method, b) in mine["novel"] for b in budgets_of("novel"))
     }
-    whole = share(mine["unseen"], "full", "1") or 0.0
+    whole = share(shares(mine["unseen"].get(("full", "1"), {})), {}) or 0.0
     figures.real_models(path, answers, whole, lost, [percent(b) for b in budgets_of("novel")])
 
 
@@ -260,8 +265,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.results
     if options.kept and (options.kept / "kept_kvpress").is_dir():
-        kept = options.kept / "kept", options.kept / "kept_kvpress"
-        count_same(*kept, folder / "kept.csv")
+        sides = options.kept / "kept", options.kept / "kept_kvpress"
+        count_same(*sides, folder / "kept.csv")
     mine, theirs = (
         {part: by_method(read_rows(folder / f"{side}_{part}.csv")) for part in BUDGETS}
         for side in ("kvjax", "kvpress")
@@ -269,18 +274,21 @@ def main() -> None:
     sections = [
         "# SmolLM2-135M, measured\n\nWritten by `make real` from the rows beside it;"
         " [real_models.md](../real_models.md) says what they are.\n",
-        "## Nats a token that compression adds to a novel's next 64 tokens\n",
-        novel_table(mine["novel"]),
-        "## NLL beside kvpress's\n",
-        agreement_table(mine["novel"], theirs["novel"], read_rows(folder / "kept.csv")),
     ]
+    if ("full", "1") in mine["novel"]:
+        kept = read_rows(folder / "kept.csv")
+        sections += ["## Nats a token that compression adds to a novel's next 64 tokens\n"]
+        sections += [novel_table(mine["novel"]), "## NLL beside kvpress's\n"]
+        sections += [agreement_table(mine["novel"], theirs["novel"], kept)]
     for part in ("unseen", "seen"):
         if mine[part]:
             sections += [f"## Answers right, question {part}\n"]
             sections += [answers_table(mine[part], theirs[part], part)]
             sections += [best_table(mine[part], theirs[part], part)]
-    sections += [f"## Layers first, the {SURVEYED} contexts asked of every method\n"]
-    sections += [layers_table(mine["unseen"])]
+    layered = {name for names in LAYERED.values() for name in names} - set(SHARED)
+    if any(method in layered for method, _ in mine["unseen"]):
+        sections += [f"## Layers first, the {SURVEYED} contexts asked of every method\n"]
+        sections += [layers_table(mine["unseen"])]
     options.output.write_text("\n".join(sections))
     if options.picture and figures.available():
         picture(options.picture, mine, theirs)

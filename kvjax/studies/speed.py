@@ -92,9 +92,9 @@ def table(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> s
     heads = ["tokens", "batch", "method", "prefill, s", "/ torch", "step, ms", "/ torch"]
     heads += ["question, ms", "/ torch", "peak, GB", "/ torch"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    by_cell = {(row["prompt"], row["batch"], row["method"]): row for row in theirs}
+    by_cell = {_cell(row): row for row in theirs}
     for row in sorted(ours, key=lambda row: (row["prompt"], row["batch"])):
-        peer = by_cell.get((row["prompt"], row["batch"], row["method"]), {})
+        peer = by_cell.get(_cell(row), {})
         cells = [f"{row['prompt']:,}", str(row["batch"]), f"`{row['method']}`"]
         for name, scale, form in (
             ("prefill", 1, ".2f"),
@@ -111,7 +111,11 @@ def table(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> s
 def _read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of results; of a cell that was measured twice the last one."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({(row["prompt"], row["batch"], row["method"]): row for row in rows}.values())
+    return list({_cell(row): row for row in rows}.values())
+
+
+def _cell(row: dict[str, Any]) -> tuple[int, int, str, int]:
+    return row["prompt"], row["batch"], row["method"], row["budget"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.methods.split(","):
         config = parse_method(name, None if name == "full" else options.budget)
-        facts = {"prompt": options.prompt, "batch": options.batch, "method": name}
+        budget = options.prompt if name == "full" else options.budget
+        facts = {"prompt": options.prompt, "batch": options.batch, "method": name, "budget": budget}
         cell = measure(model, config, options.batch, options.prompt, options.repeats)
         with options.out.open("a") as file:
             file.write(json.dumps(facts | cell | {"device": jax.devices()[0].device_kind}) + "\n")

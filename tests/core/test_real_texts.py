@@ -1,11 +1,15 @@
 """Texts with hidden facts, and tables of what was measured on them."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from kvjax.studies import real_report, real_texts
 from kvjax.studies.real_models import SURVEYED, ten_best
 from kvjax.studies.real_texts import Text
 
+RESULTS = Path(__file__).parents[2] / "docs" / "real_models"
 NOVEL = " ".join(f"Sentence {number} says little." for number in range(100_000))
 
 
@@ -116,3 +120,34 @@ def test_texts_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "texts.jsonl"
     real_texts.write_texts([text], path)
     assert real_texts.read_texts(path) == [text]
+
+
+def test_positions_of_other_runs_stay(tmp_path):
+    """A run that goes on has the positions of what was missing alone."""
+    mine, theirs, out = tmp_path / "kept", tmp_path / "kept_kvpress", tmp_path / "kept.csv"
+    for folder, bits in ((mine, 0b1110), (theirs, 0b0111)):
+        folder.mkdir()
+        np.savez(folder / "2048-00.npz", **{"tova 0.5": np.array([[[bits]]], np.uint8)})
+    out.write_text("name,method,budget,kept,same\n1024-00,tova,0.5,8,7\n2048-00,tova,0.5,1,1\n")
+    real_report.count_same(mine, theirs, out)
+    assert out.read_text().splitlines()[1:] == ["1024-00,tova,0.5,8,7", "2048-00,tova,0.5,3,2"]
+
+
+def report(results, out, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["report", "--results", str(results), "-o", str(out)])
+    real_report.main()
+    return out.read_text()
+
+
+def test_the_committed_tables_are_those_of_the_rows(tmp_path, monkeypatch):
+    committed = (RESULTS / "tables.md").read_text()
+    assert report(RESULTS, tmp_path / "tables.md", monkeypatch) == committed
+
+
+def test_few_rows_make_few_sections(tmp_path, monkeypatch):
+    (tmp_path / "kvjax_unseen.csv").write_text(
+        "part,name,method,budget,kept,nll,right\nunseen,00,full,1,9,0.1,1\n"
+    )
+    made = report(tmp_path, tmp_path / "tables.md", monkeypatch)
+    titles = [line for line in made.splitlines() if line.startswith("#")]
+    assert titles == ["# SmolLM2-135M, measured", "## Answers right, question unseen"]

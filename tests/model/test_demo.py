@@ -5,6 +5,8 @@ import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvjax import figures, tiny
 from kvjax.cli import main
@@ -136,6 +138,14 @@ def test_lines_end_before_words():
     assert lines == ["He said", "telephone", "s.", "aaaabbbb", "cccc"]
     tokens = [token for line in figures.text_lines(words, 9) for token, _ in line]
     assert tokens == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+
+
+@given(st.lists(st.text("ab ", min_size=1, max_size=7), max_size=30))
+def test_no_line_is_wider(words):
+    lines = figures.text_lines(words, 9)
+    assert all(len("".join(piece for _, piece in line).rstrip()) <= 9 for line in lines)
+    shown = "".join(piece for line in lines for _, piece in line)
+    assert shown.replace(" ", "") == "".join(words).replace(" ", "")
 
 
 def test_picture_is_darker_where_more_is_kept(tmp_path):

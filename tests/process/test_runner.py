@@ -131,6 +131,24 @@ def test_an_example_that_fails_is_recorded_and_no_other(whole, loaded, tmp_path,
             assert row == rows[key]
 
 
+def test_what_does_not_fit_is_read_ahead_no_more_and_shorter_ones_are(loaded, monkeypatch):
+    model, _ = loaded
+    configs = [kvjax.CompressionConfig.named(name, 24) for name in ("snapkv", "key-diff")]
+    real = kvjax.prefill_prompts
+
+    def failing(model, prompts, *rest, **call):
+        if len(prompts[0]) > 32:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return real(model, prompts, *rest, **call)
+
+    monkeypatch.setattr("kvjax.eval.reader.kvjax.prefill_prompts", failing)
+    reader, long, short = Reader(model, configs), [[5] * 60], [[5] * 30]
+    with pytest.raises(RuntimeError):
+        reader.read(long, None, configs[0], 1)
+    assert reader.read(long, None, configs[1], 1) is None
+    assert isinstance(reader.read(short, None, configs[0], 1), kvjax.PrefilledPrompts)
+
+
 def test_a_batch_is_prefilled_once_for_all_methods(loaded, tmp_path, monkeypatch):
     real, calls = kvjax.prefill_prompts, []
 
