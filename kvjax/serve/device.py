@@ -278,10 +278,13 @@ def _nobody(row: int) -> Job:
 
 
 def _pages_within(cache_bytes: int, model: Model, menu: Menu, rows: int) -> int:
-    """Pages that fit beside the tails."""
+    """Pages that fit beside the tails, and the queries that these remember."""
     config, itemsize = model.config, jnp.dtype(model.embed.table_VD.dtype).itemsize
     heads = config.num_layers * config.num_kv_heads
     tails = rows * menu.tail_slots * heads * 2 * config.head_dim * itemsize
+    if menu.recompress is not None:  # its rule may score by the last queries
+        queries = menu.recompress.queries * config.num_layers * config.num_heads
+        tails += rows * queries * config.head_dim * itemsize
     # Beside an entry: its owner, its position, and in int8 two scales.
     slot = 2 * config.head_dim * (1 if menu.quantize else itemsize) + 5 + 8 * menu.quantize
     pages = (cache_bytes - tails) // (menu.page * slot)
