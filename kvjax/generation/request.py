@@ -153,9 +153,11 @@ class Request(struct.PyTreeNode):
         prefilled = prompts.arrays if isinstance(prompts, PrefilledPrompts) else None
         if recompress is not None:
             _check_recompress(recompress, config, cache)
-            layout = "packed" if config.compresses else None
-            sums = config.sums or recompress.sums
-            config = dataclasses.replace(config, layout=layout, sums=sums)
+            config = dataclasses.replace(
+                config,
+                layout="packed" if config.compresses else None,
+                sums=config.sums or recompress.sums,
+            )
         inputs = _inputs(model, prompts, config, options)
         rows = inputs.rows
         tokens, lengths = pad(rows)
