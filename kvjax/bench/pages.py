@@ -78,6 +78,7 @@ def measure(
         "contiguous": float(np.median(contiguous)),
         "contiguous_least": min(contiguous),
         "of_contiguous": float(np.median(paged) / np.median(contiguous)),
+        "cache_bytes": own.nbytes,
         "held_bytes": decode.held_bytes(own),
     }
 

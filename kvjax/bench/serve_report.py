@@ -17,12 +17,13 @@ from kvjax.models.checkpoints.hub import local_folder
 from kvjax.models.presets import PRESETS, model_config, model_of
 
 
-def run(settings: Settings, text: Path | None, out: Path | None) -> None:
+def run(settings: Settings, *, text: Path | None, saved: Path | None, out: Path | None) -> None:
     """Measure, print tables and the JSON object, and write both and a picture to `out`.
 
     Args:
       settings: what to measure.
       text: prompts are cut from it; None for random token ids.
+      saved: a file for the ids of the prompts, or None.
       out: a folder, or None.
 
     Raises:
@@ -42,6 +43,9 @@ def run(settings: Settings, text: Path | None, out: Path | None) -> None:
         ids, config.vocab_size, count=settings.requests, lengths=settings.lengths,
         new_tokens=settings.new_tokens, rate=settings.rate, seed=settings.seed,
     )  # fmt: skip
+    if saved is not None:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        saved.write_text("".join(f"{json.dumps(prompt)}\n" for prompt in load.prompts))
     rows = measure(model_of(settings.model, config), settings, load)
     facts = dataclasses.asdict(settings) | {"text": text is not None}
     report = {"benchmark": "serve", "machine": machine(), "settings": facts, "rows": rows}

@@ -108,6 +108,7 @@ def _serve_flags(parser: argparse.ArgumentParser, whole: _Whole) -> None:
     add("--requests", type=whole(1), default=64, metavar="N", help="prompts in all (%(default)s)")
     add("--tokens", default="1000", metavar="N,N", help="of prompts, in turn (%(default)s)")
     add("--text", metavar="FILE", help="what prompts are cut from (random token ids)")
+    add("--save-prompts", metavar="FILE", help="write their ids, a JSON list a line, for others")
     add("--new", type=whole(2), default=100, metavar="N", help="tokens of an answer (%(default)s)")
     add("--rate", type=_rate, metavar="R", help="requests a second, at random times (all at once)")
     add("--seed", type=whole(0), default=0, metavar="N", help="of ids and times (%(default)s)")
@@ -191,5 +192,7 @@ def serve(arguments: argparse.Namespace) -> None:
         recompress_every=arguments.recompress_every,
         seed=arguments.seed,
     )
-    text = Path(arguments.text) if arguments.text else None
-    serve_report.run(settings, text, _folder(arguments))
+    text, saved = (
+        Path(name) if name else None for name in (arguments.text, arguments.save_prompts)
+    )
+    serve_report.run(settings, text=text, saved=saved, out=_folder(arguments))
