@@ -48,7 +48,12 @@ def run(settings: Settings, *, text: Path | None, saved: Path | None, out: Path 
         saved.write_text("".join(f"{json.dumps(prompt)}\n" for prompt in load.prompts))
     rows = measure(model_of(settings.model, config), settings, load)
     facts = dataclasses.asdict(settings) | {"text": text is not None}
-    report = {"benchmark": "serve", "machine": machine(), "settings": facts, "rows": rows}
+    report: dict[str, Any] = {
+        "benchmark": "serve",
+        "machine": machine(),
+        "settings": facts,
+        "rows": rows,
+    }
     print(tables(report))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
