@@ -315,6 +315,32 @@ def bench(path: str | Path, report: Mapping[str, Any]) -> Path:
     return _save(figure, path)
 
 
+def served(path: str | Path, report: Mapping[str, Any]) -> Path:
+    """Tokens a second of a server by method: of decode time and of the whole run.
+
+    A tick is what the arithmetic allows; each name has the most rows that were answered at once.
+    """
+    rows = report["rows"]
+    figure, axes = _figure(9, 0.5 * len(rows) + 1.1, ncols=2, sharey=True)
+    panels = (
+        ("of decode time", "output_per_decode_second", "decode_bound"),
+        ("of the whole run", "output_per_second", "whole_bound"),
+    )
+    for axis, (title, value, bound) in zip(axes, panels, strict=True):
+        found = np.array([row[value] for row in rows])
+        bounds = np.array([row[bound] for row in rows])
+        axis.barh(range(len(rows)), found, color=_KEPT)
+        for place, (reached, most) in enumerate(zip(found, bounds, strict=True)):
+            axis.text(reached, place, f" {reached:.1f}", va="center")
+            axis.plot([most] * 2, [place - 0.4, place + 0.4], color=_NEEDLE, lw=2)
+        axis.set_yticks(range(len(rows)), [f"{r['method']}, {r['most_rows']} rows" for r in rows])
+        axis.set_title(title)
+        axis.set_xlim(0, max(found.max(), bounds.max()) * 1.2)
+    axes[0].invert_yaxis()
+    figure.supxlabel("output tokens a second (orange: bound)")
+    return _save(figure, path)
+
+
 def real_models(
     path: str | Path,
     answers: Mapping[str, Mapping[str, tuple[float | None, float | None]]],

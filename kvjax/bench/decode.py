@@ -7,6 +7,7 @@ would make it (each head half as many as the one before).
 B batch, L layers, K KV heads, M slots, H head dim.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -111,6 +112,12 @@ def _cache(layers, slots, batch: int, prompt: int, new: int) -> Cache:
 
 def decode_step(model: Decoder, cache: Cache, new: int, repeats: int) -> Timing:
     """Seconds of one step, the mean over new - 1 of them in one loop."""
+    run, arrays = decode_loop(model, cache, new)
+    return timed(run, *arrays, repeats=repeats, per=new - 1)[0]
+
+
+def decode_loop(model: Decoder, cache: Cache, new: int) -> tuple[Callable, tuple[Any, ...]]:
+    """What runs new - 1 steps of every row in one loop, and its arguments."""
     batch, vocab = cache.batch, model.config.vocab_size
     if model.config.rope_by_length:
         cache = cache.replace(rope_length=cache.prompt_lengths + new)
@@ -118,8 +125,7 @@ def decode_step(model: Decoder, cache: Cache, new: int, repeats: int) -> Timing:
     tokens, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
     logits = jnp.zeros((batch, vocab), jnp.float32)
     answer = decode.start_answer(logits, tokens, lengths, jax.random.key(0), rules, new)
-    run = partial(decode.decode, steps=new - 1)
-    return timed(run, model, cache, answer, rules, repeats=repeats, per=new - 1)[0]
+    return partial(decode.decode, steps=new - 1), (model, cache, answer, rules)
 
 
 def attention(model: ModelConfig, cache: Cache, repeats: int, dtype: Any, loops: int = 8) -> Timing:

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from kvjax.bench import budgets, decode, generate, scores
+from kvjax.bench import budgets, decode, generate, pages, scores
 from kvjax.bench.timing import bandwidth
 from kvjax.config import CompressionConfig
 from kvjax.models.presets import default_dtype, model_config, model_of
 from kvjax.spelling import parse_method, spelled
 
-KINDS = ("decode", "scores", "generate", "budgets")
+KINDS = ("decode", "scores", "generate", "budgets", "pages")
 # What flags come to that are not given: a small model whole, or a large one's scores alone.
 _WHOLE = {"model": "100m", "batch": "1,4", "prompt": 2048, "budget": 256}
 _ALONE = {"model": "llama-3-8b", "batch": "1", "prompt": 131_072, "budget": 1024}
@@ -60,13 +60,7 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
     configs = settings.configs()
     config = model_config(settings.model, settings.prompt + settings.new)
     dtype = default_dtype()
-    machine = {
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "bandwidth": bandwidth(settings.repeats),
-    }
+    facts = machine() | {"bandwidth": bandwidth(settings.repeats)}
     rows: list[dict[str, Any]] = []
     call: dict[str, Any] = {"prompt": settings.prompt, "repeats": settings.repeats}
     if kind == "scores":
@@ -77,20 +71,33 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
         for batch in tqdm(settings.batches, desc=kind, disable=None):
             found = budgets.measure(config, budget=settings.budget, batch=batch, **call)
             rows += [{"batch": batch} | row for row in found]
-        machine["peak_rss"] = budgets.peak_rss()
+        facts["peak_rss"] = budgets.peak_rss()
     else:
         model = model_of(settings.model, config)
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        machine["weights"] = weights
+        facts["weights"] = weights
         for batch in settings.batches:
             for one in tqdm(configs, desc=f"{kind}, batch {batch}", disable=None):
                 if kind == "generate":
                     rows += generate.measure(model, [one], batch=batch, new=settings.new, **call)
+                elif kind == "pages":
+                    shape = {"new": settings.new, "dtype": dtype, "owners": settings.owners}
+                    rows.append(pages.measure(model, one, batch=batch, **shape, **call))
                 else:
                     rows.append(decode_row(model, one, batch, settings, dtype))
-        add_limits(rows, weights, max(machine["bandwidth"].values()))
-    facts = dataclasses.asdict(settings)
-    return {"benchmark": kind, "machine": machine, "settings": facts, "rows": rows}
+        add_limits(rows, weights, max(facts["bandwidth"].values()))
+    asked = dataclasses.asdict(settings)
+    return {"benchmark": kind, "machine": facts, "settings": asked, "rows": rows}
+
+
+def machine() -> dict[str, Any]:
+    """What runs here."""
+    return {
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+    }
 
 
 def decode_row(
@@ -132,15 +139,15 @@ def add_limits(rows: list[dict[str, Any]], weights: int, rate: float) -> None:
 
 
 # ---------------------------------------------------------------------------- table
-_Columns = Sequence[tuple[str, Callable[[dict[str, Any]], str]]]
-_STEP: _Columns = (
+Columns = Sequence[tuple[str, Callable[[dict[str, Any]], str]]]
+_STEP: Columns = (
     ("step, ms", lambda row: f"{row['step'] * 1e3:.2f}"),
     ("/ full", lambda row: f"{row['of_full']:.2f}"),
     ("limit, ms", lambda row: f"{row['limit'] * 1e3:.2f}"),
     ("of limit", lambda row: f"{row['of_limit']:.0%}"),
     ("cache, MB", lambda row: f"{row['cache_bytes'] / 1e6:.1f}"),
 )
-_COLUMNS: dict[str, _Columns] = {
+_COLUMNS: dict[str, Columns] = {
     "decode": (
         ("batch", lambda row: str(row["batch"])),
         ("method", lambda row: row["method"]),
@@ -158,6 +165,15 @@ _COLUMNS: dict[str, _Columns] = {
         ),
         *_STEP,
         ("tokens/s", lambda row: f"{row['tokens_per_second']:.1f}"),
+    ),
+    "pages": (
+        ("batch", lambda row: str(row["batch"])),
+        ("method", lambda row: row["method"]),
+        ("through pages, ms", lambda row: f"{row['step'] * 1e3:.2f}"),
+        ("contiguous, ms", lambda row: f"{row['contiguous'] * 1e3:.2f}"),
+        ("/ contiguous", lambda row: f"{row['of_contiguous']:.2f}"),
+        ("limit, ms", lambda row: f"{row['limit'] * 1e3:.2f}"),
+        ("held, MB", lambda row: f"{row['held_bytes'] / 1e6:.1f}"),
     ),
     "scores": (
         ("batch", lambda row: str(row["batch"])),
@@ -180,9 +196,13 @@ _COLUMNS: dict[str, _Columns] = {
 
 def table(report: dict[str, Any]) -> str:
     """The rows as Markdown."""
-    columns = _COLUMNS[report["benchmark"]]
+    return markdown(_COLUMNS[report["benchmark"]], report["rows"])
+
+
+def markdown(columns: Columns, rows: Sequence[dict[str, Any]]) -> str:
+    """These columns of the rows."""
     lines = [[title for title, _ in columns], ["---"] * len(columns)]
-    lines += [[cell(row) for _, cell in columns] for row in report["rows"]]
+    lines += [[cell(row) for _, cell in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Run `kvjax methods`, `generate`, `score`, `bench` and `train-tiny`; slow imports come late."""
+"""Run `kvjax methods`, `generate`, `score` and `train-tiny`; slow imports come late."""
 
 import argparse
 import dataclasses
@@ -41,7 +41,6 @@ from kvjax.inputs.read import read
 from kvjax.likelihood import Document, batches
 from kvjax.methods import METHODS, Method
 from kvjax.model_interface import Model, VisionModel
-from kvjax.spelling import parse_methods
 
 
 # ---------------------------------------------------------------------------- methods
@@ -90,29 +89,6 @@ def _always_kept(method: Method) -> str:
     names = {"window": "the window", "half": "last half of the budget"}
     recent = names.get(str(method.recent), f"last {method.recent}")
     return f"first {method.sinks}, {recent}" if method.sinks else recent
-
-
-# ---------------------------------------------------------------------------- bench
-def bench(arguments: argparse.Namespace) -> None:
-    """`kvjax bench`."""
-    from kvjax.bench.report import DEFAULTS, Settings, run
-
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    chosen: dict[str, Any] = DEFAULTS[arguments.kind] | given
-    batches = chosen["batch"].split(",")
-    if not all(batch.isdecimal() and int(batch) for batch in batches):
-        raise ValueError(f"--batch {chosen['batch']}, expected integers of at least 1, as in 1,4")
-    settings = Settings(
-        model=chosen["model"],
-        batches=tuple(map(int, batches)),
-        prompt=chosen["prompt"],
-        new=arguments.new,
-        budget=chosen["budget"],
-        methods=parse_methods(arguments.methods),
-        owners=arguments.owners,
-        repeats=arguments.repeats,
-    )
-    run(arguments.kind, settings, Path(arguments.out) if arguments.out else None)
 
 
 # ---------------------------------------------------------------------------- train-tiny

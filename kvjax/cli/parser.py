@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import kvjax
-from kvjax.bench.decode import OWNERS
-from kvjax.bench.report import DEFAULTS, KINDS
 from kvjax.cli import (
+    bench,
     calibrate,
     chat,
     commands,
@@ -21,8 +20,6 @@ from kvjax.cli import (
 )
 from kvjax.compression.scorers import decoding_scorers
 from kvjax.methods import METHODS
-from kvjax.models.presets import PRESETS
-from kvjax.spelling import FORM
 
 _LARGEST = 2**31 - 1  # what an int32 holds
 
@@ -112,8 +109,8 @@ def build_parser() -> Parser:
     sub = command(plan.run, "plan", "Compile ahead of time: what fits on which TPU or GPU")
     plan.add_flags(sub, whole)
 
-    sub = command(commands.bench, "bench", "Measure speed on this machine")
-    _bench_flags(sub)
+    sub = command(bench.run, "bench", "Measure speed on this machine")
+    bench.add_flags(sub, whole)
 
     sub = command(commands.train_tiny, "train-tiny", "Train the bundled model")
     _training_flags(sub)
@@ -184,36 +181,6 @@ def _calibration_flags(parser: Parser) -> None:
         help="the profile, which generate and score take with --profile; a picture goes beside it",
     )
     add("--json", action="store_true", help="print one JSON object")
-
-
-def _bench_flags(parser: Parser) -> None:
-    add = parser.add_argument
-    add(
-        "kind",
-        choices=KINDS,
-        help="decode steps, what scoring adds to a layer, the whole path, or only what sharing a"
-        " budget out takes of random scores",
-    )
-    small, large = DEFAULTS["decode"], DEFAULTS["budgets"]
-
-    def either(name: str) -> str:
-        return f"({small[name]}; {large[name]} of budgets)"
-
-    known = f"{', '.join(PRESETS)}, random weights, or a folder, a GGUF file or org/name"
-    add("--model", metavar="M", help=f"{known} {either('model')}")
-    add("--batch", metavar="N,N", help=f"rows {either('batch')}")
-    add("--prompt", type=whole(64), metavar="N", help=f"tokens {either('prompt')}")
-    add("--new", type=whole(2), default=64, metavar="N", help="tokens to decode (64)")
-    add("--budget", type=whole(2), metavar="N", help=f"entries a KV head {either('budget')}")
-    add(
-        "--methods",
-        default="snapkv/padded,snapkv/packed,ada-snapkv/padded,ada-snapkv/packed,h2o,prefixkv",
-        metavar="M,M",
-        help=f"{FORM}, beside full (%(default)s)",
-    )
-    add("--owners", choices=OWNERS, default="even", help="of synthetic pools (even)")
-    add("--repeats", type=whole(1), default=5, metavar="N", help="timed runs (5)")
-    add("--out", metavar="DIR", help="also write the JSON and a picture there")
 
 
 def _model_flags(parser: Parser) -> None:

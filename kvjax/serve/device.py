@@ -20,6 +20,7 @@ from kvjax.generation.programs import flat
 from kvjax.generation.sampling import Sampling, Values, row_keys
 from kvjax.model_interface import Model
 from kvjax.serve import programs
+from kvjax.serve.fit import pages_within
 from kvjax.serve.job import Job, running_text
 from kvjax.serve.menu import Choice, Menu
 from kvjax.serve.pages import Lease, Shape
@@ -61,7 +62,9 @@ class Device:
         self._by_length = config.rope_by_length
         self.eos = tuple(config.eos_token_ids)
         self._eos = np.array([*self.eos, -1], np.int32)
-        pages = _pages_within(cache_bytes, model, menu, rows)
+        pages = pages_within(
+            cache_bytes, menu, rows, jnp.dtype(model.embed.table_VD.dtype).itemsize
+        )
         shape = Shape(
             rows=rows,
             layers=config.num_layers,
@@ -275,26 +278,6 @@ def _nobody(row: int) -> Job:
         sampling=Sampling(), seed=0, ends=False, context=None, more=0, logprobs=0,
         push=lambda step: None, text=running_text(None, (), []),
     )  # fmt: skip
-
-
-def _pages_within(cache_bytes: int, model: Model, menu: Menu, rows: int) -> int:
-    """Pages that fit beside the tails, and the queries that these remember."""
-    config, itemsize = model.config, jnp.dtype(model.embed.table_VD.dtype).itemsize
-    heads = config.num_layers * config.num_kv_heads
-    tails = rows * menu.tail_slots * heads * 2 * config.head_dim * itemsize
-    if menu.recompress is not None:  # its rule may score by the last queries
-        queries = menu.recompress.queries * config.num_layers * config.num_heads
-        tails += rows * queries * config.head_dim * itemsize
-    # Beside an entry: its owner, its position, and in int8 two scales.
-    slot = 2 * config.head_dim * (1 if menu.quantize else itemsize) + 5 + 8 * menu.quantize
-    pages = (cache_bytes - tails) // (menu.page * slot)
-    if pages < config.num_layers:
-        least = tails + config.num_layers * menu.page * slot
-        raise ValueError(
-            f"cache_bytes={cache_bytes}, expected at least {least} for {rows} rows' tails and"
-            " a page of each layer"
-        )
-    return int(pages)
 
 
 def page_of(model: Model) -> int:

@@ -47,6 +47,8 @@ class Engine:
         `decode_steps`; 32 by default, and `recompress.every` where there is a rule.
       recompress: compress answers while they are drawn, all of them; None keeps them whole.
       top_logprobs: likeliest tokens that a request may ask for at each place.
+      reads: prompts that are read between two dispatches at most. More of them fill the rows sooner
+        and hold up those that are answered for longer.
       seed: of requests that bring none.
       warm_up: compile all programs now; else each with the first request that needs it.
 
@@ -73,6 +75,7 @@ class Engine:
         tail_slots: int | None = None,
         recompress: Recompress | None = None,
         top_logprobs: int = 0,
+        reads: int = 1,
         seed: int = 0,
         warm_up: bool = True,
     ):
@@ -81,6 +84,7 @@ class Engine:
             rows=rows,
             max_new_tokens=max_new_tokens,
             decode_steps=decode_steps,
+            reads=reads,
         )
         _check_whole(0, top_logprobs=top_logprobs)
         if question_buckets and recompress is not None:
@@ -110,7 +114,7 @@ class Engine:
         )
         self.compiled = device.warm_up() if warm_up else 0
         self._numbers = itertools.count()
-        self._loop = Loop(device)
+        self._loop = Loop(device, reads)
 
     def __enter__(self) -> "Engine":
         return self

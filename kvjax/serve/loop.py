@@ -1,12 +1,13 @@
 """The thread that has the device: what happens in every round of a server.
 
-A round does what clients asked for, admits at most one prompt, empties tails that are full, queues
-the next tokens of all rows, and only then reads those that were queued a round before: the device
-never waits for the host, and no prompt stands between two dispatches but one.
+A round does what clients asked for, admits at most one prompt (`reads` of them), empties tails that
+are full, queues the next tokens of all rows, and only then reads those that were queued a round
+before: the device never waits for the host.
 """
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from kvjax.cache.history import History
+from kvjax.serve.clock import Clock
 from kvjax.serve.device import Device
 from kvjax.serve.job import Job
 from kvjax.serve.menu import Choice
@@ -45,10 +47,15 @@ class Kept(NamedTuple):
 
 
 class _Dispatch(NamedTuple):
-    """Tokens on their way from the device, and whose they are, row by row."""
+    """Tokens on their way from the device, and whose they are, row by row.
+
+    `reads` says whether they are the first one of an answer; `queued` when they were asked for.
+    """
 
     drawn: Drawn
     jobs: tuple[tuple[int, Job], ...]
+    reads: bool
+    queued: float
 
 
 class _Command(NamedTuple):
@@ -63,18 +70,19 @@ class Loop:
 
     Args:
       device: nothing else may use it from now on.
+      reads: prompts between two dispatches at most.
 
     Attributes:
       contexts: by id.
       failure: what ended the loop, if it was not closed.
     """
 
-    def __init__(self, device: Device):
-        self._device, self._menu = device, device.menu
+    def __init__(self, device: Device, reads: int = 1):
+        self._device, self._menu, self._reads = device, device.menu, reads
         self._scheduler: Scheduler[Job] = Scheduler(device.rows, device.shape.pages)
         self.contexts: dict[str, Kept] = {}
         self.failure: BaseException | None = None
-        self._counts = Counts()
+        self._counts, self._clock = Counts(), Clock()
         self._open: set[Job] = set()
         self._pending: deque[_Dispatch] = deque()
         self._commands: deque[_Command] = deque()
@@ -201,6 +209,7 @@ class Loop:
             shared_pages=scheduler.held,
             page_slots=self._menu.page,
             holders=tuple(holders),
+            spent=self._clock.spent(),
             **vars(self._counts),
         )
 
@@ -208,7 +217,9 @@ class Loop:
         error: BaseException = RuntimeError("the engine was closed")
         try:
             while self._obey():
-                self._admit()
+                for _ in range(self._reads):
+                    if not self._admit():
+                        break
                 queued = self._decode()
                 self._hand_out(1 if queued else 0)
         except BaseException as failure:  # whoever waits is to learn of it
@@ -271,42 +282,43 @@ class Loop:
         with self._changed:
             self._open.discard(job)
 
-    def _admit(self) -> None:
-        """One prompt, or one row that comes back, if there is a row and pages for it."""
-        job = self._scheduler.admit()
+    def _admit(self) -> bool:
+        """One prompt, or one row that comes back; False where there is no row or pages for it."""
+        job, now = self._scheduler.admit(), time.perf_counter()
         if job is None:
-            return
+            return False
         assert job.row is not None  # it was admitted
         if job.saved is not None:
             self._device.swap_in(job.saved, job.row)
             job.saved = None
-            return
+            return True
         if job.context is None:
             drawn = self._device.admit(job, self._device.prefill(job))
         elif (kept := self.contexts.get(job.context)) is None:  # given up before it was asked
             job.fail(ValueError(f"context={job.context!r}, expected one of {list(self.contexts)}"))
             self._end(job)
-            return
+            return True
         else:
             assert kept.lease is not None  # it is listed once it is read
             drawn = self._device.ask(job, kept.lease, kept.rope_length)
         self._counts.tokens_in += len(job.tokens)
         job.drawn = 1
-        self._pending.append(_Dispatch(drawn, ((0, job),)))
+        self._pending.append(_Dispatch(drawn, ((0, job),), True, now))
+        return True
 
     def _decode(self) -> bool:
         """Queue the next tokens of all rows; False where no row has any to draw."""
         jobs = [(row, job) for row, job in self._scheduler.running.items() if job.left]
         if not jobs:
             return False
-        steps = self._device.steps
+        steps, now = self._device.steps, time.perf_counter()
         full = [row for row, job in jobs if job.tail + min(steps, job.left) > self._menu.tail_slots]
         if full:
             self._device.make_room(full)
             for row in full:
                 self._scheduler.running[row].tail = 0
             self._counts.evictions += len(full) if self._menu.recompress is not None else 0
-        self._pending.append(_Dispatch(self._device.decode(), tuple(jobs)))
+        self._pending.append(_Dispatch(self._device.decode(), tuple(jobs), False, now))
         for _, job in jobs:
             fed = min(steps, job.left)
             job.drawn, job.tail = job.drawn + fed, job.tail + fed
@@ -315,8 +327,9 @@ class Loop:
     def _hand_out(self, ahead: int) -> None:
         """Give clients what was drawn, but for the last `ahead` dispatches; end what is over."""
         while len(self._pending) > ahead:
-            drawn, jobs = self._pending.popleft()
-            drawn = jax.device_get(drawn)
+            drawn, jobs, reads, queued = self._pending.popleft()
+            drawn, handed = jax.device_get(drawn), self._counts.tokens_out
+            done = time.perf_counter()
             for row, job in jobs:
                 if job.done:
                     continue
@@ -326,3 +339,8 @@ class Loop:
                 if job.done:
                     self._counts.finished += 1
                     self._end(job)
+            if reads:
+                self._clock.note_prompt(queued, done)
+            else:
+                handed = self._counts.tokens_out - handed
+                self._clock.note_tokens(queued, done, len(jobs), handed)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvjax.serve.clock import Spent
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -69,6 +71,7 @@ class Stats:
       tokens_in, tokens_out: of prompts that were read, and of answers that were handed out.
       finished, aborted: requests answered to their end, and given up by their clients.
       holders: of the rows.
+      spent: seconds of the device.
     """
 
     queued: int
@@ -86,3 +89,4 @@ class Stats:
     finished: int
     aborted: int
     holders: tuple[Holder, ...]
+    spent: Spent

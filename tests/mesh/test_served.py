@@ -78,7 +78,7 @@ def swapped(engine, ask):
             if job.number not in left:
                 left.add(job.number)
                 loop.swap_out(job)
-        admit()
+        return admit()
 
     loop._admit = out_first
     found = ask()
