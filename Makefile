@@ -52,6 +52,9 @@ mutants: setup  ## do the tests notice 30 planted faults? an hour; `make mutants
 lives: setup  ## 500 random lives of a cache beside an oracle, half an hour
 	LIVES=500 $(RUN) -m pytest -q tests/model/test_life.py -m slow
 
+equal: setup  ## every method in a server, at once, alone and beside `generate`, half an hour
+	EQUALITY=1 $(RUN) -m pytest -q tests/model/test_equality.py -m slow
+
 lint: setup  ## ruff: rules and format
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
