@@ -10,7 +10,7 @@ _BESIDE, _SCALES = 5, 8
 
 
 def tail_bytes(menu: Menu, itemsize: int) -> int:
-    """Bytes of one row's tail, for keys and values of so many bytes; remembered queries included."""
+    """Bytes of one row's tail and remembered queries, for keys and values of so many bytes."""
     shape, rule = menu.shape, menu.recompress
     heads = 2 * menu.tail_slots * shape.num_kv_heads
     if rule is not None:
