@@ -49,8 +49,11 @@ test-all: setup $(AHEAD)/.installed $(VENV)/.eval  ## what `make test` leaves ou
 mutants: setup  ## do the tests notice 30 planted faults? an hour; `make mutants WORDS=slots` for some of them
 	$(RUN) tests/mutants.py $(WORDS)
 
-lives: setup  ## 500 random lives of a cache beside an oracle, half an hour
-	LIVES=500 $(RUN) -m pytest -q tests/model/test_life.py -m slow
+lives: setup  ## 500 random lives of a cache beside an oracle, and 20,000 moves of pages, half an hour
+	LIVES=500 $(RUN) -m pytest -q tests/model/test_life.py tests/core/test_page_lives.py -m slow
+
+equal: setup  ## every method in a server, at once, alone and beside `generate`, half an hour
+	EQUALITY=1 $(RUN) -m pytest -q tests/model/test_equality.py -m slow
 
 lint: setup  ## ruff: rules and format
 	$(VENV)/bin/ruff check

@@ -51,9 +51,10 @@ class CompressionConfig(Settings):
         holds whole is quantized too, alone as beside longer ones; `full` and a budget of 1.0, which
         evict nothing of any prompt, are not.
       sums: whether every entry that is kept carries the squared attention probabilities that it has
-        received, which `Recompress(scorer="squared-sum")` goes on adding to: 4 bytes a slot, packed
-        layout only. `generate` and `stream` set it under such a rule; `compress_prompt` has to be
-        told. They begin with the prompt's last 8 queries, or the window of "l2-window".
+        received, which `Recompress(scorer="squared-sum")` goes on adding to: 4 bytes a slot of what
+        is stored, 8 while it decodes, packed layout only. `generate` and `stream` set it under such
+        a rule; `compress_prompt` and `prefill_prompts` have to be told. They begin with the
+        prompt's last 8 queries, or the window of "l2-window".
 
     Raises:
       ConfigError: a value outside its range.
@@ -208,8 +209,8 @@ class Recompress:
         one threshold over all layers and heads; needs scorer="squared-sum" and a budget.
       heads: "ada" or "uniform", how a layer's entries are divided among its heads (any of
         `kvjax.compression.allocators.HEADS` under which heads keep tokens of their own); "global"
-        layers divide them among heads, too.
-      floor: Ada-KV's alpha.
+        layers divide them among heads, too, and take no other.
+      floor: Ada-KV's alpha, from 0 to 1; has no effect on "global" layers.
 
     Raises:
       ConfigError: a value outside its range.
@@ -240,6 +241,8 @@ class Recompress:
             _refuse("layers", self.layers, "one of uniform, global")
         if self.layers == "global" and not self.sums:
             _refuse("layers", self.layers, "'uniform' without scorer='squared-sum' and a budget")
+        if self.layers == "global" and self.heads != "ada":
+            _refuse("heads", self.heads, "'ada' with layers='global', whose threshold divides both")
         if not (isinstance(self.floor, int | float) and 0 <= self.floor <= 1):
             _refuse("floor", self.floor, "a number from 0 to 1")
         if self.window is not None:

@@ -139,7 +139,8 @@ def _blocks(q_BTNH, pool, bounds, visible, pages, scored=0):
     if scored:
         slots = -(-pages[0].shape[1] * pages[1] // block) * block
         group = q_BTNH.shape[2] // scored
-        nothing.append(jnp.full((q_BTNH.shape[0], group, slots), -jnp.inf, jnp.float32))
+        # As wide as the table may be; whoever reads it goes no further than the row's slots.
+        nothing.append(lax.empty((q_BTNH.shape[0], group, slots), jnp.float32))
     return lax.fori_loop(0, (end - first + block - 1).max() // block, step, tuple(nothing))
 
 

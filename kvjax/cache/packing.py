@@ -17,8 +17,8 @@ from kvjax.sharding import GROUP, HEADS, REST
 
 
 def quantized(
-    x: Float[Array, "B Y H"],
-) -> tuple[Int8[Array, "B Y H"], Float[Array, "B Y"]]:
+    x: Float[Array, "*B Y H"],
+) -> tuple[Int8[Array, "*B Y H"], Float[Array, "*B Y"]]:
     """Whole numbers from -127 to 127 and what they are to be multiplied with, one a vector.
 
     An entry is off by at most half its scale, that is max |x| / 254.

@@ -221,8 +221,9 @@ def _reuse(slots: Slots, cache: Cache, layer: LayerSlots, index: int, keep_BKS) 
         jnp.concatenate(halves, axis=-1).astype(slots.entries.dtype), mode="drop"
     )
     sums = slots.sums
-    if sums is not None and tail.sums:
-        sums = put(sums, rows(tail.sums)[..., 0], 0)
+    if sums is not None:  # an entry that nothing was added to does not inherit what it replaces
+        received = rows(tail.sums)[..., 0] if tail.sums else jnp.zeros(source_BX.shape)
+        sums = put(sums, received, 0)
     position_BX = jnp.take_along_axis(tail.positions, source_BX % tail_slots, axis=1)
     return slots.replace(
         entries=entries,

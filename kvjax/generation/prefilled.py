@@ -46,6 +46,7 @@ class PrefilledPrompts:
             raise ValueError(
                 f"the prompts were prefilled without what {config.method!r} reads, expected it"
                 " among the configs of prefill_prompts, with the same settings and tokenizer"
+                + (" and sums=True" if config.sums else "")
             )
 
     def check_following(self, more: int | Sequence[int] | np.ndarray):

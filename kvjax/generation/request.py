@@ -79,20 +79,31 @@ class Options:
     recompress: Recompress | None = None
 
     def __post_init__(self):
-        new, stop = self.max_new_tokens, self.stops
+        new = self.max_new_tokens
         if isinstance(new, bool) or not isinstance(new, int) or new < 1:
             raise ValueError(f"max_new_tokens={new!r}, expected an integer of at least 1")
-        if any(not text for text in stop):
-            raise ValueError(f"stop={list(stop)!r}, expected strings that are not empty")
-        if stop and self.tokenizer is None:
-            raise ValueError(f"stop={list(stop)!r} needs a tokenizer, got tokenizer=None")
+        check_stops(self.stop, self.tokenizer)
         if self.images is not None and self.cache is not None:
             raise ValueError("images beside a cache are not read, expected them in its prompt")
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, however many."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return check_stops(self.stop, self.tokenizer)
+
+
+def check_stops(stop: str | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    """The stop strings, however many.
+
+    Raises:
+      ValueError: one that is empty or no string, or no tokenizer beside them.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise ValueError(f"stop={list(stops)!r}, expected strings that are not empty")
+    if stops and tokenizer is None:
+        raise ValueError(f"stop={list(stops)!r} needs a tokenizer, got tokenizer=None")
+    return stops
 
 
 @no_type_check  # jax maps trees to other leaves than arrays
@@ -142,9 +153,10 @@ class Request(struct.PyTreeNode):
         prefilled = prompts.arrays if isinstance(prompts, PrefilledPrompts) else None
         if recompress is not None:
             _check_recompress(recompress, config, cache)
-            sums = recompress.sums
             config = dataclasses.replace(
-                config, layout="packed" if config.compresses else None, sums=sums
+                config,
+                layout="packed" if config.compresses else None,
+                sums=config.sums or recompress.sums,
             )
         inputs = _inputs(model, prompts, config, options)
         rows = inputs.rows

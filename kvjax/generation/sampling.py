@@ -7,12 +7,14 @@ rule on or off does.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from kvjax.exact import MOST
 
 # Temperatures below are greedy: the draw is the likeliest token anyway, and logits divided by a
 # smaller number can leave fp32.
@@ -68,8 +70,8 @@ class Sampling:
                 raise ValueError(f"{name}={value!r}, expected {expected}")
 
         demand("temperature", self.temperature >= 0, "a number of at least 0")
-        whole = isinstance(self.top_k, int) and self.top_k >= 0
-        demand("top_k", whole, "an integer of at least 0 (0: all tokens)")
+        whole = isinstance(self.top_k, int) and 0 <= self.top_k <= MOST
+        demand("top_k", whole, f"an integer from 0 (all tokens) to {MOST}")
         demand("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1")
         demand("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1")
         demand("repetition_penalty", self.repetition_penalty > 0, "a number above 0")
@@ -104,13 +106,25 @@ def row_keys(seed: int | Sequence[int], rows: int) -> Key[Array, " B"]:
     rows of one prompt and one seed draw the same.
 
     Raises:
-      ValueError: another number of seeds than rows.
+      ValueError: another number of seeds than rows, or one that is none.
     """
-    if isinstance(seed, int | np.integer):
-        return jnp.broadcast_to(jax.random.key(int(seed)), (rows,))
+    if not isinstance(seed, Sequence | np.ndarray):
+        return jnp.broadcast_to(jax.random.key(check_seed(seed)), (rows,))
     if len(seed) != rows:
         raise ValueError(f"seed has {len(seed)} entries, expected one number or one a row ({rows})")
-    return jnp.stack([jax.random.key(int(one)) for one in seed])
+    return jnp.stack([jax.random.key(check_seed(one)) for one in seed])
+
+
+def check_seed(seed: Any) -> int:
+    """The seed; of a larger one a key would have the low half alone.
+
+    Raises:
+      ValueError: no integer, or one that 32 bits do not hold.
+    """
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not (whole and 0 <= seed < 2**32):
+        raise ValueError(f"seed={seed!r}, expected an integer from 0 to {2**32 - 1}")
+    return int(seed)
 
 
 def sample(

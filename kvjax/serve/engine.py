@@ -1,6 +1,7 @@
 """Engine: a model that answers many requests at once from one pool of compressed caches."""
 
 import asyncio
+import contextlib
 import itertools
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -8,8 +9,8 @@ from typing import Any, Literal
 
 from kvjax.cache.history import BEGUN, extended
 from kvjax.config import Recompress
-from kvjax.generation.request import FULL, UNKNOWN, check_rows
-from kvjax.generation.sampling import Sampling
+from kvjax.generation.request import FULL, UNKNOWN, check_rows, check_stops
+from kvjax.generation.sampling import Sampling, check_seed
 from kvjax.generation.suggestion import chosen
 from kvjax.inputs.chat import Messages
 from kvjax.inputs.prompts import ModelInputs, Prompts
@@ -181,7 +182,7 @@ class Engine:
         steps: asyncio.Queue[Step | BaseException] = asyncio.Queue()
 
         def push(step: Step | BaseException) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the client's loop is closed, and it is gone
                 loop.call_soon_threadsafe(steps.put_nowait, step)
 
         job.push = push
@@ -215,7 +216,7 @@ class Engine:
           ValueError: as `submit`, before any of them is read.
         """
         rows = self._read(prompts, messages, template_args, context).rows
-        seeds = [seed] * len(rows) if seed is None or isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(rows)
         if len(seeds) != len(rows):
             raise ValueError(
                 f"seed has {len(seeds)} entries, expected one number or one a prompt ({len(rows)})"
@@ -258,9 +259,8 @@ class Engine:
         limit = self._max_new_tokens if max_new_tokens is None else max_new_tokens
         _check_whole(1, self._max_new_tokens, max_new_tokens=limit)
         _check_whole(0, self._most_logprobs, logprobs=logprobs)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if stops and (self.tokenizer is None or not all(stops)):
-            raise ValueError(f"stop={list(stops)!r}, expected texts, and a tokenizer beside them")
+        stops = check_stops(stop, self.tokenizer)
+        seed = check_seed(self._seed if seed is None else seed)
         rules = chosen(sampling, self.model.config.stated_sampling)
         if rules.repetition_penalty != 1:
             raise ValueError(f"repetition_penalty={rules.repetition_penalty}, expected 1")
@@ -280,11 +280,11 @@ class Engine:
             told = [*kept.history[0].tokens, *tokens]
         config = FULL if choice is None else choice.config
         check_rows(self.model, [tokens], config, [before], limit)
-        self._loop.check(pages + shared)
+        self._loop.check(pages)
         return Job(
             pages=pages, apart=pages + shared, number=next(self._numbers), method=name,
             tokens=tokens, before=before,
-            choice=choice, limit=limit, sampling=rules, seed=self._seed if seed is None else seed,
+            choice=choice, limit=limit, sampling=rules, seed=seed,
             ends=not ignore_eos, context=context, more=more, logprobs=logprobs,
             push=lambda step: None, text=running_text(self.tokenizer, stops, told),
         )  # fmt: skip
@@ -332,7 +332,7 @@ class Engine:
             rope_length=len(tokens) + following,
         )
         name = f"context-{next(self._numbers)}"
-        own = self._seed if seed is None else seed
+        own = check_seed(self._seed if seed is None else seed)
         self._loop.call(lambda: self._loop.add_context(name, tokens, choice, own, following, kept))
         return name
 

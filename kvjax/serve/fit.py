@@ -10,10 +10,12 @@ _BESIDE, _SCALES = 5, 8
 
 
 def tail_bytes(menu: Menu, itemsize: int) -> int:
-    """Bytes of one row's tail, for keys and values of so many bytes."""
-    shape = menu.shape
-    heads = shape.num_layers * shape.num_kv_heads
-    return menu.tail_slots * heads * 2 * shape.head_dim * itemsize
+    """Bytes of one row's tail and remembered queries, for keys and values of so many bytes."""
+    shape, rule = menu.shape, menu.recompress
+    heads = 2 * menu.tail_slots * shape.num_kv_heads
+    if rule is not None:
+        heads += rule.queries * shape.num_heads
+    return heads * shape.num_layers * shape.head_dim * itemsize
 
 
 def page_bytes(menu: Menu, itemsize: int) -> int:

@@ -159,9 +159,9 @@ class Loop:
 
     def swap_out(self, job: Job) -> None:
         """Take a running job to the host's memory; it waits before all others."""
-        row = self._scheduler.swap_out(job)
-        job.saved = self._device.swap_out(row)
-        self._device.release([row])
+        assert job.row is not None  # it is running
+        job.saved = self._device.swap_out(job.row)
+        self._device.release([self._scheduler.swap_out(job)])
         self._counts.swaps += 1
 
     def drop_context(self, name: str) -> None:
@@ -239,11 +239,11 @@ class Loop:
         with self._changed:
             while not (self._closed or self._commands or self._busy()):
                 self._changed.wait()
-            if self._closed:
-                return False
-            commands = list(self._commands)
-            self._commands.clear()
-        for function, box in commands:
+            count = len(self._commands)
+        for _ in range(count):
+            if (command := self._next_command()) is None:
+                break
+            function, box = command
             if box is None:
                 function()
                 continue
@@ -251,7 +251,12 @@ class Loop:
                 box.put((function(), None))
             except Exception as error:  # the caller's
                 box.put((None, error))
-        return True
+        return not self._closed
+
+    def _next_command(self) -> _Command | None:
+        """What is to be done next. The others stay where `_run` finds them if this one fails."""
+        with self._changed:
+            return None if self._closed or not self._commands else self._commands.popleft()
 
     def _busy(self) -> bool:
         return bool(self._scheduler.queue or self._scheduler.running or self._pending)

@@ -58,7 +58,10 @@ class Prompt(struct.PyTreeNode):
     sizes: Int[Array, " L"]
 
 
-@partial(Program, static_argnames=("shape", "tail_slots", "quantize", "recompress"))
+# The model is kept for its mesh: nothing else says on which devices the state is to lie.
+@partial(
+    Program, static_argnames=("shape", "tail_slots", "quantize", "recompress"), keep_unused=True
+)
 def open_program(
     model: Flat,
     *,
@@ -207,7 +210,7 @@ def flush_program(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> tuple[Pa
         positions=jnp.where(rows[:, None], -1, tail.positions),
         cursor=jnp.where(rows, 0, tail.cursor),
     )
-    return _placed_pages(pages), tail
+    return _placed_pages(pages), _placed_tail(tail)
 
 
 @partial(Program, static_argnames=("recompress", "windows"), donate_argnames=("pages", "tail"))
@@ -236,7 +239,7 @@ def evict_program(
     pages = paged.put_row(paged.with_pool(pages, slots), row, lease)
     # The queries stay: the next compression scores by the last ones.
     now = emptied(tail, row).replace(query_positions=tail.query_positions)
-    return _placed_pages(pages), now
+    return _placed_pages(pages), _placed_tail(now)
 
 
 def _row_of(tail: Tail, row: Int[Array, ""]) -> Tail:

@@ -1,9 +1,9 @@
 """Who waits, who has a row, and how many pages are left; nothing of this is on the device.
 
 A request is admitted by what it can come to hold at most: what is kept of its prompt and what its
-answer adds. So it never has to wait for pages once it has a row, and its answer never depends on
-its neighbours. Requests are admitted in the order in which they came, those that were swapped out
-before the others.
+answer adds. So it never has to wait for pages once it has a row, but where a new context takes
+those of the newest rows, and its answer never depends on its neighbours. Requests are admitted in
+the order in which they came, those that were swapped out before the others.
 """
 
 from collections import deque
@@ -63,7 +63,7 @@ class Scheduler[T: Ticket]:
         Raises:
           ValueError: as `check`.
         """
-        self.check(ticket.apart)
+        self.check(ticket.pages)
         self.queue.append(ticket)
 
     def admit(self) -> T | None:
@@ -97,7 +97,7 @@ class Scheduler[T: Ticket]:
         """
         waiting = [*self.queue, *self.running.values()]
         largest = max((ticket.apart for ticket in waiting), default=0)
-        available = self.pages - self.held - largest
+        available = max(0, self.pages - self.held - largest)
         if pages > available:
             raise ValueError(
                 f"the context needs {pages} pages, expected at most {available} (cache_bytes, less"

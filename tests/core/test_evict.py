@@ -252,6 +252,11 @@ def test_more_pages_hold_every_entry_and_add_room(method, layout):
             "recompress.layers='global', expected 'uniform' without scorer='squared-sum' and a"
             " budget",
         ),
+        (
+            {"layers": "global", "budget": 9, "scorer": "squared-sum", "heads": "uniform"},
+            "recompress.heads='uniform', expected 'ada' with layers='global', whose threshold"
+            " divides both",
+        ),
         ({"window": 9}, "recompress.window=9, expected at most every=8"),
         ({"budget": 8, "window": 5}, "recompress.window=5, expected with 4 sinks less than 8"),
     ],

@@ -259,7 +259,8 @@ def test_switches():
         ("temperature", -0.1, "a number of at least 0"),
         ("temperature", math.nan, "a number of at least 0"),
         ("temperature", math.inf, "a number of at least 0"),
-        ("top_k", -1, r"an integer of at least 0 \(0: all tokens\)"),
+        ("top_k", -1, r"an integer from 0 \(all tokens\) to 2147483647"),
+        ("top_k", 2**31, r"an integer from 0 \(all tokens\) to 2147483647"),
         ("top_p", 0.0, "a number above 0 and at most 1"),
         ("top_p", 1.1, "a number above 0 and at most 1"),
         ("min_p", -0.1, "a number from 0 to 1"),
@@ -271,6 +272,13 @@ def test_switches():
 def test_values_outside_their_range(name, value, expected):
     with pytest.raises(ValueError, match=rf"^{name}={value}, expected {expected}$"):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, True, [0, 2**40]])
+def test_seeds_that_32_bits_do_not_hold(seed):
+    """JAX would take the low half of a larger one: 2**32 would draw as 0 does."""
+    with pytest.raises(ValueError, match=r"^seed=\S+, expected an integer from 0 to 4294967295$"):
+        sampling.row_keys(seed, 2)
 
 
 # ---------------------------------------------------------------------------- what a model suggests

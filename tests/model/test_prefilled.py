@@ -116,6 +116,10 @@ def test_what_was_not_read_is_refused(model, prompts, prefilled):
     repeated = CompressionConfig.named("kvzip", 16, repeat_chunk=32)
     with pytest.raises(ValueError, match="prefilled without what 'kvzip' reads"):
         kvjax.compress_prompt(model, prefilled, repeated)
+    plain = kvjax.prefill_prompts(model, prompts[:1], [CompressionConfig.named("key-diff", 16)])
+    adding = CompressionConfig.named("key-diff", 16, sums=True)
+    with pytest.raises(ValueError, match=r"'key-diff' reads, .* and sums=True$"):
+        kvjax.compress_prompt(model, plain, adding)
     with pytest.raises(ValueError, match="'kvzip' repeats prompts or expects queries"):
         kvjax.prefill_prompts(model, prompts, [configs()["kvzip"], repeated])
     with pytest.raises(ValueError, match="images is given beside prefilled prompts"):

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+import jax
 import numpy as np
 import pytest
 import served
@@ -10,6 +11,7 @@ import served
 import kvjax
 from kvjax import CompressionConfig, Recompress, Sampling
 from kvjax.serve import Engine
+from kvjax.serve.loop import _Command
 from kvjax.serve.programs import no_compilation
 
 NEW, SMALL = 44, 16
@@ -177,7 +179,7 @@ def test_a_client_that_goes_away_frees_its_pages(engine, prompts, monkeypatch):
 
     aborted = engine.stats().aborted
     asyncio.run(leave())
-    assert engine.stats().aborted >= aborted + 1
+    assert engine.stats().aborted == aborted + 2
     assert held(engine) == (0, 0)
 
 
@@ -208,7 +210,10 @@ def test_stats_say_who_holds_which_pages(engine, prompts, monkeypatch):
         ({"method": "full", "budget": 8}, "budget=8 with method 'full', expected None"),
         ({"max_new_tokens": NEW + 1}, "max_new_tokens=45, expected an integer from 1 to 44"),
         ({"logprobs": 3}, "logprobs=3, expected an integer from 0 to 2"),
-        ({"stop": "x"}, "stop=.*, expected texts, and a tokenizer beside them"),
+        ({"stop": "x"}, "stop=.* needs a tokenizer, got tokenizer=None"),
+        ({"stop": [""]}, r"stop=\[''\], expected strings that are not empty"),
+        ({"seed": 2**32}, "seed=4294967296, expected an integer from 0 to 4294967295"),
+        ({"seed": -1}, "seed=-1, expected an integer from 0"),
         ({"context": "c"}, "context='c', expected one of"),
         ({"sampling": Sampling(repetition_penalty=2.0)}, "repetition_penalty=2.0, expected 1"),
     ],
@@ -227,6 +232,77 @@ def test_what_can_never_fit_is_refused(model, engine, prompts):
         tight.submit(prompts[0])
     with pytest.raises(ValueError, match="cache_bytes=1000, expected at least"):
         Engine(model, None, "full", cache_bytes=1000, **small)
+
+
+def test_a_question_needs_no_pages_that_it_shares(engine, prompts):
+    contexts = [engine.add_context(prompts[0], method="full") for _ in range(3)]
+    shared = engine.contexts()[0].pages
+    own = engine._menu.forked_pages(engine._menu.growth(NEW) + 16)
+    assert own <= engine.stats().free_pages < own + shared
+    assert engine.generate([prompts[1][:16]], context=contexts[0])[0].tokens
+    for context in contexts:
+        engine.drop_context(context)
+
+
+def test_a_client_whose_event_loop_closes_ends_no_other(engine, prompts, monkeypatch):
+    """Even where it closes between a look at it and the push."""
+
+    async def leave_at_once():
+        steps = engine.submit(prompts[0], ignore_eos=True)
+        await anext(steps)
+        return steps  # not closed: the server goes on pushing
+
+    runner = asyncio.new_event_loop()
+    steps = runner.run_until_complete(leave_at_once())
+    runner.close()
+    with monkeypatch.context() as seen:
+        seen.setattr(runner, "is_closed", lambda: False)
+        assert engine.generate(prompts[1], max_new_tokens=NEW)[0].finish_reason is not None
+    del steps
+
+
+def test_nobody_waits_for_a_loop_that_has_ended(model, prompts):
+    engine = Engine(model, None, "full", cache_bytes=200_000, rows=3, buckets=(64,),
+                    max_new_tokens=NEW, tail_slots=16, top_logprobs=2, warm_up=False)  # fmt: skip
+    loop, held, asked, failed = engine._loop, threading.Event(), threading.Event(), []
+
+    def ask():
+        try:
+            engine.stats()
+        except Exception as error:
+            failed.append(error)
+
+    def fail():
+        raise OSError("no such device")
+
+    busy = threading.Thread(target=lambda: loop.call(lambda: (asked.set(), held.wait())))
+    busy.start()
+    asked.wait()  # the loop's thread is in it: what comes now is obeyed together
+    with loop._changed:
+        loop._commands.append(_Command(fail))
+    asker = threading.Thread(target=ask)
+    asker.start()
+    while len(loop._commands) < 2:
+        pass
+    held.set()
+    asker.join(60)
+    assert [type(error) for error in failed] == [OSError]
+    busy.join()
+    engine.close()
+
+
+def test_queries_that_a_rule_remembers_count_as_memory(model):
+    """The pool and the tails, all that they hold, take no more than was given."""
+    with Engine(
+        model, None, METHODS["ada-snapkv"], cache_bytes=400_000, rows=8, buckets=(64,),
+        max_new_tokens=NEW, recompress=Recompress(every=32, budget=64), warm_up=False,
+    ) as engine:  # fmt: skip
+        state = engine._loop.call(lambda: engine._loop._device.state)
+        pools = state.pages.slots.entries, state.pages.slots.owners, state.pages.slots.positions
+        tails = state.tail.keys, state.tail.values, state.tail.queries
+        assert state.tail.queries
+        size = sum(x.nbytes for x in jax.tree.leaves((pools, tails)))
+        assert 380_000 < size <= 400_000
 
 
 def test_drained_and_closed(model, prompts):

@@ -3,6 +3,8 @@
 The oracle is Rehg 2024 (arXiv 2410.00161), sections 3.2 and 3.3, with pages of one slot.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from life import likely, stored
@@ -23,7 +25,7 @@ QUESTION = [5, 9, 31, 7, 22]
 class Summing(Row):
     """A row of the oracle with the sums of its entries `[L, K, n]`."""
 
-    def begin(self, prompt: list[int], window: int, held: np.ndarray, sliding=None):
+    def begin(self, prompt: list[int], window: int, held: np.ndarray):
         """Read a prompt; its last queries' squares, pooled by 7, are what its entries begin with.
 
         `held` `[L, K, n]` says what compression keeps.
@@ -47,19 +49,27 @@ class Summing(Row):
         self.sums += self._by_group(self.squares.sum(2))
         return found
 
-    def evict(self, budget: int, window: int, sinks: int = 0):
-        """Keep the last tokens and, of everything else of all layers and heads, the largest."""
+    def evict(self, rule: Recompress):
+        """Keep the last tokens, the sinks and, of what competes with each other, the largest.
+
+        These are all layers and heads, or each head alone.
+        """
         layers, kv_heads, seen = self.held.shape
         place = np.arange(seen)
-        can = self.held.copy()
-        for index, sliding in enumerate(self.oracle.config.sliding_windows):
-            if sliding is not None:
-                can[index] &= place > seen - sliding
-        always = can & ((place >= seen - window) | (place < sinks))
-        open_ = np.flatnonzero(can & ~always)
-        best = open_[np.argsort(-self.sums.reshape(-1)[open_], kind="stable")]
-        self.held = always
-        self.held.reshape(-1)[best[: budget * layers * kv_heads - always.sum()]] = True
+        always = self.held & ((place >= seen - rule.window) | (place < rule.sinks))
+        together = layers * kv_heads if rule.layers == "global" else 1
+        shape = -1, together * seen
+        held = zip(*(x.reshape(shape) for x in (self.held, always, self.sums)), strict=True)
+        kept = [_largest(*each, rule.budget * together) for each in held]
+        self.held = np.reshape(kept, self.held.shape)
+
+
+def _largest(held, always, sums, budget: int) -> np.ndarray:
+    open_ = np.flatnonzero(held & ~always)
+    best = open_[np.argsort(-sums[open_], kind="stable")]
+    kept = always.copy()
+    kept[best[: budget - always.sum()]] = True
+    return kept
 
 
 def agree(cache, number: int, row: Summing):
@@ -86,14 +96,14 @@ def sums_of(cache, row: int, index: int) -> np.ndarray:
     return np.concatenate([np.asarray(pool.sums[row])[slots], of_tail])
 
 
-def follow(row: Summing, tokens: list[int]) -> np.ndarray:
+def follow(row: Summing, tokens: list[int], rule: Recompress = RULE) -> np.ndarray:
     """Decode as the rule says: `[O - 1, V]` log-probs after each token but the last."""
     found = []
     for count, token in enumerate(tokens[:-1], 1):
         found.append(row.add([token])[0])
         if count % EVERY == 0 and count < len(tokens) - 1:
-            row.evict(BUDGET, WINDOW)
-    row.evict(BUDGET, WINDOW)
+            row.evict(rule)
+    row.evict(rule)
     row.add(tokens[-1:])
     return np.array(found)
 
@@ -109,14 +119,40 @@ def begun(model, prompts, config, window=8) -> list[Summing]:
     return rows
 
 
-def test_answers_follow_the_oracle_over_several_evictions(model, prompts):
-    rows = begun(model, prompts, KVC)
-    out = kvjax.generate(model, prompts, KVC, **CALL)
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        (KVC, RULE),
+        (KVC, dataclasses.replace(RULE, sinks=2)),
+        (
+            CompressionConfig.named("snapkv", 16, window=8),
+            dataclasses.replace(RULE, layers="uniform", heads="uniform"),
+        ),
+    ],
+    ids=["everywhere", "sinks", "each head"],
+)
+def test_answers_follow_the_oracle_over_several_evictions(model, prompts, config, rule):
+    rows = begun(model, prompts, config)
+    out = kvjax.generate(model, prompts, config, **CALL | {"recompress": rule})
     sizes = np.asarray(out.cache.slots.lengths)
     for number, (row, tokens) in enumerate(zip(rows, out.tokens, strict=True)):
-        likely(out.log_probs[number][1:], tokens[1:], follow(row, tokens))
+        likely(out.log_probs[number][1:], tokens[1:], follow(row, tokens, rule))
         agree(out.cache, number, row)
-    assert any(len(set(row)) > 1 for row in sizes)  # layers have come to differ
+    # Layers have come to differ under one threshold alone.
+    assert any(len(set(row)) > 1 for row in sizes) == (rule.layers == "global")
+
+
+def test_entries_inherit_no_sums_of_those_they_replace(model, prompts):
+    """Under a rule that adds nothing an answer's entries have none; and the sums are not lost."""
+    rule = Recompress(every=EVERY, budget=BUDGET, window=WINDOW)
+    config = CompressionConfig.named("kv-compress", 16, sums=True)
+    out = kvjax.generate(model, prompts, config, **CALL | {"recompress": rule})
+    pool = out.cache.slots
+    for number, prompt in enumerate(prompts):
+        of_answer = (pool.owners[number] >= 0) & (pool.positions[number] >= len(prompt))
+        assert of_answer.sum() > 20
+        assert not pool.sums[number][of_answer].any()
+        assert pool.sums[number].any()  # the prompt's
 
 
 def test_a_document_is_asked_saved_and_asked_again(model, prompts, tmp_path):

@@ -5,9 +5,12 @@ import json
 
 import numpy as np
 import pytest
+import served
 
 import kvjax
 from kvjax import CompressionConfig
+from kvjax.serve import Engine
+from kvjax.tiny import WEIGHTS
 from kvjax.tiny.questions import questions
 from kvjax.tiny.vocabulary import text
 
@@ -61,6 +64,26 @@ def rows():
             }
         )
     return found
+
+
+@pytest.fixture(scope="module")
+def server(harness):
+    """The address of a server of the same model and method."""
+    methods = {"ada-snapkv": CompressionConfig.named("ada-snapkv", BUDGET)}
+    with Engine(
+        harness.model, harness.tokenizer, methods, cache_bytes=2**22, rows=4, buckets=(192,),
+        max_new_tokens=8, warm_up=False,
+    ) as engine, served.listening(served.app(engine)) as found:  # fmt: skip
+        yield found
+
+
+def tasks(folder, rows, **forms):
+    """A manager of these tasks alone."""
+    data = folder / "rows.json"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    for name, form in forms.items():
+        (folder / f"{name}.yaml").write_text(form.format(file=data))
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def tokens_of(harness, text):
@@ -123,11 +146,7 @@ def test_a_text_is_scored_half_a_window_after_another(rows):
 
 def test_tasks_run_under_compression(harness, rows, tmp_path):
     """One with choices and one with answers, from lm_eval's own evaluator."""
-    data = tmp_path / "rows.json"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    for name, form in (("tiny_choice", CHOICE), ("tiny_answer", ANSWER)):
-        (tmp_path / f"{name}.yaml").write_text(form.format(file=data))
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    manager = tasks(tmp_path, rows, tiny_choice=CHOICE, tiny_answer=ANSWER)
     done = lm_eval.simple_evaluate(
         harness, tasks=["tiny_choice", "tiny_answer"], task_manager=manager, bootstrap_iters=0
     )
@@ -140,6 +159,27 @@ def test_tasks_run_under_compression(harness, rows, tmp_path):
     results = done["results"]
     assert results["tiny_answer"]["exact_match,none"] == pytest.approx(np.mean(right))
     assert results["tiny_choice"]["acc,none"] > 0.6  # by chance a third
+
+
+@pytest.mark.parametrize("backend", ["None", "huggingface"])
+def test_a_server_gives_the_same_answers(harness, server, rows, tmp_path, backend):
+    """lm_eval's own client of OpenAI's protocol, which sends texts or token ids, four at once."""
+    pytest.importorskip("tenacity", reason="needs tenacity, as lm_eval's clients do")
+    asked = importlib.import_module("lm_eval.models.openai_completions").LocalCompletionsAPI(
+        base_url=f"{server}/v1/completions", model=served.NAME, tokenizer_backend=backend,
+        tokenizer=str(WEIGHTS), tokenized_requests=backend != "None", num_concurrent=4,
+        add_bos_token=True, max_retries=1,
+    )  # fmt: skip
+    manager = tasks(tmp_path, rows, tiny_answer=ANSWER)
+    found = []
+    for model in (harness, asked):
+        done = lm_eval.simple_evaluate(
+            model, tasks=["tiny_answer"], task_manager=manager, bootstrap_iters=0
+        )
+        samples = sorted(done["samples"]["tiny_answer"], key=lambda sample: sample["doc_id"])
+        found.append([sample["filtered_resps"] for sample in samples])
+    assert found[0] == found[1]
+    assert len({str(answer) for answer in found[0]}) > 2
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ FLAGS = (
     "--prompt-buckets", "64", "--question-buckets", "32", "--rows", "2", "--max-new-tokens", "128",
     "--port", "0",
 )  # fmt: skip
+STREAMS = 20  # ten times as many as rows
 
 
 @contextmanager
@@ -42,11 +43,16 @@ def address(running) -> str:
     raise AssertionError("it ended before it listened")
 
 
-def ask(url: str, body: dict, **headers) -> dict:
+def ask(url: str, body: dict, **headers) -> list[dict]:
+    """The answer, or all events of a stream, which comes to its end."""
     data = json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"} | headers)
     with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)
+        if not body.get("stream"):
+            return [json.load(answer)]
+        *events, end = [line[len("data: ") :] for line in map(bytes.decode, answer) if line.strip()]
+        assert end.strip() == "[DONE]"
+        return [json.loads(event) for event in events]
 
 
 def test_what_was_accepted_is_answered_after_sigterm():
@@ -57,27 +63,33 @@ def test_what_was_accepted_is_answered_after_sigterm():
         with pytest.raises(urllib.error.HTTPError, match="401") as caught:
             ask(url, {"prompt": "the"})
         caught.value.close()
-        answers: list[dict] = []
         asked = {"model": "tiny", "prompt": "the note of the baker", "max_tokens": 128}
         asked["temperature"] = 0  # a drawn answer may end at once
+        [whole] = ask(url, asked, **key)
+        counted = asked | {"stream": True, "stream_options": {"include_usage": True}}
+        answers: list[list[dict]] = []
 
         def one() -> None:
-            answers.append(ask(url, asked, **key))
+            answers.append(ask(url, counted, **key))
 
-        threads = [threading.Thread(target=one) for _ in range(6)]  # more than rows
+        threads = [threading.Thread(target=one) for _ in range(STREAMS)]
         for thread in threads:
             thread.start()
         page = urllib.request.Request(f"{root}/pool.json", headers=key)
-        pool: dict = {}
-        while pool.get("running", 0) + pool.get("queued", 0) + pool.get("finished", 0) < 6:
+        pool: dict = {"running": 0, "queued": 0, "finished": 0}
+        while pool["running"] + pool["queued"] + pool["finished"] < STREAMS + 1:
             with urllib.request.urlopen(page, timeout=60) as answer:
                 pool = json.load(answer)
         running.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
         assert running.wait(timeout=60) == 0
-        assert pool["finished"] < 6  # it was ended under load
-        assert [answer["usage"]["total_tokens"] > 5 for answer in answers] == [True] * 6
+        assert pool["finished"] < STREAMS + 1  # it was ended under load
+        assert len(answers) == STREAMS
+        for *pieces, last in answers:
+            texts = [piece["choices"][0]["text"] for piece in pieces]
+            assert "".join(texts) == whole["choices"][0]["text"]
+            assert last["usage"] == whole["usage"]
         assert running.stderr.read() == ""
 
 
