@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvjax.cli import plan_rows
+
 _INSTALL = "pip install kvjax[ahead]"
 
 
 def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> None:
     """The flags of `kvjax plan`; `whole` makes a type of a least integer."""
     from kvjax.models.presets import PRESETS
-    from kvjax.plan.topology import TOPOLOGIES
+    from kvjax.plan.topology import CARDS, TOPOLOGIES
     from kvjax.spelling import FORM
 
     add = parser.add_argument
@@ -73,12 +75,30 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         metavar="N",
         help="after so many, rows that were not compiled before are estimates (no limit)",
     )
+    group = parser.add_argument_group("a server")
+    group.add_argument(
+        "--rows",
+        metavar="N,N",
+        help="in place of all that: requests that a server answers at once, of prompts of so many"
+        f" tokens, on each of --topology, single devices with commas ({', '.join(CARDS)} as well)",
+    )
+    group.add_argument(
+        "--recompress-every",
+        type=whole(2),
+        metavar="N",
+        help="also with answers that are compressed again every N tokens, to the budget",
+    )
     add("-o", "--out", metavar="FILE.md", help="also write the table, and JSON beside it")
     add("--json", action="store_true", help="print one JSON object on the last line")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """`kvjax plan`."""
+    if arguments.rows is not None:
+        plan_rows.run(arguments)
+        return
+    if arguments.recompress_every is not None:
+        raise ValueError("--recompress-every, expected --rows beside it")
     from kvjax.plan.rows import as_json
     from kvjax.plan.table import cost_table, markdown
 
@@ -166,14 +186,7 @@ def _write(out: Path, text: str, found: dict[str, Any], arguments: argparse.Name
     configs = "".join(f" --config {path}" for path in arguments.config or ())
     command = f"kvjax plan{configs or ' ...'} -o {out}"
     header = _HEADER.format(command=command)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in (
-        (out, header + text),
-        (out.with_suffix(".json"), json.dumps(found, indent=1) + "\n"),
-    ):
-        part = path.with_name(path.name + ".part")
-        part.write_text(content, encoding="utf-8")
-        part.replace(path)
+    plan_rows.write(out, header + text, found)
 
 
 _COST = """A decode step of one device, from shapes and as its compiler counts it. A compiler knows

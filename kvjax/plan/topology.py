@@ -73,3 +73,8 @@ TOPOLOGIES: Mapping[str, Topology] = MappingProxyType(
         for name, (target, part, devices) in _SLICES.items()
     }
 )
+# Devices that servers are planned for and that nothing is compiled for: NVIDIA's data sheet of the
+# L4, dense bf16.
+CARDS: Mapping[str, Topology] = MappingProxyType(
+    {"l4": Topology("l4", "l4", None, 1, 24, 24 * 10**9 - GIB, 300e9, 121e12)}
+)
