@@ -40,13 +40,18 @@ class Asked:
 
 
 def asked_of(methods: Sequence[str], lengths: Sequence[int], new_tokens: int) -> list[Asked]:
-    """A prompt of each length for each method, no two of them alike."""
+    """A prompt of each length for each method, no two of them alike.
+
+    No token comes twice as long as there are others: keys of one token have one norm, whatever its
+    position, and which of them goes by its norm is then decided by how a program rounds.
+    """
     rng = np.random.default_rng(len(methods) + sum(lengths))
-    both = itertools.product(lengths, methods)
-    return [
-        Asked(rng.integers(3, 80, length).tolist(), method, new_tokens, seed)
-        for seed, (length, method) in enumerate(both)
-    ]
+    found = []
+    for seed, (length, method) in enumerate(itertools.product(lengths, methods)):
+        rounds = [3 + rng.permutation(77) for _ in range(-(-length // 77))]
+        tokens = np.concatenate(rounds)[:length].tolist()
+        found.append(Asked(tokens, method, new_tokens, seed))
+    return found
 
 
 def at_once(engine: Engine, requests: Sequence[Asked]) -> list[Answer]:
@@ -95,7 +100,7 @@ def agreeing(answer: Answer, tokens: Sequence[int], log_probs: Sequence[float], 
     for place, (mine, theirs, log_prob) in enumerate(rows):
         if mine != theirs:
             first, second = sorted(answer.top[place].values(), reverse=True)
-            assert first - second <= MARGIN, (place, mine, theirs, first - second)
+            assert first - second <= MARGIN, f"token {place} is {mine}, {theirs} of `generate`"
             return place
         np.testing.assert_allclose(answer.log_probs[place], log_prob, atol=1e-4)
     return most
