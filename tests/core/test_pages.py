@@ -15,7 +15,7 @@ from page_machine import (
     Machine,
     flushed,
     released,
-)  # fmt: skip
+)
 
 from kvjax.cache.tail import empty_tail
 from kvjax.kernels.decode_attention import paged_attention
