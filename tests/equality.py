@@ -111,10 +111,10 @@ def swap_often(engine: Engine, monkeypatch: Any, every: int = 3, rows: int = 2) 
     loop, rounds = engine._loop, itertools.count(1)
     admit = loop._admit
 
-    def after_swaps() -> None:
+    def after_swaps() -> Any:
         if next(rounds) % every == 0:
             for job in list(loop._scheduler.running.values())[: -rows - 1 : -1]:
                 loop.swap_out(job)
-        admit()
+        return admit()
 
     monkeypatch.setattr(loop, "_admit", after_swaps)
