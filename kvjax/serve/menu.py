@@ -15,6 +15,7 @@ from kvjax.config import CompressionConfig, ConfigError, Recompress, check_confi
 from kvjax.exact import MOST
 from kvjax.generation.request import FULL, instructed
 from kvjax.model_interface import ModelShape
+from kvjax.serve.pressure import Sizes
 from kvjax.spelling import parse_method
 
 Method = CompressionConfig | str
@@ -52,6 +53,8 @@ class Menu:
       tail_slots: tokens of an answer that are not in pages yet.
       recompress: how answers are compressed while they are drawn, or None.
       page: slots of a page.
+      floor: entries a head that are left of a row when pages run short; None where it keeps what
+        the rule says.
     """
 
     shape: ModelShape
@@ -62,6 +65,7 @@ class Menu:
     tail_slots: int
     recompress: Recompress | None
     page: int
+    floor: int | None = None
 
     def __post_init__(self):
         kinds = {config.quantize for config in self.methods.values()}
@@ -82,6 +86,11 @@ class Menu:
     def quantize(self) -> bool:
         """Whether entries are int8."""
         return any(config.quantize for config in self.methods.values())
+
+    @property
+    def sums(self) -> bool:
+        """Whether entries have sums of squared attention probabilities."""
+        return self.recompress is not None and self.recompress.sums
 
     @property
     def _heads(self) -> int:
@@ -142,6 +151,20 @@ class Menu:
         fed = new_tokens - 1  # the last one is not
         return fed if self.recompress is None and fed > self.tail_slots else 0
 
+    @property
+    def most(self) -> int:
+        """Entries of all layers and heads that `recompress` keeps of a row."""
+        return slots_needed(0, self._heads, self.recompress, 0, 1.0) if self.recompress else 0
+
+    def sizes(self, width: int) -> Sizes | None:
+        """What rows hold that are evicted under pressure, of `width` pages a layer; else None."""
+        if self.floor is None:
+            return None
+        return Sizes(
+            page=self.page, layers=self.shape.num_layers, width=width, heads=self._heads,
+            tail=self.tail_slots, most=self.most, floor=self._heads * self.floor,
+        )  # fmt: skip
+
     def pages(self, entries: int, more: int) -> int:
         """Pages of a row at most: what is kept, and `more` tokens of every head behind it.
 
@@ -149,7 +172,7 @@ class Menu:
         """
         slots = entries + self._heads * more
         if self.recompress is not None:
-            slots = slots_needed(entries, self._heads, self.recompress, 0, 1.0)
+            slots = self.most
         return slots // self.page + self.shape.num_layers
 
     def forked_pages(self, more: int) -> int:
@@ -172,7 +195,9 @@ class Menu:
         if self.question_buckets:
             slots = kv_heads * (most + self.question_buckets[-1] + self.max_new_tokens)
         if self.recompress is not None:
-            slots = max(slots, slots_needed(0, self._heads, self.recompress, 0, 1.0))
+            # Under one threshold a layer may hold all of a row but the others' last tokens, which
+            # are a few per cent of it: no narrower table is right.
+            slots = max(slots, self.most)
         return -(-slots // self.page)
 
     @property
@@ -197,11 +222,6 @@ def tail_slots(slots: int | None, steps: int, recompress: Recompress | None) -> 
     if recompress is not None:
         if recompress.budget is None:
             raise ValueError("recompress.budget=None, expected a number of entries a head")
-        if recompress.sums:  # the pool has no place for them
-            raise ValueError(
-                f"recompress.scorer={recompress.scorer!r}, expected one that scores by what is"
-                " held: a server adds nothing up, as kvjax.generate does"
-            )
         if recompress.every % steps or slots not in (None, recompress.every):
             raise ValueError(
                 f"recompress.every={recompress.every}, expected a multiple of decode_steps={steps}"
@@ -219,11 +239,13 @@ def named_methods(
     budget: int | float | None,
     tokenizer: Any,
     vocab_size: int,
+    recompress: Recompress | None = None,
 ) -> dict[str, CompressionConfig]:
     """Configs by name, as a server runs them: packed, and without a ratio that answers keep.
 
     Arguments as of `Engine`.
     """
+    sums = recompress is not None and recompress.sums
     if isinstance(methods, Mapping):
         given = dict(methods)
     else:
@@ -237,7 +259,7 @@ def named_methods(
         config = instructed(config, tokenizer, vocab_size)
         if config.compresses:
             config = dataclasses.replace(config, layout="packed")
-        found[name] = dataclasses.replace(config, keep_ratio=False)
+        found[name] = dataclasses.replace(config, keep_ratio=False, sums=sums)
     return found
 
 
@@ -251,7 +273,9 @@ def _bucket(buckets: Sequence[int], length: int, what: str) -> int:
 
 def _canonical(config: CompressionConfig, bucket: int) -> CompressionConfig:
     """The config; where it leaves a prompt alone, the one that all such share."""
-    return FULL if config.skips(bucket) else config
+    if config.keeps_all(bucket) and not config.quantizes:
+        return dataclasses.replace(FULL, sums=config.sums)
+    return config
 
 
 def _below(config: CompressionConfig, bucket: int) -> CompressionConfig | None:
