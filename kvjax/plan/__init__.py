@@ -4,6 +4,7 @@ topology.py  chips and slices        program.py   shapes, and programs compiled 
 held.py      bytes from shapes       limits.py    the most that fits, from few compilations
 depth.py     few layers for many     rows.py      one row of the plan
 table.py     settings, Markdown      store.py     compilations kept on disk
+served.py    a server's programs
 compile_matrix.py, question_matrix.py: every kernel and many questions, for docs/compile_matrix.md
 """
 

@@ -122,7 +122,7 @@ class Shapes:
         topology, self.config = server.topology, server.model
         self.server, self.rule = server, rule
         self.mesh = mesh_of_slice(topology, self.config, 1, topology.devices)
-        self._laid = partial(laid, self.mesh)
+        self._laid: Any = partial(laid, self.mesh)
         self.model = flat(model_on(self.config, self.mesh))
         with lowering_for(topology.target, self.mesh):
             self.menu = server.menu(rule)
@@ -150,7 +150,7 @@ class Shapes:
         return found.replace(slots=self._dealt(found.slots))
 
     def _dealt(self, slots: Slots) -> Slots:
-        split = partial(laid, self.mesh)
+        split: Any = partial(laid, self.mesh)  # shapes stand where arrays will
         scales = slots.scales
         return slots.replace(
             entries=split(slots.entries, ".ME"),
@@ -231,7 +231,8 @@ def compile_case(name: str, shapes: Shapes) -> dict[str, Any]:
     topology, state = shapes.server.topology, shapes.state
     began = time.perf_counter()
     compiled = shapes.lowered(name).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     pool = pool_bytes(state.pages, topology.devices)
     half = pool // 2
     return {
