@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvjax.compression.capacity import check_prompt, layer_capacity, most_kept
-from kvjax.compression.room import check_held, slots_needed
+from kvjax.compression.room import check_held, slots_needed, widest_layer
 from kvjax.compression.row_budgets import largest
 from kvjax.config import CompressionConfig, ConfigError, Recompress, check_config
 from kvjax.exact import MOST
@@ -184,6 +184,9 @@ class Menu:
     def widest(self) -> int:
         """Pages of a layer at most, of any request."""
         kv_heads, windows = self.shape.num_kv_heads, self.shape.sliding_windows
+        if (rule := self.recompress) is not None:
+            sizes = [widest_layer(c, t, rule, windows, kv_heads) for t, c in self.variants()]
+            return -(-max(sizes) // self.page)
         most = 0
         for bucket, config in self.variants():
             for index in range(len(windows)):
@@ -194,10 +197,6 @@ class Menu:
         slots = kv_heads * (most + self.growth(self.max_new_tokens))
         if self.question_buckets:
             slots = kv_heads * (most + self.question_buckets[-1] + self.max_new_tokens)
-        if self.recompress is not None:
-            # Under one threshold a layer may hold all of a row but the others' last tokens, which
-            # are a few per cent of it: no narrower table is right.
-            slots = max(slots, self.most)
         return -(-slots // self.page)
 
     @property

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, no_type_check
 
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from kvjax.cache.packing import quantized
-from kvjax.cache.slots import Slots, first_page
+from kvjax.cache.slots import Slots, first_page, place_in_pool
 from kvjax.cache.tail import Tail
 
 
@@ -300,6 +301,8 @@ def fork(pages: Pages, shared: Lease, more: Int[Array, ""]) -> tuple[Pages, Leas
     def copied(axis: int, pool: Array) -> Array:
         paged = _by_page(pool, slots, axis)
         moved = jnp.take(paged, jnp.minimum(from_L, total - 1), axis=axis + 1)
+        # Read before anything is written: as one operation they would need a copy of the pool.
+        paged, moved = lax.optimization_barrier((paged, moved))
         index = (*[slice(None)] * (axis + 1), to_L)
         return paged.at[index].set(moved, mode="drop").reshape(pool.shape)
 
@@ -335,10 +338,11 @@ def flush(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> Pages:
         column_RX = jnp.minimum(number_RKU // slots.page, width - 1).reshape(len(number_RKU), -1)
         page_RX = jnp.take_along_axis(pages.table[:, layer], column_RX, axis=1)
         slot_RKU = page_RX.reshape(number_RKU.shape) * slots.page + number_RKU % slots.page
-        slot_RKU = (slot_RKU % slots.parts) * (slots.size // slots.parts) + slot_RKU // slots.parts
         # What is no token goes out of bounds, where it is dropped.
-        slot_RKU = jnp.where(filled_RU[:, None], slot_RKU, slots.size)
+        slot_RKU = jnp.where(filled_RU[:, None], place_in_pool(slots, slot_RKU), slots.size)
         halves = [tail.keys[layer], tail.values[layer]]
+        # One layer after the other: on a mesh each device gets all heads' tokens of a layer.
+        entries, halves = lax.optimization_barrier((entries, halves))
         if scales is not None:
             halves, found = map(list, zip(*map(quantized, halves), strict=True))
             scales = [

@@ -126,7 +126,7 @@ def prefill_program(
         slots, sizes_L = roomy, roomy.sizes[0]
         if recompress.layers == "global":  # an eviction takes the pages that it needs
             sizes_L = slots.counts[0].sum(-1, dtype=jnp.int32)
-    slots = paged.with_table(reshard_slots(slots, sharding.parts()))
+    slots = _placed_slots(paged.with_table(reshard_slots(slots, sharding.parts())))
     return Prompt(logits=sharding.replicated(logits), slots=slots, sizes=sizes_L)
 
 
@@ -302,7 +302,9 @@ def ask_program(
         rope_length=one.rope_length,
     )
     logits, asked = extend_prompt(whole(model), tokens, one.prompt - one.position, asked)
-    mine = paged.flush(mine, asked.tail, jnp.ones((1,), bool))
+    # Written once all layers have read: between two of them the pool would have to be copied.
+    logits, mine, question = lax.optimization_barrier((logits, mine, asked.tail))
+    mine = paged.flush(mine, question, jnp.ones((1,), bool))
     pages, lease = paged.with_pool(pages, mine.slots), paged.lease_of(mine, 0)
     one = one.replace(position=one.prompt)
     logits = sharding.replicated(logits)
@@ -375,17 +377,23 @@ def _placed_tail(tail: Tail) -> Tail:
 
 
 def _placed_pages(pages: Pages) -> Pages:
-    slots = pages.slots
-    book = pages.table, slots.counts, pages.sizes, pages.used, pages.holders
-    table, counts, sizes, used, holders = sharding.replicated(book)
-    slots = slots.replace(
+    table, sizes, used, holders = sharding.replicated(
+        (pages.table, pages.sizes, pages.used, pages.holders)
+    )
+    slots = _placed_slots(pages.slots)
+    return pages.replace(slots=slots, table=table, sizes=sizes, used=used, holders=holders)
+
+
+def _placed_slots(slots: Slots) -> Slots:
+    """Slots as a server leaves them on a mesh: dealt out to all devices, and counts whole."""
+    scales, counts = slots.scales, sharding.replicated(slots.counts)
+    return slots.replace(
         entries=sharding.constrain(slots.entries, ".ME"),
         owners=sharding.constrain(slots.owners, ".M"),
         positions=sharding.constrain(slots.positions, ".M"),
-        scales=None if slots.scales is None else sharding.constrain(slots.scales, "..M"),
+        scales=None if scales is None else sharding.constrain(scales, "..M"),
         counts=counts,
     )
-    return pages.replace(slots=slots, table=table, sizes=sizes, used=used, holders=holders)
 
 
 PROGRAMS = (
