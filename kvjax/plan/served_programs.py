@@ -38,10 +38,12 @@ TARGETS = ("v5e-8", "v6e-8", "h200")
 _ENTRIES, _EVERY = 1024, 32
 _METHOD = CompressionConfig.named("ada-snapkv", _ENTRIES, layout="packed")
 _RULE = Recompress(every=_EVERY, budget=_ENTRIES)
+_SUMS = Recompress(every=_EVERY, budget=_ENTRIES, scorer="squared-sum", layers="global")
 # Every program with the rule of its server; None where answers are kept whole.
 CASES: Mapping[str, tuple[str, Recompress | None]] = MappingProxyType(
     {
         "decode": ("decode", None),
+        "decode, sums": ("decode", _SUMS),
         "flush": ("flush", None),
         "evict": ("evict", _RULE),
         "admit": ("admit", None),
@@ -147,9 +149,9 @@ class Shapes:
             self.number, None, config=self.server.compression, recompress=self.rule,
         )  # fmt: skip
         found = jax.tree.map(self._laid, _shapes(lowered))
-        return found.replace(slots=self._dealt(found.slots))
+        return found.replace(slots=self._split(found.slots))
 
-    def _dealt(self, slots: Slots) -> Slots:
+    def _split(self, slots: Slots) -> Slots:
         split: Any = partial(laid, self.mesh)  # shapes stand where arrays will
         scales = slots.scales
         return slots.replace(
@@ -170,10 +172,12 @@ class Shapes:
         if name == "release":
             return (pages, rows, mask), {}
         if name == "evict":
-            rest = {"recompress": self.rule, "windows": self.config.sliding_windows}
-            return (pages, tail, rows, self.number), rest
+            rest: dict[str, Any] = {"recompress": self.rule, "size": self.menu.largest_row}
+            rest["windows"] = self.config.sliding_windows
+            return (pages, tail, rows, *[self.number] * 3), rest
         if name == "admit":
-            return (*self.state, self.prompt, self.number, self.one, self.eos), {"top": 0}
+            how = self.number, self.one, self.eos, self.number
+            return (*self.state, self.prompt, *how), {"top": 0}
         if name == "keep":
             return (pages, self.prompt), {}
         if name == "ask":
@@ -185,7 +189,7 @@ class Shapes:
         if name == "swap_out":
             return out
         swapped = _shapes(programs.swap_out_program.lower(*out[0], **out[1]))
-        return (*self.state, jax.tree.map(self._laid, swapped), self.number), {}
+        return (*self.state, jax.tree.map(self._laid, swapped), *[self.number] * 2), {}
 
     def _lease(self):
         layers, kv_heads = self.config.num_layers, self.config.num_kv_heads
