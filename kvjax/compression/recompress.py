@@ -14,7 +14,7 @@ X = K U.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
 from kvjax.cache.packing import quantized
@@ -65,7 +65,11 @@ def make_room(
 
 
 def evict(
-    cache: Cache, ratio: Ratio | None, rule: Recompress, windows: tuple[int | None, ...]
+    cache: Cache,
+    ratio: Ratio | None,
+    rule: Recompress,
+    windows: tuple[int | None, ...],
+    room: Int[Array, " B"] | None = None,
 ) -> Cache:
     """Score, allocate and evict in every layer; what survives of the tail moves into slots.
 
@@ -76,6 +80,8 @@ def evict(
       ratio: from `add_pages`.
       rule: when and to what.
       windows: each layer's sliding window.
+      room: entries that each row keeps, where one threshold is for all layers; see
+        `evict_everywhere`.
     """
     adds = cache.tail.slot_sums is not None
     cache = settle(cache)
@@ -83,7 +89,7 @@ def evict(
     parts, slots = cache.slots.parts, reshard_slots(cache.slots, 1)
     everywhere = ratio is None and rule.layers == "global"
     if everywhere:
-        slots = evict_everywhere(cache, slots, rule, windows)
+        slots = evict_everywhere(cache, slots, rule, windows, room)
     for index, window in enumerate(() if everywhere else windows):
         layer = layer_slots(slots, index)
         if ratio is not None:

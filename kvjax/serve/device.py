@@ -169,8 +169,9 @@ class Device:
         else:
             for row in rows:
                 pages, tail = programs.evict_program(
-                    pages, tail, of_rows, np.int32(row), recompress=rule, windows=self._windows
-                )
+                    pages, tail, of_rows, np.int32(row), recompress=rule, windows=self._windows,
+                    size=self.swap_pages,
+                )  # fmt: skip
         self.state = State(pages, of_rows, tail)
 
     @always_32_bits

@@ -97,7 +97,7 @@ class Engine:
         self._max_new_tokens, self._seed, self._most_logprobs = max_new_tokens, seed, top_logprobs
         self._menu = Menu(
             shape=model.config,
-            methods=named_methods(methods, budget, tokenizer, model.config.vocab_size),
+            methods=named_methods(methods, budget, tokenizer, model.config.vocab_size, recompress),
             buckets=_buckets(model) if buckets is None else tuple(buckets),
             question_buckets=tuple(question_buckets),
             max_new_tokens=max_new_tokens,

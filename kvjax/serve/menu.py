@@ -84,6 +84,11 @@ class Menu:
         return any(config.quantize for config in self.methods.values())
 
     @property
+    def sums(self) -> bool:
+        """Whether entries have sums of squared attention probabilities."""
+        return self.recompress is not None and self.recompress.sums
+
+    @property
     def _heads(self) -> int:
         return self.shape.num_layers * self.shape.num_kv_heads
 
@@ -197,11 +202,6 @@ def tail_slots(slots: int | None, steps: int, recompress: Recompress | None) -> 
     if recompress is not None:
         if recompress.budget is None:
             raise ValueError("recompress.budget=None, expected a number of entries a head")
-        if recompress.sums:  # the pool has no place for them
-            raise ValueError(
-                f"recompress.scorer={recompress.scorer!r}, expected one that scores by what is"
-                " held: a server adds nothing up, as kvjax.generate does"
-            )
         if recompress.every % steps or slots not in (None, recompress.every):
             raise ValueError(
                 f"recompress.every={recompress.every}, expected a multiple of decode_steps={steps}"
@@ -219,11 +219,13 @@ def named_methods(
     budget: int | float | None,
     tokenizer: Any,
     vocab_size: int,
+    recompress: Recompress | None = None,
 ) -> dict[str, CompressionConfig]:
     """Configs by name, as a server runs them: packed, and without a ratio that answers keep.
 
     Arguments as of `Engine`.
     """
+    sums = recompress is not None and recompress.sums
     if isinstance(methods, Mapping):
         given = dict(methods)
     else:
@@ -237,7 +239,7 @@ def named_methods(
         config = instructed(config, tokenizer, vocab_size)
         if config.compresses:
             config = dataclasses.replace(config, layout="packed")
-        found[name] = dataclasses.replace(config, keep_ratio=False)
+        found[name] = dataclasses.replace(config, keep_ratio=False, sums=sums)
     return found
 
 
@@ -251,7 +253,9 @@ def _bucket(buckets: Sequence[int], length: int, what: str) -> int:
 
 def _canonical(config: CompressionConfig, bucket: int) -> CompressionConfig:
     """The config; where it leaves a prompt alone, the one that all such share."""
-    return FULL if config.skips(bucket) else config
+    if config.keeps_all(bucket) and not config.quantizes:
+        return dataclasses.replace(FULL, sums=config.sums)
+    return config
 
 
 def _below(config: CompressionConfig, bucket: int) -> CompressionConfig | None:
