@@ -74,6 +74,7 @@ class Device:
             page=menu.page,
         )
         self.shape = shape
+        self.sizes = menu.sizes(shape.width)
         self.swap_pages = min(menu.largest_row, pages)
         self.state: State = programs.open_program(
             self._model, shape=shape, tail_slots=menu.tail_slots, quantize=menu.quantize,
@@ -106,9 +107,13 @@ class Device:
         one = self._one(job, length, length, length + job.limit)
         row = np.int32(_row(job))
         self.state, drawn = programs.admit_program(
-            *self.state, prompt, row, one, self._eos, top=self._top
+            *self.state, prompt, row, one, self._eos, self._hold(job), top=self._top
         )
         return _sent(drawn)
+
+    def _hold(self, job: Job) -> np.int32:
+        """Pages that a job's row has at least: as many as it was promised, where that changes."""
+        return np.int32(0 if self.sizes is None else job.pages)
 
     @always_32_bits
     def ask(self, job: Job, context: Lease, rope_length: int) -> Drawn:
@@ -162,17 +167,28 @@ class Device:
     @always_32_bits
     def make_room(self, rows: Sequence[int]) -> None:
         """Empty the tails of these rows: into pages, or evicting as the server's rule says."""
-        rule = self.menu.recompress
-        pages, of_rows, tail = self.state
-        if rule is None:
-            pages, tail = programs.flush_program(pages, tail, self._mask(rows))
-        else:
+        if self.menu.recompress is not None:
             for row in rows:
-                pages, tail = programs.evict_program(
-                    pages, tail, of_rows, np.int32(row), recompress=rule, windows=self._windows,
-                    size=self.swap_pages,
-                )  # fmt: skip
+                self.evict(row, self.menu.most, 0)
+            return
+        pages, of_rows, tail = self.state
+        pages, tail = programs.flush_program(pages, tail, self._mask(rows))
         self.state = State(pages, of_rows, tail)
+
+    @always_32_bits
+    def evict(self, row: int, entries: int, pages: int) -> None:
+        """Compress a row by the server's rule, to so many entries in so many pages at least.
+
+        Both are for rules of one threshold; by others a row keeps the pages that it has.
+        """
+        rule = self.menu.recompress
+        assert rule is not None  # else nothing is evicted
+        held, rows, tail = self.state
+        held, tail = programs.evict_program(
+            held, tail, rows, np.int32(row), np.int32(entries), np.int32(pages), recompress=rule,
+            windows=self._windows, size=self.swap_pages,
+        )  # fmt: skip
+        self.state = State(held, rows, tail)
 
     @always_32_bits
     def release(self, rows: Sequence[int]) -> None:
@@ -211,9 +227,10 @@ class Device:
         return saved.replace(slots=jax.device_get(saved.slots), tail=jax.device_get(saved.tail))
 
     @always_32_bits
-    def swap_in(self, saved: Swapped, row: int) -> None:
-        """Bring a row back, to this place."""
-        self.state = programs.swap_in_program(*self.state, saved, np.int32(row))
+    def swap_in(self, saved: Swapped, job: Job) -> None:
+        """Bring a row back, to the job's place."""
+        row = np.int32(_row(job))
+        self.state = programs.swap_in_program(*self.state, saved, row, self._hold(job))
 
     def holdings(self) -> tuple[Int[np.ndarray, "R L W"], Int[np.ndarray, "R L"]]:
         """Table of each row, and pages that each layer has of it."""
@@ -242,9 +259,9 @@ class Device:
             lease = self._keep(prompt)
             self.ask(dataclasses.replace(job, tokens=[0] * bucket, more=bucket), lease, bucket)
             self.drop(lease)
-            saved = self.swap_out(row)
             self.release([row])
-            self.swap_in(saved, row)
+        if questions or self.sizes is not None:  # the only ones that swap
+            self.swap_in(self.swap_out(row), job)
             self.release([row])
         self.decode()
         self.make_room([row])

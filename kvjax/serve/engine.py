@@ -21,6 +21,7 @@ from kvjax.serve.job import Answer, Job, Step, running_text, together
 from kvjax.serve.loop import Kept, Loop
 from kvjax.serve.menu import Menu, Method, named_methods
 from kvjax.serve.menu import tail_slots as _tail_slots
+from kvjax.serve.pressure import floor_of
 from kvjax.serve.stats import Context, Stats
 
 # Lengths that prompts are padded to, as far as the model's context allows.
@@ -47,6 +48,9 @@ class Engine:
       tail_slots: tokens of an answer that are kept apart before they move into pages, a multiple of
         `decode_steps`; 32 by default, and `recompress.every` where there is a rule.
       recompress: compress answers while they are drawn, all of them; None keeps them whole.
+      pressure: "swap", a request is promised all pages that it can come to hold, or "evict", rows
+        keep less than `recompress` says when pages run short (needs layers="global").
+      pressure_floor: entries a head that are left of a row then at least; half its budget.
       top_logprobs: likeliest tokens that a request may ask for at each place.
       reads: prompts that are read between two dispatches at most. More of them fill the rows sooner
         and hold up those that are answered for longer.
@@ -75,6 +79,8 @@ class Engine:
         decode_steps: int = 8,
         tail_slots: int | None = None,
         recompress: Recompress | None = None,
+        pressure: Literal["swap", "evict"] = "swap",
+        pressure_floor: int | None = None,
         top_logprobs: int = 0,
         reads: int = 1,
         seed: int = 0,
@@ -104,6 +110,7 @@ class Engine:
             tail_slots=_tail_slots(tail_slots, decode_steps, recompress),
             recompress=recompress,
             page=page_of(model),
+            floor=floor_of(pressure, pressure_floor, recompress),
         )
         device = Device(
             model,
@@ -270,10 +277,11 @@ class Engine:
         if rules.repetition_penalty != 1:
             raise ValueError(f"repetition_penalty={rules.repetition_penalty}, expected 1")
         more, menu = self._menu.growth(limit), self._menu
-        choice, told, shared = None, tokens, 0
+        choice, told = None, tokens
         if context is None:
             choice = menu.choose(method, len(tokens), budget)
-            pages, name = menu.pages(choice.entries, more), method or self.methods[0]
+            pages, least = self._loop.needed(choice.entries, limit)
+            apart, name = least, method or self.methods[0]
         else:
             if method is not None or budget is not None:
                 raise ValueError("method or budget beside a context, expected neither")
@@ -281,14 +289,14 @@ class Engine:
             menu.question_bucket(len(tokens))
             more += len(tokens)
             pages, name = menu.forked_pages(more), kept.method
-            shared = kept.pages
+            least, apart = pages, pages + kept.pages
             told = [*kept.history[0].tokens, *tokens]
         config = FULL if choice is None else choice.config
         check_rows(self.model, [tokens], config, [before], limit)
-        self._loop.check(pages)
+        self._loop.check(least)
         return Job(
-            pages=pages, apart=pages + shared, number=next(self._numbers), method=name,
-            tokens=tokens, before=before,
+            pages=pages, apart=apart, entries=0 if choice is None else choice.entries,
+            number=next(self._numbers), method=name, tokens=tokens, before=before,
             choice=choice, limit=limit, sampling=rules, seed=seed,
             ends=not ignore_eos, context=context, more=more, logprobs=logprobs,
             push=lambda step: None, text=running_text(self.tokenizer, stops, told),

@@ -18,7 +18,7 @@ from kvjax.cache.tail import Tail
 from kvjax.compression.recompress import evict
 from kvjax.config import Recompress
 from kvjax.serve import pages as paged
-from kvjax.serve.pages import Pages
+from kvjax.serve.pages import Lease, Pages
 from kvjax.serve.rows import Rows
 
 
@@ -54,45 +54,40 @@ def emptied(tail: Tail, rows: Bool[Array, " R"], *, queries: bool = True) -> Tai
 
 def evicted(
     pages: Pages,
+    lease: Lease,
     tail: Tail,
-    rows: Rows,
-    row: Int[Array, ""],
+    one: Rows,
+    room: Int[Array, ""],
+    hold: Int[Array, ""],
     rule: Recompress,
     windows: tuple[int | None, ...],
     size: int,
-) -> Pages:
-    """The pages, in which a row has what a rule keeps of its entries and its tail's.
+) -> tuple[Pages, Lease]:
+    """The pages, and the lease of a row that keeps what a rule says of its entries and its tail's.
 
     Args:
       pages: `joined`.
-      tail: of all rows, `joined`.
-      rows: all of them.
-      row: which.
-      rule: what it keeps.
+      lease: the row's.
+      tail, one: its own, `[1]`.
+      room: entries that it keeps, of all layers and heads, under one threshold for all layers.
+      hold: pages that it has afterwards at least, under such a rule.
+      rule: how they are chosen.
       windows: each layer's sliding window.
       size: pages that the row has at most.
     """
-    lease = paged.lease_of(pages, row)
     everywhere = rule.layers == "global"
     if everywhere:
         slots = paged.copy_out(pages, lease, size).replace(sizes=lease.used[None])
-        kv_heads = slots.counts.shape[1] * slots.counts.shape[2]
-        slots = slots.replace(room=kv_heads * (rule.budget or 0))
     else:
         slots = paged.view(pages, lease).reserved
     cache = Cache(
-        layers=(),
-        slots=slots,
-        tail=row_of(tail, row),
-        prompt_lengths=rows.prompt[row][None],
-        next_positions=rows.position[row][None],
+        layers=(), slots=slots, tail=tail, prompt_lengths=one.prompt, next_positions=one.position
     )
-    kept = evict(cache, None, rule, windows).slots
+    kept = evict(cache, None, rule, windows, room[None]).slots
     assert kept is not None  # it had some
     if not everywhere:
         lease = lease.replace(counts=kept.counts[0], used=lease.sizes)
-        return paged.put_row(paged.with_pool(pages, kept), row, lease)
+        return paged.with_pool(pages, kept), lease
     sizes_L = kept.lengths[0]
-    pages, lease = paged.take(paged.give_back(pages, lease), sizes_L)
-    pages, lease = paged.copy_in(pages, lease, paged.with_table(kept), sizes_L)
-    return paged.put_row(pages, row, lease)
+    pages, lease = paged.take(paged.give_back(pages, lease), sizes_L, hold)
+    return paged.copy_in(pages, lease, paged.with_table(kept), sizes_L)

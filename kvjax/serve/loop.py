@@ -21,6 +21,7 @@ from kvjax.serve.device import Device
 from kvjax.serve.job import Job
 from kvjax.serve.menu import Choice
 from kvjax.serve.pages import Lease
+from kvjax.serve.pressure import Pressure
 from kvjax.serve.rows import Drawn
 from kvjax.serve.scheduler import Scheduler
 from kvjax.serve.stats import Context, Counts, Holder, Stats
@@ -80,6 +81,10 @@ class Loop:
     def __init__(self, device: Device, reads: int = 1):
         self._device, self._menu, self._reads = device, device.menu, reads
         self._scheduler: Scheduler[Job] = Scheduler(device.rows, device.shape.pages)
+        self._pressure: Pressure[Job] | None = None
+        if device.sizes is not None:
+            rest = device.sizes, self._evict, self.swap_out
+            self._pressure = Pressure(self._scheduler, *rest)
         self.contexts: dict[str, Kept] = {}
         self.failure: BaseException | None = None
         self._counts, self._clock = Counts(), Clock()
@@ -92,6 +97,20 @@ class Loop:
         self._thread.start()
 
     # ------------------------------------------------------------------ from any thread
+    def needed(self, entries: int, limit: int) -> tuple[int, int]:
+        """Pages by which a request is admitted, and those without which it can never be.
+
+        Args:
+          entries: kept of its prompt.
+          limit: tokens of its answer.
+        """
+        sizes, menu = self._device.sizes, self._menu
+        if sizes is None:
+            pages = menu.pages(entries, menu.growth(limit))
+            return pages, pages
+        rest = entries, limit - 1 if limit - 1 > menu.tail_slots else 0
+        return sizes.first(*rest), sizes.least(*rest)
+
     def check(self, pages: int) -> None:
         """Raise ValueError where a request can come to hold more pages than there are."""
         self._scheduler.check(pages)
@@ -159,10 +178,18 @@ class Loop:
 
     def swap_out(self, job: Job) -> None:
         """Take a running job to the host's memory; it waits before all others."""
+        if self._pressure is not None:
+            self._pressure.before_swap(job)
         assert job.row is not None  # it is running
         job.saved = self._device.swap_out(job.row)
         self._device.release([self._scheduler.swap_out(job)])
         self._counts.swaps += 1
+
+    def _evict(self, job: Job, entries: int, pages: int, forced: bool) -> None:
+        assert job.row is not None  # it is running
+        self._device.evict(job.row, entries, pages)
+        self._counts.evictions += 1
+        self._counts.forced_evictions += forced
 
     def drop_context(self, name: str) -> None:
         """Give a context's pages back."""
@@ -284,12 +311,15 @@ class Loop:
 
     def _admit(self) -> bool:
         """One prompt, or one row that comes back; False where there is no row or pages for it."""
-        job, now = self._scheduler.admit(), time.perf_counter()
+        now = time.perf_counter()
+        if self._pressure is not None:
+            self._pressure.make_way()
+        job = self._scheduler.admit()
         if job is None:
             return False
         assert job.row is not None  # it was admitted
         if job.saved is not None:
-            self._device.swap_in(job.saved, job.row)
+            self._device.swap_in(job.saved, job)
             job.saved = None
             return True
         if job.context is None:
@@ -308,21 +338,31 @@ class Loop:
 
     def _decode(self) -> bool:
         """Queue the next tokens of all rows; False where no row has any to draw."""
-        jobs = [(row, job) for row, job in self._scheduler.running.items() if job.left]
+        steps, most, now = self._device.steps, self._menu.tail_slots, time.perf_counter()
+        self._make_room([job for job in self._drawing() if job.tail + min(steps, job.left) > most])
+        jobs = self._drawing()
         if not jobs:
             return False
-        steps, now = self._device.steps, time.perf_counter()
-        full = [row for row, job in jobs if job.tail + min(steps, job.left) > self._menu.tail_slots]
-        if full:
-            self._device.make_room(full)
-            for row in full:
-                self._scheduler.running[row].tail = 0
-            self._counts.evictions += len(full) if self._menu.recompress is not None else 0
-        self._pending.append(_Dispatch(self._device.decode(), tuple(jobs), False, now))
-        for _, job in jobs:
+        places = tuple((job.row, job) for job in jobs if job.row is not None)
+        self._pending.append(_Dispatch(self._device.decode(), places, False, now))
+        for job in jobs:
             fed = min(steps, job.left)
-            job.drawn, job.tail = job.drawn + fed, job.tail + fed
+            job.drawn, job.tail, job.fresh = job.drawn + fed, job.tail + fed, False
         return True
+
+    def _drawing(self) -> list[Job]:
+        return [job for job in self._scheduler.running.values() if job.left]
+
+    def _make_room(self, full: list[Job]) -> None:
+        """Empty the tails of these jobs; under pressure a job may lose its row instead."""
+        if self._pressure is not None:
+            for job in full:
+                self._pressure.grow(job)
+        elif full:
+            self._device.make_room([job.row for job in full if job.row is not None])
+            self._counts.evictions += len(full) if self._menu.recompress is not None else 0
+            for job in full:
+                job.tail = 0
 
     def _hand_out(self, ahead: int) -> None:
         """Give clients what was drawn, but for the last `ahead` dispatches; end what is over."""

@@ -15,6 +15,7 @@ from kvjax.config import CompressionConfig, ConfigError, Recompress, check_confi
 from kvjax.exact import MOST
 from kvjax.generation.request import FULL, instructed
 from kvjax.model_interface import ModelShape
+from kvjax.serve.pressure import Sizes
 from kvjax.spelling import parse_method
 
 Method = CompressionConfig | str
@@ -52,6 +53,8 @@ class Menu:
       tail_slots: tokens of an answer that are not in pages yet.
       recompress: how answers are compressed while they are drawn, or None.
       page: slots of a page.
+      floor: entries a head that are left of a row when pages run short; None where it keeps what
+        the rule says.
     """
 
     shape: ModelShape
@@ -62,6 +65,7 @@ class Menu:
     tail_slots: int
     recompress: Recompress | None
     page: int
+    floor: int | None = None
 
     def __post_init__(self):
         kinds = {config.quantize for config in self.methods.values()}
@@ -147,6 +151,20 @@ class Menu:
         fed = new_tokens - 1  # the last one is not
         return fed if self.recompress is None and fed > self.tail_slots else 0
 
+    @property
+    def most(self) -> int:
+        """Entries of all layers and heads that `recompress` keeps of a row."""
+        return slots_needed(0, self._heads, self.recompress, 0, 1.0) if self.recompress else 0
+
+    def sizes(self, width: int) -> Sizes | None:
+        """What rows hold that are evicted under pressure, of `width` pages a layer; else None."""
+        if self.floor is None:
+            return None
+        return Sizes(
+            page=self.page, layers=self.shape.num_layers, width=width, heads=self._heads,
+            tail=self.tail_slots, most=self.most, floor=self._heads * self.floor,
+        )  # fmt: skip
+
     def pages(self, entries: int, more: int) -> int:
         """Pages of a row at most: what is kept, and `more` tokens of every head behind it.
 
@@ -154,7 +172,7 @@ class Menu:
         """
         slots = entries + self._heads * more
         if self.recompress is not None:
-            slots = slots_needed(entries, self._heads, self.recompress, 0, 1.0)
+            slots = self.most
         return slots // self.page + self.shape.num_layers
 
     def forked_pages(self, more: int) -> int:
@@ -177,7 +195,7 @@ class Menu:
         if self.question_buckets:
             slots = kv_heads * (most + self.question_buckets[-1] + self.max_new_tokens)
         if self.recompress is not None:
-            slots = max(slots, slots_needed(0, self._heads, self.recompress, 0, 1.0))
+            slots = max(slots, self.most)
         return -(-slots // self.page)
 
     @property

@@ -119,6 +119,7 @@ _GAUGES = {
 }
 _COUNTERS = {
     "evictions": "Rows whose cache was compressed again.",
+    "forced_evictions": "Rows that keep less than their rule says, as pages ran short.",
     "swaps": "Rows that were moved to host memory.",
     "tokens_in": "Tokens of prompts that were read.",
     "tokens_out": "Tokens of answers that were handed out.",

@@ -145,12 +145,24 @@ def with_pool(pages: Pages, pool: Slots) -> Pages:
 
 
 # ---------------------------------------------------------------------------- take and give back
-def take(pages: Pages, sizes: Int[Array, " L"]) -> tuple[Pages, Lease]:
+def take(
+    pages: Pages, sizes: Int[Array, " L"], hold: Int[Array, ""] | int = 0
+) -> tuple[Pages, Lease]:
     """Free pages for layers of these sizes, lowest first; their slots are empty.
 
     There are enough: who calls this has counted.
+
+    Args:
+      pages: to take from.
+      sizes: slots of each layer.
+      hold: pages of all layers together; where that is more than sizes need, layers get more.
     """
     slots, total = pages.slots, pages.holders.shape[0]
+    need_L = -(-sizes // slots.page)
+    room_L = pages.table.shape[2] - need_L
+    before_L = jnp.cumsum(room_L) - room_L
+    more_L = jnp.clip(hold - need_L.sum() - before_L, 0, room_L)
+    sizes = jnp.where(more_L > 0, (need_L + more_L) * slots.page, sizes)
     mine_LW = _mine(pages, sizes)
     number_LW = (jnp.cumsum(mine_LW.reshape(-1)) - 1).reshape(mine_LW.shape)
     free_P = jnp.argsort(pages.holders > 0, stable=True).astype(jnp.int32)

@@ -139,12 +139,17 @@ def admit_program(
     row: Int[Array, ""],
     one: Rows,
     eos: Int[Array, " E"],
+    hold: Int[Array, ""],
     *,
     top: int,
 ) -> tuple[State, Drawn]:
-    """Give a prompt pages and a row, and draw its first token; `one` has how it is answered."""
+    """Give a prompt pages and a row, and draw its first token; `one` has how it is answered.
+
+    Args:
+      hold: pages that the row is to have at least.
+    """
     pages, tail = joined(pages, tail)
-    pages, lease = paged.take(pages, prompt.sizes)
+    pages, lease = paged.take(pages, prompt.sizes, hold)
     pages, lease = paged.copy_in(pages, lease, prompt.slots)
     return _begun(State(pages, rows, tail), lease, prompt.logits, row, one, eos, top)
 
@@ -221,14 +226,18 @@ def evict_program(
     tail: Tail,
     rows: Rows,
     row: Int[Array, ""],
+    room: Int[Array, ""],
+    hold: Int[Array, ""],
     *,
     recompress: Recompress,
     windows: tuple[int | None, ...],
     size: int,
 ) -> tuple[Pages, Tail]:
-    """Compress a row, of `size` pages at most, again; its tail is empty afterwards."""
+    """Compress a row again; its tail is empty afterwards. Arguments as of `evicted`."""
     pages, tail = joined(pages, tail)
-    pages = evicted(pages, tail, rows, row, recompress, windows, size)
+    row_is = paged.lease_of(pages, row), row_of(tail, row), row_of(rows, row)
+    pages, lease = evicted(pages, *row_is, room, hold, recompress, windows, size)
+    pages = paged.put_row(pages, row, lease)
     # The queries stay: the next compression scores by the last ones.
     one = jnp.arange(len(tail.positions)) == row
     pages, tail = parted(pages, emptied(tail, one, queries=False))
@@ -325,11 +334,16 @@ def swap_out_program(
 
 @partial(Program, donate_argnames=("pages", "rows", "tail"))
 def swap_in_program(
-    pages: Pages, rows: Rows, tail: Tail, swapped: Swapped, row: Int[Array, ""]
+    pages: Pages,
+    rows: Rows,
+    tail: Tail,
+    swapped: Swapped,
+    row: Int[Array, ""],
+    hold: Int[Array, ""],
 ) -> State:
-    """Give a row that was taken out pages and a place again."""
+    """Give a row that was taken out pages, `hold` at least, and a place again."""
     pages, tail = joined(pages, tail)
-    pages, lease = paged.take(pages, swapped.lease.sizes)
+    pages, lease = paged.take(pages, swapped.lease.sizes, hold)
     pages, lease = paged.copy_in(pages, lease, swapped.slots, swapped.lease.used)
     pages = paged.put_row(pages, row, lease)
     tail = jax.tree.map(lambda all, new: all.at[row].set(new[0]), tail, swapped.tail)

@@ -49,6 +49,7 @@ class Counts:
     """What has happened so far; fields as of `Stats`."""
 
     evictions: int = 0
+    forced_evictions: int = 0
     swaps: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -67,6 +68,8 @@ class Stats:
         `shared_pages` to contexts.
       page_slots: slots of a page.
       evictions: compressions while decoding, one a row.
+      forced_evictions: those of them by which a row keeps less than its rule says, as pages ran
+        short.
       swaps: rows taken out of the pool.
       tokens_in, tokens_out: of prompts that were read, and of answers that were handed out.
       finished, aborted: requests answered to their end, and given up by their clients.
@@ -83,6 +86,7 @@ class Stats:
     shared_pages: int
     page_slots: int
     evictions: int
+    forced_evictions: int
     swaps: int
     tokens_in: int
     tokens_out: int

@@ -50,9 +50,11 @@ class Evicting(Machine):
         sizes = np.asarray(self.pages.sizes[row])
         of_rows = empty_rows(ROWS)
         of_rows = of_rows.replace(position=of_rows.position + self.next)
+        numbers = np.int32(row), np.int32(0), np.int32(0)
         self.pages, self.tail = evict_program(
-            self.pages, self.tail, of_rows, np.int32(row), recompress=RULE, windows=(None,) * LAYERS
-        )
+            self.pages, self.tail, of_rows, *numbers, recompress=RULE, windows=(None,) * LAYERS,
+            size=PAGES,
+        )  # fmt: skip
         assert not (np.asarray(self.tail.positions[row]) >= 0).any()
         for layer, size in enumerate(sizes):
             self.settle(row, layer, int(size), mine[row][layer])

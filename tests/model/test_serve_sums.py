@@ -15,6 +15,8 @@ NEW, EVERY = 30, 8
 RULE = Recompress(every=EVERY, budget=20, window=4, sinks=0, scorer="squared-sum", layers="global")
 PLAIN = CompressionConfig.named("kv-compress", 16)
 ASK = {"max_new_tokens": NEW, "ignore_eos": True}
+# Two rows fit that are promised all that they can come to hold.
+SMALL = {"cache_bytes": 26_500, "rows": 3, "buckets": (64,), "max_new_tokens": NEW}
 
 
 @pytest.mark.parametrize(
@@ -29,10 +31,7 @@ def test_at_once_as_alone_and_as_generate(model, prompts, config, monkeypatch):
     Slow: int8 compiles all programs once more.
     """
     rows = [*prompts, prompts[2][:33]]
-    with Engine(
-        model, None, config, cache_bytes=100_000, rows=3, buckets=(64,), max_new_tokens=NEW,
-        recompress=RULE,
-    ) as engine:  # fmt: skip
+    with Engine(model, None, config, recompress=RULE, **SMALL) as engine:
         device, loop = engine._loop._device, engine._loop
         with no_compilation():
             answers = engine.generate(rows, **ASK)
@@ -69,3 +68,32 @@ def swapped_in_the_middle(engine, rows, monkeypatch):
     asked.join()
     assert engine.stats().swaps >= 2
     return found["answers"]
+
+
+def test_under_pressure_rows_keep_less_and_all_are_answered(model, prompts, monkeypatch):
+    """Three rows where two fit: as many are answered at once, all of them to their end."""
+    rows, running = [*prompts, prompts[2][:33], prompts[0][:50]], []
+    with Engine(model, None, PLAIN, recompress=RULE, pressure="evict", **SMALL) as engine:
+        device, loop = engine._loop._device, engine._loop
+        decode = device.decode
+
+        def look():
+            """What is free is what the scheduler says, before every dispatch."""
+            assert device.held() == device.shape.pages - loop._scheduler.free
+            running.append(len(loop._scheduler.running))
+            return decode()
+
+        monkeypatch.setattr(device, "decode", look)
+        with no_compilation():
+            alone = engine.generate(rows[0], **ASK)
+            assert engine.stats().forced_evictions == 0
+            answers = engine.generate(rows, **ASK)
+        assert [len(answer.tokens) for answer in answers] == [NEW] * 5
+        assert {answer.finish_reason for answer in answers} == {"length"}
+        assert max(running) == 3
+        stats = engine.stats()
+        assert stats.evictions >= stats.forced_evictions > 0
+        assert loop.call(device.held) == stats.held_pages == 0
+        assert engine.generate(rows[0], **ASK) == alone
+    with pytest.raises(ValueError, match="pressure='evict', expected recompress with scorer="):
+        Engine(model, None, PLAIN, pressure="evict", **SMALL)
