@@ -195,6 +195,8 @@ class Menu:
         if self.question_buckets:
             slots = kv_heads * (most + self.question_buckets[-1] + self.max_new_tokens)
         if self.recompress is not None:
+            # Under one threshold a layer may hold all of a row but the others' last tokens, which
+            # are a few per cent of it: no narrower table is right.
             slots = max(slots, self.most)
         return -(-slots // self.page)
 
