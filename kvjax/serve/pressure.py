@@ -146,7 +146,8 @@ class Pressure[T: Ticket]:
     def grow(self, ticket: T) -> None:
         """Compress a running row whose tail is full; others may have to keep less, or to leave."""
         scheduler, sizes = self._scheduler, self._sizes
-        while ticket.row is not None:
+        # Who made way for a row before it has an empty tail by now, or none at all.
+        while ticket.row is not None and ticket.tail:
             entries = sizes.grown(ticket.entries, ticket.tail)
             mine = _Want(entries, max(sizes.pages(entries), ticket.pages))
             lacking = mine.pages - ticket.pages - scheduler.free
@@ -157,8 +158,8 @@ class Pressure[T: Ticket]:
                 scheduler.closed = True
             if own.pages - ticket.pages <= scheduler.free:
                 self._compress(ticket, own, forced=own.entries < entries)
-                return
-            self._swap_out(list(scheduler.running.values())[-1])
+            else:
+                self._swap_out(list(scheduler.running.values())[-1])
 
     def before_swap(self, ticket: T) -> None:
         """Ask for as many pages as a row needs to go on, once it comes back."""
