@@ -83,7 +83,7 @@ CASES = {
     "dynamic": Case(few=("ada-snapkv",), many=SOME, checkpoint="rope/dynamic"),
     "longrope": Case(many=SOME, checkpoint="rope/longrope", swapped=True),
     "all windows": Case(many=SOME, checkpoint="hf/mistral", recompress=RULE),
-    "some windows": Case(few=("ada-pyramid",), many=SOME, checkpoint="hf/qwen2"),
+    "some windows": Case(many=SOME, checkpoint="hf/qwen2"),
     "eight devices": Case(many=LONG, devices=8, swapped=True),
 }
 SHOWN = [name for name, case in CASES.items() if case.few or EVERY]
