@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvjax.compression.allocators import layer_allocator
 from kvjax.compression.capacity import check_prompt, layer_capacity, most_kept
 from kvjax.compression.room import check_held, slots_needed
 from kvjax.compression.row_budgets import largest
@@ -172,8 +173,20 @@ class Menu:
         if self.question_buckets:
             slots = kv_heads * (most + self.question_buckets[-1] + self.max_new_tokens)
         if self.recompress is not None:
-            slots = max(slots, slots_needed(0, self._heads, self.recompress, 0, 1.0))
+            total = slots_needed(0, self._heads, self.recompress, 0, 1.0)
+            slots = max(slots, -(-total // len(windows)) if self._alike else total)
         return -(-slots // self.page)
+
+    @property
+    def _alike(self) -> bool:
+        """Whether all layers of a row always have as many slots.
+
+        A narrow table is worth it: compression looks at all that a layer could hold.
+        """
+        assert self.recompress is not None  # else they hold what their method says
+        even = all(layer_allocator(config).even for config in self.methods.values())
+        plain = not any(self.shape.sliding_windows)
+        return even and plain and self.recompress.layers == "uniform"
 
     @property
     def largest_row(self) -> int:
