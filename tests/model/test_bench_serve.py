@@ -61,6 +61,13 @@ def test_recompression_bounds_a_row(model):
     assert chosen.menu(model, "full").recompress is None
 
 
+@pytest.mark.parametrize(("method", "width"), [("ada-snapkv", 4), ("prefixkv", 16)])
+def test_a_table_is_no_wider_than_a_layer_can_come_to_be(model, method, width):
+    """Of 16 entries for each of 16 heads a layer has a quarter, or any part: pages of 16 slots."""
+    menu = settings(recompress_every=8).menu(model, method)
+    assert menu.widest == width
+
+
 def test_too_little_memory_is_one_sentence(model):
     with pytest.raises(
         ValueError, match=r"cache of 5000 bytes with method 'full', expected at lea"
