@@ -60,6 +60,13 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         metavar="N,N",
         help="lengths of questions about contexts (256; none with --recompress-every)",
     )
+    add(
+        "--context-bytes",
+        type=byte_count,
+        metavar="N",
+        help="of the pool that contexts may take together; the one that was asked longest ago"
+        " leaves for another (as much as the pool has)",
+    )
     add("--max-new-tokens", type=whole(1), default=256, metavar="N", help="of an answer (256)")
     add(
         "--top-logprobs",
@@ -166,6 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
             decode_steps=arguments.decode_steps,
             recompress=rule,
             top_logprobs=arguments.top_logprobs,
+            context_bytes=arguments.context_bytes,
             seed=arguments.seed,
         ) as engine:
             name = arguments.served_name or Path(arguments.model).name

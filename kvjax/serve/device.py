@@ -20,7 +20,7 @@ from kvjax.generation.programs import flat
 from kvjax.generation.sampling import Sampling, Values, row_keys
 from kvjax.model_interface import Model
 from kvjax.serve import programs
-from kvjax.serve.fit import pages_within
+from kvjax.serve.fit import page_bytes, pages_within
 from kvjax.serve.job import Job, running_text
 from kvjax.serve.menu import Choice, Menu
 from kvjax.serve.pages import Lease, Shape
@@ -62,9 +62,9 @@ class Device:
         self._by_length = config.rope_by_length
         self.eos = tuple(config.eos_token_ids)
         self._eos = np.array([*self.eos, -1], np.int32)
-        pages = pages_within(
-            cache_bytes, menu, rows, jnp.dtype(model.embed.table_VD.dtype).itemsize
-        )
+        itemsize = jnp.dtype(model.embed.table_VD.dtype).itemsize
+        self.page_bytes = page_bytes(menu, itemsize)
+        pages = pages_within(cache_bytes, menu, rows, itemsize)
         shape = Shape(
             rows=rows,
             layers=config.num_layers,

@@ -16,9 +16,10 @@ from kvjax.inputs.chat import Messages
 from kvjax.inputs.prompts import ModelInputs, Prompts
 from kvjax.inputs.read import read
 from kvjax.model_interface import Model
+from kvjax.serve.contexts import Kept
 from kvjax.serve.device import Device, page_of
 from kvjax.serve.job import Answer, Job, Step, running_text, together
-from kvjax.serve.loop import Kept, Loop
+from kvjax.serve.loop import Loop
 from kvjax.serve.menu import Menu, Method, named_methods
 from kvjax.serve.menu import tail_slots as _tail_slots
 from kvjax.serve.stats import Context, Stats
@@ -50,6 +51,8 @@ class Engine:
       top_logprobs: likeliest tokens that a request may ask for at each place.
       reads: prompts that are read between two dispatches at most. More of them fill the rows sooner
         and hold up those that are answered for longer.
+      context_bytes: of the pool that contexts may take together; the least recently used one that
+        nobody asks leaves for another. None for as much as the pool has.
       seed: of requests that bring none.
       warm_up: compile all programs now; else each with the first request that needs it.
 
@@ -77,6 +80,7 @@ class Engine:
         recompress: Recompress | None = None,
         top_logprobs: int = 0,
         reads: int = 1,
+        context_bytes: int | None = None,
         seed: int = 0,
         warm_up: bool = True,
     ):
@@ -88,6 +92,8 @@ class Engine:
             reads=reads,
         )
         _check_whole(0, top_logprobs=top_logprobs)
+        if context_bytes is not None:
+            _check_whole(context_bytes=context_bytes)
         if question_buckets and recompress is not None:
             raise ValueError(
                 f"question_buckets={tuple(question_buckets)!r} beside recompress, expected ():"
@@ -115,7 +121,7 @@ class Engine:
         )
         self.compiled = device.warm_up() if warm_up else 0
         self._numbers = itertools.count()
-        self._loop = Loop(device, reads)
+        self._loop = Loop(device, reads, context_bytes)
 
     def __enter__(self) -> "Engine":
         return self
@@ -312,8 +318,8 @@ class Engine:
         choose a method that does not need to, such as `kvzip` or `key-diff`.
 
         Raises:
-          ValueError: as `submit`; an engine without question_buckets; more pages than other
-            contexts leave.
+          ValueError: as `submit`; an engine without question_buckets; more than the pool or
+            `context_bytes` has room for, beside contexts that are being asked.
         """
         if not self._menu.question_buckets:
             raise ValueError("question_buckets=(), expected lengths of questions about contexts")

@@ -118,6 +118,7 @@ _GAUGES = {
     "rows": "Requests that can be answered at once.",
 }
 _COUNTERS = {
+    "contexts_dropped": "Contexts that others took the place of.",
     "evictions": "Rows whose cache was compressed again.",
     "swaps": "Rows that were moved to host memory.",
     "tokens_in": "Tokens of prompts that were read.",
