@@ -1,5 +1,6 @@
 """Contexts of a server: what is kept of each, and which ones leave where they are to take less."""
 
+import secrets
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ class Kept(NamedTuple):
     pages: int
     rope_length: int
     used: float = 0.0
+
+
+def new_id() -> str:
+    """An id that no context has, whatever lies on disk."""
+    return f"context-{secrets.token_hex(8)}"
 
 
 class InUse(ValueError):

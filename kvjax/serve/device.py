@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kvjax.cache.slots import page_size
+from kvjax.cache.slots import Slots, page_size
 from kvjax.exact import MOST, always_32_bits
 from kvjax.generation.programs import flat
 from kvjax.generation.sampling import Sampling, Values, row_keys
@@ -59,7 +59,7 @@ class Device:
         self.menu, self.steps, self.rows = menu, decode_steps, rows
         self._model, self._windows = flat(model), config.sliding_windows
         self._top = top_logprobs
-        self._by_length = config.rope_by_length
+        self._by_length, self._vocab = config.rope_by_length, config.vocab_size
         self.eos = tuple(config.eos_token_ids)
         self._eos = np.array([*self.eos, -1], np.int32)
         itemsize = jnp.dtype(model.embed.table_VD.dtype).itemsize
@@ -124,6 +124,8 @@ class Device:
     def _one(self, job: Job, position: int, prompt: int, rope_length: int) -> Rows:
         """A row that has drawn nothing, as programs take it."""
         rules = job.sampling
+        used = np.zeros((1, self._vocab), bool)
+        used[0, job.tokens] = True
 
         def array(x: Any, dtype: Any = np.int32) -> Any:
             return np.array([x], dtype)
@@ -145,6 +147,7 @@ class Device:
                 min_p=array(rules.min_p, np.float32),
                 penalty=array(rules.repetition_penalty, np.float32),
             ),
+            used=used,
             rope_length=array(rope_length) if self._by_length else None,
         )
 
@@ -198,6 +201,18 @@ class Device:
         return lease
 
     @always_32_bits
+    def copy_out(self, context: Lease) -> Slots:
+        """A context's entries in the host's memory, in `swap_pages` pages."""
+        pages = self.state.pages
+        return jax.device_get(programs.copy_out_program(pages, context, size=self.swap_pages))
+
+    @always_32_bits
+    def restore(self, slots: Slots) -> Lease:
+        """Give such entries pages again."""
+        held_L = np.asarray(slots.counts)[0].sum(-1).astype(np.int32)
+        return self._keep(Prompt(logits=np.zeros((1, 1), np.float32), slots=slots, sizes=held_L))
+
+    @always_32_bits
     def drop(self, context: Lease) -> None:
         """Give a context's pages back."""
         pages, rows, tail = self.state
@@ -239,6 +254,9 @@ class Device:
                 self.drop(lease)
         for bucket in questions:
             lease = self._keep(prompt)
+            copied = self.copy_out(lease)
+            self.drop(lease)
+            lease = self.restore(copied)
             self.ask(dataclasses.replace(job, tokens=[0] * bucket, more=bucket), lease, bucket)
             self.drop(lease)
             saved = self.swap_out(row)

@@ -26,7 +26,6 @@ from kvjax.config import CompressionConfig
 from kvjax.inputs.chat import check_template
 from kvjax.serve.answering import Served, answer, as_asked
 from kvjax.serve.answers import encoded, error
-from kvjax.serve.contexts import InUse
 from kvjax.serve.engine import Engine
 from kvjax.serve.guard import Guard, Limits, Refused
 from kvjax.serve.metrics import Metrics
@@ -134,8 +133,6 @@ def _add_contexts(app: FastAPI, served: Served) -> None:
                 check_template(served.tokenizer, "messages")
             with served.metrics.opened(1):
                 name = await _read(served, add, request, until)
-        except InUse as wrong:
-            raise Refused(409, str(wrong)) from None
         except ValueError as wrong:
             raise as_asked(wrong) from None
         made = next((each for each in await held() if each.id == name), None)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kvjax.cache.slots import Slots
 from kvjax.serve.clock import Clock
 from kvjax.serve.contexts import Kept, leaving
 from kvjax.serve.device import Device
@@ -154,6 +155,24 @@ class Loop:
             self._scheduler.let_go(kept.pages)
             raise
         self.contexts[name] = kept._replace(lease=lease, used=time.time())
+
+    def copy_context(self, name: str) -> Slots:
+        """A context's entries in the host's memory."""
+        kept = self.contexts.get(name)
+        if kept is None:
+            raise ValueError(f"context={name!r}, expected one of {sorted(self.contexts)}")
+        assert kept.lease is not None  # it is listed once it is read
+        return self._device.copy_out(kept.lease)
+
+    def restore_context(self, name: str, slots: Slots, kept: Kept) -> None:
+        """Bring back what was copied; `kept` has all of it but the lease."""
+        self._take_in(name, kept, lambda: self._device.restore(slots))
+
+    @property
+    def room(self) -> tuple[int, int, int]:
+        """Pages of what `restore_context` takes, those that a layer may have, and devices."""
+        device = self._device
+        return device.swap_pages, device.shape.width, device.state.pages.slots.parts
 
     def swap_out(self, job: Job) -> None:
         """Take a running job to the host's memory; it waits before all others."""

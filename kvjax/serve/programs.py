@@ -78,7 +78,7 @@ def open_program(
     tail = tail.replace(cursor=jnp.zeros((shape.rows,), jnp.int32))
     if recompress is not None and recompress.queries:
         tail = remember(tail, recompress.queries, config.num_heads)
-    rows = empty_rows(shape.rows, rope_by_length=config.rope_by_length)
+    rows = empty_rows(shape.rows, config.vocab_size, rope_by_length=config.rope_by_length)
     return _placed(State(pages, rows, tail))
 
 
@@ -262,6 +262,12 @@ def keep_program(pages: Pages, prompt: Prompt) -> tuple[Pages, Lease]:
     return _placed_pages(pages), sharding.replicated(lease)
 
 
+@partial(Program, static_argnames="size")
+def copy_out_program(pages: Pages, lease: Lease, *, size: int) -> Slots:
+    """A copy of a context's entries, in `size` pages."""
+    return sharding.replicated(paged.copy_out(pages, lease, size))
+
+
 @partial(Program, donate_argnames="pages")
 def drop_program(pages: Pages, lease: Lease) -> Pages:
     """Give such pages back; rows that share them keep them."""
@@ -382,7 +388,8 @@ def _placed_pages(pages: Pages) -> Pages:
 
 PROGRAMS = (
     open_program, prefill_program, admit_program, decode_program, flush_program, evict_program,
-    release_program, keep_program, drop_program, ask_program, swap_out_program, swap_in_program,
+    release_program, keep_program, drop_program, copy_out_program, ask_program, swap_out_program,
+    swap_in_program,
 )  # fmt: skip
 
 

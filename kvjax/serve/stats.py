@@ -37,6 +37,7 @@ class Context:
       bytes: of these pages.
       users: requests that hold its pages or wait for them.
       used: when it was made or asked last, in seconds since 1970.
+      saved: whether the server has it on disk too; in no pages then once others took its place.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Context:
     bytes: int
     users: int
     used: float
+    saved: bool = False
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Evicting(Machine):
             return
         row, mine = int(self.rng.choice(rows)), self.fill_tail()
         sizes = np.asarray(self.pages.sizes[row])
-        of_rows = empty_rows(ROWS)
+        of_rows = empty_rows(ROWS, 1)
         of_rows = of_rows.replace(position=of_rows.position + self.next)
         self.pages, self.tail = evict_program(
             self.pages, self.tail, of_rows, np.int32(row), recompress=RULE, windows=(None,) * LAYERS

@@ -1,11 +1,14 @@
-"""Contexts of a server: a limit of bytes, and what is left when one cannot be read."""
+"""Contexts of a server: a limit of bytes, files, and what is left when one cannot be read."""
 
 import asyncio
+import dataclasses
 
 import pytest
 import served
 
+import kvjax
 from kvjax.serve.contexts import InUse, Kept, leaving
+from kvjax.serve.shelf import Shelf
 
 TEXT = " ".join(f"w{number}" for number in range(20, 50))
 
@@ -85,6 +88,102 @@ def test_one_that_can_never_fit_is_refused(limited, monkeypatch):
     monkeypatch.setattr(limited._loop, "_context_bytes", 100)
     told = served.call(served.app(limited), "POST", "/v1/contexts", {"text": TEXT})
     assert (told.status, "expected at most 100 (context_bytes)" in told.sentence) == (400, True)
+
+
+# ---------------------------------------------------------------------------- on disk
+def answers_of(engine, context):
+    asked = {"context": context, "max_new_tokens": 12, "ignore_eos": True}
+    return engine.generate(["so why", "w20 w30 why"], **asked)
+
+
+@pytest.mark.parametrize("method", ["full", "key-diff"])
+def test_a_context_saved_is_the_context_itself(engine, tmp_path, method):
+    name = engine.add_context(TEXT, method=method)
+    before, path = answers_of(engine, name), tmp_path / "saved"
+    assert engine.save_context(name, path) == path
+    again = engine.load_context(path)
+    assert answers_of(engine, again) == before  # bit for bit
+    told = {context.id: context for context in engine.contexts()}
+    assert (told[again].method, told[again].tokens) == (method, told[name].tokens)
+    for each in (name, again):
+        engine.drop_context(each)
+    cache = kvjax.load_cache(path, engine.model)
+    for question, answer in zip(["so why", "w20 w30 why"], before, strict=True):
+        out = kvjax.generate(
+            engine.model, question, cache=cache, max_new_tokens=12, eos_ids=(),
+            tokenizer=engine.tokenizer,
+        )  # fmt: skip
+        assert out.tokens[0] == answer.tokens
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_saved_cache_becomes_a_context(engine, tmp_path, layout):
+    config = kvjax.CompressionConfig.named("key-diff", budget=24)
+    config = dataclasses.replace(config, layout=layout)
+    cache = kvjax.compress_prompt(engine.model, TEXT, config, tokenizer=engine.tokenizer)
+    path = kvjax.save_cache(tmp_path / "saved", cache, engine.model, config)
+    loaded, made = engine.load_context(path), engine.add_context(TEXT, method="key-diff")
+    ours, theirs = answers_of(engine, loaded), answers_of(engine, made)
+    assert [one.tokens for one in ours] == [one.tokens for one in theirs]
+    for each in (loaded, made):
+        engine.drop_context(each)
+    asked = kvjax.generate(
+        engine.model, "so", cache=cache, max_new_tokens=3, tokenizer=engine.tokenizer,
+        return_cache=True,
+    )  # fmt: skip
+    kvjax.save_cache(path, asked.cache, engine.model)
+    with pytest.raises(ValueError, match="tokens in its tail, expected one of compress_prompt"):
+        engine.load_context(path)
+    assert engine.stats().shared_pages == 0
+
+
+def test_contexts_come_back_when_they_are_asked(engine, tmp_path, monkeypatch):
+    """After they were dropped for others, and in another server over the same folder."""
+
+    def served_from(folder):
+        shelf = Shelf(engine.model, engine._menu, engine._loop, folder)
+        monkeypatch.setattr(engine, "_shelf", shelf)
+        return shelf
+
+    served_from(tmp_path)
+    name = engine.add_context(TEXT, method="key-diff")
+    before = answers_of(engine, name)
+    engine._loop.call(lambda: engine._loop.drop_context(name))  # as the limit does
+    assert [(one.id, one.pages, one.saved) for one in engine.contexts()] == [(name, 0, True)]
+    assert answers_of(engine, name) == before
+    engine._loop.call(lambda: engine._loop.drop_context(name))
+
+    path = tmp_path / f"{name}.kvjax"
+    (tmp_path / f"{name}.kvjax.part").write_bytes(b"half")
+    (tmp_path / "context-0123456789abcdef.kvjax").write_bytes(b"no cache")
+    (tmp_path / "notes.txt").write_text("not ours")
+    shelf = served_from(tmp_path)
+    assert len(shelf.refused) == 1
+    assert "0123456789abcdef.kvjax is damaged" in shelf.refused[0]
+    assert not (tmp_path / f"{name}.kvjax.part").exists()
+    assert answers_of(engine, name) == before
+    engine._loop.call(lambda: engine._loop.drop_context(name))
+
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    app = served.app(engine)
+    told = served.call(app, "POST", "/v1/completions", {"prompt": "so", "context": name})
+    assert told.status == 404
+    assert "checksum differs" in told.sentence
+    assert str(tmp_path) not in told.sentence
+    for id in ("../x", "context-0123456789abcdef", f"{name}.kvjax", f"../{tmp_path.name}/{name}"):
+        told = served.call(app, "POST", "/v1/completions", {"prompt": "so", "context": id})
+        assert told.status == 404
+    assert served.call(app, "DELETE", f"/v1/contexts/{name}").json["deleted"]
+    assert not path.exists()
+    assert (tmp_path / "notes.txt").exists()
+    assert engine.stats().shared_pages == 0
+
+
+def test_a_folder_that_cannot_be_had_is_one_sentence(engine, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"contexts_dir='.*file' cannot be used"):
+        Shelf(engine.model, engine._menu, engine._loop, tmp_path / "file")
 
 
 def test_who_leaves():
