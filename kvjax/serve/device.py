@@ -124,7 +124,7 @@ class Device:
     def _one(self, job: Job, position: int, prompt: int, rope_length: int) -> Rows:
         """A row that has drawn nothing, as programs take it."""
         rules = job.sampling
-        used = np.zeros((1, self._vocab), bool)
+        used: Any = np.zeros((1, self._vocab), bool)
         used[0, job.tokens] = True
 
         def array(x: Any, dtype: Any = np.int32) -> Any:
@@ -210,7 +210,8 @@ class Device:
     def restore(self, slots: Slots) -> Lease:
         """Give such entries pages again."""
         held_L = np.asarray(slots.counts)[0].sum(-1).astype(np.int32)
-        return self._keep(Prompt(logits=np.zeros((1, 1), np.float32), slots=slots, sizes=held_L))
+        nothing: Any = np.zeros((1, 1), np.float32)
+        return self._keep(Prompt(logits=nothing, slots=slots, sizes=held_L))
 
     @always_32_bits
     def drop(self, context: Lease) -> None:

@@ -218,15 +218,15 @@ def as_cache(slots: Slots, kept: Kept, model: Model) -> Cache:
         room=size,
         most=int(held_L.max()),
     )
-    tokens = np.array([kept.tokens], np.int32)
-    by_length = model.config.rope_by_length
+    tokens: Any = np.array([kept.tokens], np.int32)
+    rope_length: Any = np.array([kept.rope_length], np.int32)
     return Cache(
         layers=(),
         slots=slots,
         tail=empty_tail(slots, 1),
         prompt_lengths=tokens,
         next_positions=tokens,
-        rope_length=np.array([kept.rope_length], np.int32) if by_length else None,
+        rope_length=rope_length if model.config.rope_by_length else None,
         origin=fingerprint(model),
         history=None if kept.history == UNKNOWN else kept.history,
     )
