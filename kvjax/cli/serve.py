@@ -61,6 +61,19 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         metavar="N,N",
         help="lengths of questions about contexts (256; none with --recompress-every)",
     )
+    add(
+        "--context-bytes",
+        type=byte_count,
+        metavar="N",
+        help="of the pool that contexts may take together; the one that was asked longest ago"
+        " leaves for another (as much as the pool has)",
+    )
+    add(
+        "--contexts-dir",
+        type=Path,
+        metavar="DIR",
+        help="where contexts are kept on disk too, and read again when they are asked",
+    )
     add("--max-new-tokens", type=whole(1), default=256, metavar="N", help="of an answer (256)")
     add(
         "--top-logprobs",
@@ -195,8 +208,12 @@ def run(arguments: argparse.Namespace) -> None:
             pressure=arguments.pressure,
             pressure_floor=arguments.pressure_floor,
             top_logprobs=arguments.top_logprobs,
+            context_bytes=arguments.context_bytes,
+            contexts_dir=arguments.contexts_dir,
             seed=arguments.seed,
         ) as engine:
+            for sentence in engine.refused:
+                _say(sentence)
             name = arguments.served_name or Path(arguments.model).name
             app = make_app(engine, tokenizer, name, offered, limits)
             _say(f"{engine.compiled} programs, {engine.stats().pages} pages, {arguments.rows} rows")

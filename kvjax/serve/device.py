@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kvjax.cache.slots import page_size
+from kvjax.cache.slots import Slots, page_size
 from kvjax.exact import MOST, always_32_bits
 from kvjax.generation.programs import flat
 from kvjax.generation.sampling import Sampling, Values, row_keys
 from kvjax.model_interface import Model
 from kvjax.serve import programs
-from kvjax.serve.fit import pages_within
+from kvjax.serve.fit import page_bytes, pages_within
 from kvjax.serve.job import Job, running_text
 from kvjax.serve.menu import Choice, Menu
 from kvjax.serve.pages import Lease, Shape
@@ -59,12 +59,12 @@ class Device:
         self.menu, self.steps, self.rows = menu, decode_steps, rows
         self._model, self._windows = flat(model), config.sliding_windows
         self._top = top_logprobs
-        self._by_length = config.rope_by_length
+        self._by_length, self._vocab = config.rope_by_length, config.vocab_size
         self.eos = tuple(config.eos_token_ids)
         self._eos = np.array([*self.eos, -1], np.int32)
-        pages = pages_within(
-            cache_bytes, menu, rows, jnp.dtype(model.embed.table_VD.dtype).itemsize
-        )
+        itemsize = jnp.dtype(model.embed.table_VD.dtype).itemsize
+        self.page_bytes = page_bytes(menu, itemsize)
+        pages = pages_within(cache_bytes, menu, rows, itemsize)
         shape = Shape(
             rows=rows,
             layers=config.num_layers,
@@ -129,6 +129,8 @@ class Device:
     def _one(self, job: Job, position: int, prompt: int, rope_length: int) -> Rows:
         """A row that has drawn nothing, as programs take it."""
         rules = job.sampling
+        used: Any = np.zeros((1, self._vocab), bool)
+        used[0, job.tokens] = True
 
         def array(x: Any, dtype: Any = np.int32) -> Any:
             return np.array([x], dtype)
@@ -150,6 +152,7 @@ class Device:
                 min_p=array(rules.min_p, np.float32),
                 penalty=array(rules.repetition_penalty, np.float32),
             ),
+            used=used,
             rope_length=array(rope_length) if self._by_length else None,
         )
 
@@ -215,6 +218,19 @@ class Device:
         return lease
 
     @always_32_bits
+    def copy_out(self, context: Lease) -> Slots:
+        """A context's entries in the host's memory, in `swap_pages` pages."""
+        pages = self.state.pages
+        return jax.device_get(programs.copy_out_program(pages, context, size=self.swap_pages))
+
+    @always_32_bits
+    def restore(self, slots: Slots) -> Lease:
+        """Give such entries pages again."""
+        held_L = np.asarray(slots.counts)[0].sum(-1).astype(np.int32)
+        nothing: Any = np.zeros((1, 1), np.float32)
+        return self._keep(Prompt(logits=nothing, slots=slots, sizes=held_L))
+
+    @always_32_bits
     def drop(self, context: Lease) -> None:
         """Give a context's pages back."""
         pages, rows, tail = self.state
@@ -257,6 +273,9 @@ class Device:
                 self.drop(lease)
         for bucket in questions:
             lease = self._keep(prompt)
+            copied = self.copy_out(lease)
+            self.drop(lease)
+            lease = self.restore(copied)
             self.ask(dataclasses.replace(job, tokens=[0] * bucket, more=bucket), lease, bucket)
             self.drop(lease)
             self.release([row])

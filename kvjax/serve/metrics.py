@@ -118,6 +118,7 @@ _GAUGES = {
     "rows": "Requests that can be answered at once.",
 }
 _COUNTERS = {
+    "contexts_dropped": "Contexts that others took the place of.",
     "evictions": "Rows whose cache was compressed again.",
     "forced_evictions": "Rows that keep less than their rule says, as pages ran short.",
     "swaps": "Rows that were moved to host memory.",

@@ -84,7 +84,7 @@ def open_program(
         nothing = tuple(jnp.zeros(keys.shape[:3], jnp.float32) for keys in tail.keys)
         slots = pages.slots.replace(sums=jnp.zeros(pages.slots.owners.shape, jnp.float32))
         pages, tail = pages.replace(slots=slots), tail.replace(sums=nothing)
-    rows = empty_rows(shape.rows, rope_by_length=config.rope_by_length)
+    rows = empty_rows(shape.rows, config.vocab_size, rope_by_length=config.rope_by_length)
     return _placed(State(pages, rows, tail))
 
 
@@ -260,6 +260,12 @@ def keep_program(pages: Pages, prompt: Prompt) -> tuple[Pages, Lease]:
     return _placed_pages(pages), sharding.replicated(lease)
 
 
+@partial(Program, static_argnames="size")
+def copy_out_program(pages: Pages, lease: Lease, *, size: int) -> Slots:
+    """A copy of a context's entries, in `size` pages."""
+    return sharding.replicated(paged.copy_out(pages, lease, size))
+
+
 @partial(Program, donate_argnames="pages")
 def drop_program(pages: Pages, lease: Lease) -> Pages:
     """Give such pages back; rows that share them keep them."""
@@ -398,7 +404,8 @@ def _placed_slots(slots: Slots) -> Slots:
 
 PROGRAMS = (
     open_program, prefill_program, admit_program, decode_program, flush_program, evict_program,
-    release_program, keep_program, drop_program, ask_program, swap_out_program, swap_in_program,
+    release_program, keep_program, drop_program, copy_out_program, ask_program, swap_out_program,
+    swap_in_program,
 )  # fmt: skip
 
 

@@ -105,6 +105,17 @@ class Scheduler[T: Ticket]:
         self.free += ticket.pages - pages
         ticket.pages = pages
 
+    def check_hold(self, pages: int, leaving: int = 0) -> None:
+        """Raise ValueError as `hold`, once so many pages of other contexts are let go."""
+        waiting = [*self.queue, *self.running.values()]
+        largest = max((ticket.apart for ticket in waiting), default=0)
+        available = max(0, self.pages - self.held + leaving - largest)
+        if pages > available:
+            raise ValueError(
+                f"the context needs {pages} pages, expected at most {available} (cache_bytes, less"
+                " what other contexts and the largest request hold)"
+            )
+
     def hold(self, pages: int) -> list[T]:
         """Promise pages to a context; the tickets to be swapped out first, the newest one first.
 
@@ -113,14 +124,7 @@ class Scheduler[T: Ticket]:
         Raises:
           ValueError: so many that some ticket could never be admitted beside them.
         """
-        waiting = [*self.queue, *self.running.values()]
-        largest = max((ticket.apart for ticket in waiting), default=0)
-        available = max(0, self.pages - self.held - largest)
-        if pages > available:
-            raise ValueError(
-                f"the context needs {pages} pages, expected at most {available} (cache_bytes, less"
-                " what other contexts and the largest request hold)"
-            )
+        self.check_hold(pages)
         leaving: list[T] = []
         newest = list(self.running.values())[::-1]
         room = self.free

@@ -34,14 +34,20 @@ class Context:
       method: its name.
       tokens: of the text.
       pages: promised to it.
+      bytes: of these pages.
       users: requests that hold its pages or wait for them.
+      used: when it was made or asked last, in seconds since 1970.
+      saved: whether the server has it on disk too; in no pages then once others took its place.
     """
 
     id: str
     method: str
     tokens: int
     pages: int
+    bytes: int
     users: int
+    used: float
+    saved: bool = False
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Counts:
     tokens_out: int = 0
     finished: int = 0
     aborted: int = 0
+    contexts_dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class Stats:
       swaps: rows taken out of the pool.
       tokens_in, tokens_out: of prompts that were read, and of answers that were handed out.
       finished, aborted: requests answered to their end, and given up by their clients.
+      contexts_dropped: contexts that others took the place of (`context_bytes`).
       holders: of the rows.
       spent: seconds of the device.
     """
@@ -92,5 +100,6 @@ class Stats:
     tokens_out: int
     finished: int
     aborted: int
+    contexts_dropped: int
     holders: tuple[Holder, ...]
     spent: Spent

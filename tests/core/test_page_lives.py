@@ -49,7 +49,7 @@ class Evicting(Machine):
             return
         row, mine = int(self.rng.choice(rows)), self.fill_tail()
         sizes = np.asarray(self.pages.sizes[row])
-        of_rows = empty_rows(ROWS)
+        of_rows = empty_rows(ROWS, 1)
         of_rows = of_rows.replace(position=of_rows.position + self.next)
         numbers = np.int32(row), np.int32(0), np.int32(0)
         self.pages, self.tail = evict_program(
