@@ -110,7 +110,8 @@ def _filled(model: Decoder, slots: Any, rows: int, prompt: int, new: int) -> Sta
         rope_length=None if one.rope_length is None else one.rope_length + prompt + new,
     )  # fmt: skip
     for row in range(rows):
-        state, _ = programs.admit_program(*state, read, np.int32(row), one, _NO_EOS, top=0)
+        hold = np.int32(0)
+        state, _ = programs.admit_program(*state, read, np.int32(row), one, _NO_EOS, hold, top=0)
     return state
 
 

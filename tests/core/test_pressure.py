@@ -212,7 +212,7 @@ class Machine:
 
 @jax.jit
 def again(pages, tail, row, position, room, hold):
-    one = empty_rows(1)
+    one = empty_rows(1, 1)
     one = one.replace(position=position[None], prompt=jnp.full((1,), PROMPT))
     lease = paged.lease_of(pages, row)
     rest = room, hold, RULE, (None,) * LAYERS, MOST
