@@ -133,7 +133,9 @@ class Shapes:
                 self.model, shape=shape, tail_slots=_EVERY, quantize=False, recompress=rule
             )
         self.state = _as_compiled(lowered)
-        self.one = jax.tree.map(self._laid, jax.eval_shape(partial(empty_rows, 1, self.config.vocab_size)))
+        self.one = jax.tree.map(
+            self._laid, jax.eval_shape(partial(empty_rows, 1, self.config.vocab_size))
+        )
         self.number, self.eos = self.array(), self.array(2)
 
     def array(self, *sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
