@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,7 @@ async def exchange(
     headers: dict[str, str] | None = None,
     messages: Sequence[dict[str, Any]] | None = None,
     then: float | None = None,
+    send: Callable[[Any], Awaitable[None]] | None = None,
 ) -> Reply:
     """One request.
 
@@ -108,6 +109,7 @@ async def exchange(
       headers: in place of, or beside, those of a client that does as it should.
       messages: of ASGI in place of the body.
       then: seconds after these until the client goes away; None for a client that stays.
+      send: in place of a client that takes whatever comes.
     """
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"host": "localhost:8000", "content-type": "application/json"} | (headers or {})
@@ -127,10 +129,10 @@ async def exchange(
         await asyncio.sleep(3600 if then is None else then)
         return {"type": "http.disconnect"}
 
-    async def send(message: Any) -> None:
+    async def take(message: Any) -> None:
         sent.append(message)
 
-    await made(scope, receive, send)
+    await made(scope, receive, send or take)
     if not sent:
         return Reply(0, {}, b"")
     told = {name.decode(): value.decode() for name, value in sent[0]["headers"]}

@@ -135,14 +135,14 @@ def run(arguments: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
 
         from kvjax.serve.engine import Engine
-        from kvjax.serve.guard import LOOPBACK, Limits
+        from kvjax.serve.guard import Limits, is_local
         from kvjax.serve.http import make_app
     except ImportError as error:
         raise ImportError(f"{_INSTALL} ({error})") from None
     offered, rule = methods(arguments), _recompression(arguments)
     limits = Limits(
         api_key=os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key,
-        loopback=arguments.host in LOOPBACK,
+        loopback=is_local(arguments.host),
         body_bytes=arguments.body_bytes,
         seconds=arguments.timeout,
         requests=arguments.max_requests,
@@ -171,9 +171,9 @@ def run(arguments: argparse.Namespace) -> None:
             name = arguments.served_name or Path(arguments.model).name
             app = make_app(engine, tokenizer, name, offered, limits)
             _say(f"{engine.compiled} programs, {engine.stats().pages} pages, {arguments.rows} rows")
-            listener.listen(_BACKLOG)  # who reads the next line may connect at once
+            _listen(listener)  # who reads the next line may connect at once
             _say(f"{name} at http://{_shown(listener)}")
-            _serve(app, listener, arguments.timeout)
+            _serve(app, listener, limits.seconds + limits.body_seconds)
 
 
 def _recompression(arguments: argparse.Namespace) -> Recompress | None:
@@ -195,14 +195,27 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with _free(host, port):
             listener.bind((host, port))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ValueError(
-                f"--host {host} --port {port} cannot be had ({reason}), expected a free address"
-            ) from None
         yield listener
+
+
+def _listen(listener: socket.socket) -> None:
+    """Let clients come; another server may have bound the same address, and listen since."""
+    with _free(*listener.getsockname()[:2]):
+        listener.listen(_BACKLOG)
+
+
+@contextlib.contextmanager
+def _free(host: str, port: int) -> Iterator[None]:
+    """ValueError where an address cannot be had."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"--host {host} --port {port} cannot be had ({reason}), expected a free address"
+        ) from None
 
 
 def _shown(listener: socket.socket) -> str:
@@ -210,24 +223,26 @@ def _shown(listener: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _serve(app: Any, listener: socket.socket, seconds: int) -> None:
+def _serve(app: Any, listener: socket.socket, seconds: int | float) -> None:
     """Answer until SIGTERM or an interrupt, and then all that was accepted."""
     import uvicorn
 
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        ws="none",
-        proxy_headers=False,
-        # No request takes longer than this.
-        timeout_graceful_shutdown=seconds + 5,
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            ws="none",
+            proxy_headers=False,
+            # No request takes longer than this, its body included.
+            timeout_graceful_shutdown=int(seconds + 5),
+        )
     )
-    # uvicorn raises the signal that ended it once more when all is answered: that is no failure.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    # Before uvicorn has its own handler, and when it raises the signal that ended it once more.
+    signal.signal(signal.SIGTERM, server.handle_exit)
+    server.run(sockets=[listener])
 
 
 def _say(line: str) -> None:

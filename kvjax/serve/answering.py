@@ -1,6 +1,7 @@
 """From a request that was read to its answer: the engine's steps as OpenAI's objects."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack, aclosing
@@ -18,7 +19,7 @@ from kvjax.serve.engine import Engine
 from kvjax.serve.guard import Limits, Refused
 from kvjax.serve.job import Step, Usage
 from kvjax.serve.metrics import Metrics
-from kvjax.serve.protocol import Asked, Chat, Completion, shortened
+from kvjax.serve.protocol import Chat, Completion, shortened
 from kvjax.serve.watched import Streamed, watched
 
 
@@ -35,6 +36,7 @@ class Served:
       metrics: counts what they do.
       created: when the server began, in seconds since 1970.
       reader: the one thread that turns prompts into tokens, which takes long for long ones.
+      contexts: the one thread that waits for contexts to be read.
     """
 
     engine: Engine
@@ -45,8 +47,9 @@ class Served:
     metrics: Metrics
     created: int
     reader: Executor
+    contexts: Executor
 
-    def check(self, asked: Asked) -> None:
+    def check(self, asked: Completion | Chat) -> None:
         """Raise Refused for what is wrong, or too much, before the engine is asked."""
         if asked.model not in (None, self.name):
             raise Refused(404, f"model={shortened(asked.model)}, expected {self.name!r}")
@@ -55,10 +58,14 @@ class Served:
                 check_template(self.tokenizer, "messages")
             except ValueError as wrong:
                 raise Refused(400, str(wrong)) from None
-        if self.metrics.open >= self.limits.requests:
-            most = self.limits.requests
+        self.check_room(len(_calls(asked)))
+
+    def check_room(self, count: int) -> None:
+        """Raise Refused where so many more answers are more than are taken at once."""
+        most, there = self.limits.requests, self.metrics.open
+        if there + count > most:
             raise Refused(
-                429, f"{most} requests are here already, which is the limit: try again later"
+                429, f"{there} answers are awaited, and {most} the limit: try again later"
             )
 
 
@@ -69,7 +76,9 @@ _NAMES = {"budget": "max_cache_tokens", "max_new_tokens": "max_tokens"}
 def as_asked(wrong: ValueError, names: Mapping[str, str] = _NAMES) -> Refused:
     """The engine's complaint, with the argument's name as the client gave it."""
     name, equals, rest = str(wrong).partition("=")
-    return Refused(404 if name == "context" else 400, names.get(name, name) + equals + rest)
+    told = names.get(name, name) + equals + rest
+    told = told.replace("+ max_new_tokens=", "+ max_tokens=")
+    return Refused(404 if name == "context" else 400, told)
 
 
 async def answer(served: Served, asked: Completion | Chat, request: Request) -> Response:
@@ -103,20 +112,23 @@ async def answer(served: Served, asked: Completion | Chat, request: Request) -> 
 
 
 def _calls(asked: Completion | Chat) -> list[dict[str, Any]]:
-    """The engine's arguments for each prompt."""
+    """The engine's arguments for each prompt, whose seeds differ: equal prompts are samples."""
     shared = {
         "method": asked.method,
         "budget": asked.max_cache_tokens,
         "max_new_tokens": asked.limit,
         "sampling": asked.sampling(),
-        "seed": asked.drawn_seed(),
         "stop": asked.stop,
         "logprobs": asked.likeliest,
         "context": asked.context,
     }
+    seed = asked.drawn_seed()
     if isinstance(asked, Chat):
-        return [{"messages": asked.messages} | shared]
-    return [{"prompt": prompt} | shared for prompt in asked.prompt]
+        return [{"messages": asked.messages, "seed": seed} | shared]
+    return [
+        {"prompt": prompt, "seed": (seed + index) % 2**31} | shared
+        for index, prompt in enumerate(asked.prompt)
+    ]
 
 
 # ---------------------------------------------------------------------------- whole answers
@@ -154,11 +166,11 @@ async def _steps(served: Served, call: dict[str, Any]) -> AsyncGenerator[Step]:
     Raises:
       Refused: the engine does not take the call.
     """
-    submit = partial(served.engine.submit, **call)
+    submit, begun = partial(served.engine.submit, **call), time.perf_counter()
     try:
         steps = await asyncio.get_running_loop().run_in_executor(served.reader, submit)
         closable = cast(AsyncGenerator[Step], steps)
-        async with aclosing(served.metrics.timed(closable)) as timed:
+        async with aclosing(served.metrics.timed(closable, begun)) as timed:
             async for step in timed:
                 yield step
     except ValueError as wrong:  # with the first step: a context that was given up meanwhile

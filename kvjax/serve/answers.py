@@ -109,18 +109,19 @@ class Form:
         """
         texts = token_texts(tokens, self.tokenizer, before)
         others = [
-            {token_texts([token], self.tokenizer, last)[0]: value for token, value in each.items()}
+            [(token_texts([token], self.tokenizer, last)[0], each[token]) for token in each]
             for each, last in zip(top, _last(tokens, before), strict=False)
         ]
         if self.chat:
             told = [_token(text, value) for text, value in zip(texts, log_probs, strict=True)]
             for token, likeliest in zip(told, others, strict=False):
-                token["top_logprobs"] = [_plain_token(*pair) for pair in likeliest.items()]
+                token["top_logprobs"] = [_plain_token(*pair) for pair in likeliest]
             return {"content": told}
         return {
             "tokens": texts,
             "token_logprobs": list(log_probs),
-            "top_logprobs": others if any(others) else None,
+            # Of tokens with the same text, parts of characters, the likeliest one is told.
+            "top_logprobs": [dict(each[::-1]) for each in others] if any(others) else None,
             "text_offset": [*accumulate(map(len, texts), initial=offset)][:-1],
         }
 

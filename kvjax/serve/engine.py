@@ -41,7 +41,8 @@ class Engine:
       buckets: lengths that prompts are padded to; the last is that of the longest prompt. Powers of
         two from 64 to 4096, as far as the context goes, by default.
       question_buckets: those of questions about contexts; () for no contexts.
-      max_new_tokens: of an answer at most, and where a request does not say.
+      max_new_tokens: of an answer at most, and where a request does not say as far as the context
+        goes.
       decode_steps: tokens of every row between two looks of the host.
       tail_slots: tokens of an answer that are kept apart before they move into pages, a multiple of
         `decode_steps`; 32 by default, and `recompress.every` where there is a rule.
@@ -256,7 +257,11 @@ class Engine:
         context: str | None = None,
     ) -> Job:
         """A request that was checked."""
-        limit = self._max_new_tokens if max_new_tokens is None else max_new_tokens
+        before = 0 if context is None else self._kept(context).tokens
+        limit = max_new_tokens
+        if limit is None:  # as many as there is a place for
+            rest = self.model.config.context - before - len(tokens)
+            limit = max(1, min(self._max_new_tokens, rest))
         _check_whole(1, self._max_new_tokens, max_new_tokens=limit)
         _check_whole(0, self._most_logprobs, logprobs=logprobs)
         stops = check_stops(stop, self.tokenizer)
@@ -265,7 +270,7 @@ class Engine:
         if rules.repetition_penalty != 1:
             raise ValueError(f"repetition_penalty={rules.repetition_penalty}, expected 1")
         more, menu = self._menu.growth(limit), self._menu
-        choice, before, told, shared = None, 0, tokens, 0
+        choice, told, shared = None, tokens, 0
         if context is None:
             choice = menu.choose(method, len(tokens), budget)
             pages, name = menu.pages(choice.entries, more), method or self.methods[0]
@@ -275,7 +280,7 @@ class Engine:
             kept = self._kept(context)
             menu.question_bucket(len(tokens))
             more += len(tokens)
-            pages, name, before = menu.forked_pages(more), kept.method, kept.tokens
+            pages, name = menu.forked_pages(more), kept.method
             shared = kept.pages
             told = [*kept.history[0].tokens, *tokens]
         config = FULL if choice is None else choice.config

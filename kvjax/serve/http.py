@@ -6,10 +6,11 @@ GET /health, /metrics, /pool.json, and / for the live page
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -30,7 +31,7 @@ from kvjax.serve.guard import Guard, Limits, Refused
 from kvjax.serve.metrics import Metrics
 from kvjax.serve.protocol import Chat, Completion, Document, complaint, shortened
 from kvjax.serve.stats import Context
-from kvjax.serve.watched import Gone
+from kvjax.serve.watched import Gone, watched
 
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": Completion,
@@ -61,6 +62,7 @@ def make_app(
     served = Served(
         engine, tokenizer, name, methods, limits, Metrics(engine), int(time.time()),
         ThreadPoolExecutor(1, thread_name_prefix="kvjax-read"),
+        ThreadPoolExecutor(1, thread_name_prefix="kvjax-context"),
     )  # fmt: skip
     # Pages of FastAPI's own would load scripts from elsewhere.
     app = FastAPI(title="kvjax", docs_url=None, redoc_url=None)
@@ -116,7 +118,9 @@ def _add_contexts(app: FastAPI, served: Served) -> None:
         return await asyncio.to_thread(served.engine.contexts)
 
     @app.post("/v1/contexts")
-    async def add(asked: Document) -> Response:
+    async def add(asked: Document, request: Request) -> Response:
+        served.check_room(1)
+        until = asyncio.get_running_loop().time() + served.limits.seconds
         add = partial(
             served.engine.add_context,
             asked.text,
@@ -127,10 +131,14 @@ def _add_contexts(app: FastAPI, served: Served) -> None:
         try:
             if asked.messages is not None:
                 check_template(served.tokenizer, "messages")
-            name = await asyncio.to_thread(add)
+            with served.metrics.opened(1):
+                name = await _read(served, add, request, until)
         except ValueError as wrong:
             raise as_asked(wrong) from None
-        (made,) = (context for context in await held() if context.id == name)
+        made = next((each for each in await held() if each.id == name), None)
+        if made is None:  # another client has given it up, of all ids that it saw
+            raise Refused(409, f"context={name!r} was given up, expected it to be held")
+        served.metrics.ended("/v1/contexts", "read")
         return _json(told(made) | {"warning": _warning(served.methods[made.method])})
 
     @app.get("/v1/contexts")
@@ -146,6 +154,30 @@ def _add_contexts(app: FastAPI, served: Served) -> None:
         except ValueError as wrong:  # it is in use
             raise Refused(409, str(wrong)) from None
         return _json({"id": context, "object": "context", "deleted": True})
+
+
+async def _read(served: Served, add: Callable[[], str], request: Request, until: float) -> str:
+    """The id of a context; it is given up where nobody waits for it any more.
+
+    Raises:
+      Gone, TimeoutError: as `watched`.
+      ValueError: what the engine does not take.
+    """
+    reading = served.contexts.submit(add)
+
+    async def read() -> str:
+        return await asyncio.wrap_future(reading)
+
+    def drop(ended: Future[str]) -> None:
+        if not ended.cancelled() and ended.exception() is None:
+            with contextlib.suppress(ValueError, RuntimeError):  # somebody asks it, or all is over
+                served.engine.drop_context(ended.result())
+
+    try:
+        return await watched(read(), request.receive, until)
+    except (Gone, TimeoutError):
+        reading.add_done_callback(drop)
+        raise
 
 
 def _warning(config: CompressionConfig) -> str | None:

@@ -32,7 +32,8 @@ class Metrics:
         self.registry.register(_EngineNumbers(engine))
         self._requests = Counter(
             "kvjax_requests",
-            "Requests by what became of them: stop, length, gone, late, refused, failed.",
+            "Requests by what became of them: stop, length, read (a context), gone, late, refused,"
+            " failed. Those without a host, key, type or size that is taken are not counted.",
             ("path", "outcome"),
             registry=self.registry,
         )
@@ -72,10 +73,9 @@ class Metrics:
         finally:
             self.open -= count
 
-    async def timed(self, steps: AsyncGenerator[Step]) -> AsyncGenerator[Step]:
-        """The steps of an answer as they come, their times noted."""
-        begun = before = time.perf_counter()
-        first = True
+    async def timed(self, steps: AsyncGenerator[Step], begun: float) -> AsyncGenerator[Step]:
+        """The steps of an answer as they come, their times noted; it was asked for at `begun`."""
+        first, before = True, begun
         try:
             async for step in steps:
                 now, count = time.perf_counter(), len(step.tokens)

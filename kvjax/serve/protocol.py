@@ -71,7 +71,7 @@ def _turns(value: Any) -> list[dict[str, str]]:
 
 def _turn(turn: Any, name: str) -> dict[str, str]:
     keys = turn.keys() if isinstance(turn, dict) else set()
-    if not {"role", "content"} <= keys <= {"role", "content", "name"}:
+    if keys != {"role", "content"}:
         raise ValueError(f"{name}={shortened(turn)}, expected an object with a role and a content")
     role, content = turn["role"], turn["content"]
     if role not in _ROLES:

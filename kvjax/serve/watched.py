@@ -4,6 +4,7 @@ What a client no longer waits for is cancelled, and its pages go to others.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from starlette.responses import Response
 
 from kvjax.serve.guard import Message, Receive, Send
+
+# Seconds in which a client has to take the end of a stream.
+_LAST = 5.0
 
 
 class Gone(Exception):
@@ -81,6 +85,7 @@ class Streamed(Response):
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:  # type: ignore[override]
         """Send the events; a client that goes away closes them."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        why, failure = None, None
         try:
             await send(start)
             await watched(self._send(send), receive, self._until)
@@ -89,16 +94,20 @@ class Streamed(Response):
             return
         except TimeoutError:
             self._ended("late")
-            await _body(send, self._last("the time for this request is up"))
-        except Exception:
+            why = "the time for this request is up"
+        except Exception as error:
             self._ended("failed")
-            await _body(send, self._last("the server failed on this request"))
-            await _body(send, b"", more=False)
-            raise
-        finally:
+            why, failure = "the server failed on this request", error
+        finally:  # before anything more is sent: a client that does not read holds nothing
             with self._held:
                 await self._events.aclose()
-        await _body(send, b"", more=False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST):
+                if why is not None:
+                    await _body(send, self._last(why))
+                await _body(send, b"", more=False)
+        if failure is not None:
+            raise failure
 
     async def _send(self, send: Send) -> None:
         await _body(send, self._first)

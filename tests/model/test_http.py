@@ -1,9 +1,11 @@
 """A server over HTTP: clients of others' making, bodies that are wrong, clients that go away."""
 
 import asyncio
+import dataclasses
 import http.client
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -12,6 +14,9 @@ import urllib.request
 import numpy as np
 import pytest
 import served
+import uvicorn
+
+from kvjax.cli import serve as cli
 
 openai = pytest.importorskip("openai", reason="needs the openai package")
 
@@ -166,6 +171,29 @@ def test_several_prompts_get_a_choice_each(client, engine):
     assert answer.usage.completion_tokens == 12
 
 
+def test_equal_prompts_are_samples(client):
+    """Each draws for itself, with a seed too; the first one as it would alone."""
+    asked = {"model": served.NAME, "max_tokens": 12, "temperature": 2}
+    for seed in ({}, {"seed": 3}):
+        answer = client.completions.create(prompt=[PROMPT] * 3, **seed, **asked)
+        assert len({choice.text for choice in answer.choices}) == 3
+    alone = client.completions.create(prompt=PROMPT, seed=3, **asked)
+    assert answer.choices[0].text == alone.choices[0].text
+
+
+def test_an_answer_without_a_limit_ends_with_the_context(app, engine, monkeypatch):
+    """What the server would allow by itself is no argument of the client's."""
+    shape = engine.model.config
+    monkeypatch.setattr(engine.model, "config", dataclasses.replace(shape, max_context=COUNT + 30))
+    body = {"messages": [said("user", PROMPT)], "temperature": 0, "method": "full"}
+    told = served.call(app, "POST", "/v1/chat/completions", body).json
+    read = told["usage"]["prompt_tokens"]
+    assert told["usage"]["completion_tokens"] <= COUNT + 30 - read < 64
+    asked = served.call(app, "POST", "/v1/chat/completions", body | {"max_tokens": 60})
+    assert asked.status == 400
+    assert "+ max_tokens=60 exceeds" in asked.sentence
+
+
 def test_echo_begins_with_the_prompt(client):
     plain = client.completions.create(prompt=PROMPT, max_tokens=6, **GREEDY).choices[0].text
     asked = {"prompt": PROMPT, "max_tokens": 6, "echo": True, **GREEDY}
@@ -245,6 +273,68 @@ def test_a_context_that_is_given_up_meanwhile_is_one_sentence(app, engine, monke
     body = {"prompt": "so", "context": name}
     told = served.call(app, "POST", "/v1/completions", body)
     assert (told.status, told.sentence) == (404, f"context={name!r}, expected one of []")
+
+
+@pytest.fixture
+def slow_contexts(engine, monkeypatch):
+    """Two events: a context is being read; it may be read to its end."""
+    add, begun, go_on = engine.add_context, threading.Event(), threading.Event()
+
+    def slow(*text, **asked):
+        begun.set()
+        go_on.wait(60)
+        return add(*text, **asked)
+
+    monkeypatch.setattr(engine, "add_context", slow)
+    yield begun, go_on
+    go_on.set()
+
+
+CONTEXT = {"text": "w40 w50", "method": "full"}
+
+
+@pytest.mark.parametrize(
+    ("limits", "then", "status"), [({"seconds": 0.2}, None, 504), ({}, 0.2, 499)]
+)
+def test_a_context_that_nobody_waits_for_is_given_up(engine, slow_contexts, limits, then, status):
+    app, read = served.app(engine, **limits), engine.stats().tokens_in
+    assert served.call(app, "POST", "/v1/contexts", CONTEXT, then=then).status == status
+    slow_contexts[1].set()
+    served.until(lambda: engine.stats().tokens_in > read and not engine.contexts())
+    assert engine.stats().shared_pages == 0
+
+
+def test_contexts_count_among_what_is_taken_at_once(engine, slow_contexts):
+    app, (begun, go_on) = served.app(engine, requests=1), slow_contexts
+
+    async def both():
+        first = asyncio.create_task(served.exchange(app, "POST", "/v1/contexts", CONTEXT))
+        await asyncio.to_thread(begun.wait, 60)
+        second = await served.exchange(app, "POST", "/v1/contexts", CONTEXT)
+        go_on.set()
+        return await first, second
+
+    made, refused = asyncio.run(both())
+    assert (made.status, refused.status) == (200, 429)
+    engine.drop_context(made.json["id"])
+
+
+def test_a_client_that_does_not_read_holds_nothing(engine, monkeypatch):
+    """Its time is up while the server waits to send: the next one is not told to try again."""
+    monkeypatch.setattr("kvjax.serve.watched._LAST", 0.1)
+    app, statuses = served.app(engine, seconds=1, requests=1), []
+    expected(engine, PROMPT, 64)  # all that it needs is compiled before its time runs
+
+    async def deaf(message):
+        statuses.append(message.get("status"))
+        if statuses == [200, None]:
+            await asyncio.sleep(3600)
+
+    body = {"prompt": PROMPT, "max_tokens": 64, "stream": True}
+    asyncio.run(served.exchange(app, "POST", "/v1/completions", body, send=deaf))
+    after = served.call(app, "POST", "/v1/completions", {"prompt": PROMPT, "max_tokens": 2})
+    assert after.status != 429
+    idle(engine)
 
 
 def test_a_chat_goes_on_after_a_context(app, engine):
@@ -362,9 +452,7 @@ def test_too_many_requests_are_told_to_come_back(engine):
         replies = asyncio.run(together(stream))
         assert [reply.status for reply in replies] == [200, 200, 429, 429, 429]
         assert replies[-1].headers["retry-after"] == "1"
-        assert replies[-1].sentence == (
-            "2 requests are here already, which is the limit: try again later"
-        )
+        assert replies[-1].sentence == ("2 answers are awaited, and 2 the limit: try again later")
     idle(engine)
 
 
@@ -450,6 +538,22 @@ def test_a_key_is_needed_where_there_is_one(engine):
                         client.models.list()
                 else:
                     assert client.models.list().data
+
+
+def test_a_signal_before_the_first_request_ends_a_server(app, monkeypatch):
+    """SIGTERM between the line that says where it is and the server's own handler of it."""
+    run, before = uvicorn.Server.run, signal.getsignal(signal.SIGTERM)
+
+    def at_once(server, sockets):
+        signal.raise_signal(signal.SIGTERM)
+        run(server, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", at_once)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        try:
+            cli._serve(app, listener, 1)  # else it never ends
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def test_many_clients_of_whom_a_third_leave(address, engine):

@@ -84,7 +84,6 @@ def test_what_was_accepted_is_answered_after_sigterm():
         for thread in threads:
             thread.join()
         assert running.wait(timeout=60) == 0
-        assert pool["finished"] < STREAMS + 1  # it was ended under load
         assert len(answers) == STREAMS
         for *pieces, last in answers:
             texts = [piece["choices"][0]["text"] for piece in pieces]
