@@ -169,16 +169,48 @@ def collectives(text: str, loop: str | None = None) -> list[tuple[str, int]]:
     found = []
     for line in text.splitlines() if loop is None else loop_body(text, loop):
         if match := _COLLECTIVE.search(line):
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            sizes = [
-                _WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
-                for kind, shape in arrays
-                if kind in _WIDTHS
-            ]
+            sizes = _sizes(match[1])
             # One that is started here and done elsewhere names its operand before its result.
             pair = match[3] and match[2] in ("all-gather", "collective-permute")
             found.append((match[2], max(sizes) if pair else sum(sizes)))
     return found
+
+
+# What hands an array on as it is.
+_NOTHING_NEW = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"}
+_NOTHING_NEW |= {"call", "opt-barrier", "optimization-barrier"}
+_RESULT = re.compile(r"(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
+
+
+def large_results(text: str, least: int, loop: str | None = None) -> list[str]:
+    """Operations of a compiled program that write an array of at least so many bytes.
+
+    Args:
+      text: of one device's program (`as_text()`).
+      least: bytes; half a pool's finds every copy of it.
+      loop: only those of one pass through the loop under this `jax.named_scope`.
+
+    Returns:
+      Such as "copy" or "fusion", which may write in place. Not what happens within a fusion.
+    """
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", text))
+    blocks = _blocks(text) if loop is None else _loop_blocks(text, loop)
+    lines = [line for name, block in blocks.items() if name not in fused for line in block]
+    found = []
+    for line in lines:
+        match = _RESULT.match(line.strip())
+        if match and match[2] not in _NOTHING_NEW and max(_sizes(match[1]), default=0) >= least:
+            found.append(match[2])
+    return found
+
+
+def _sizes(arrays: str) -> list[int]:
+    """Bytes of each array in a line's types, such as "(bf16[2,8], s32[4])"."""
+    return [
+        _WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
+        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", arrays)
+        if kind in _WIDTHS
+    ]
 
 
 def loop_body(text: str, loop: str) -> list[str]:
@@ -188,12 +220,22 @@ def loop_body(text: str, loop: str) -> list[str]:
       text: of a compiled program (`as_text()`).
       loop: the `jax.named_scope` that the loop is under.
     """
+    return [line for block in _loop_blocks(text, loop).values() for line in block]
+
+
+def _blocks(text: str) -> dict[str, list[str]]:
+    """Lines of each computation of a program, by its name."""
     blocks: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in text.splitlines():
         if line.endswith("{") and (match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(", line)):
             lines = blocks.setdefault(match[1], [])
         lines.append(line)
+    return blocks
+
+
+def _loop_blocks(text: str, loop: str) -> dict[str, list[str]]:
+    blocks = _blocks(text)
     named = re.compile(rf'body=%?([\w.-]+).*op_name="[^"]*\b{loop}/while"')
     waiting = [match[1] for line in text.splitlines() if (match := named.search(line))]
     seen: set[str] = set()
@@ -202,4 +244,4 @@ def loop_body(text: str, loop: str) -> list[str]:
         if name not in seen and name in blocks:
             seen.add(name)
             waiting += re.findall(r"%([\w.-]+)", " ".join(blocks[name][1:]))
-    return [line for name in sorted(seen) for line in blocks[name]]
+    return {name: blocks[name] for name in sorted(seen)}

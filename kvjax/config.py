@@ -51,10 +51,10 @@ class CompressionConfig(Settings):
         holds whole is quantized too, alone as beside longer ones; `full` and a budget of 1.0, which
         evict nothing of any prompt, are not.
       sums: whether every entry that is kept carries the squared attention probabilities that it has
-        received, which `Recompress(scorer="squared-sum")` goes on adding to: 4 bytes a slot of what
-        is stored, 8 while it decodes, packed layout only. `generate` and `stream` set it under such
-        a rule; `compress_prompt` and `prefill_prompts` have to be told. They begin with the
-        prompt's last 8 queries, or the window of "l2-window".
+        received, which `Recompress(scorer="squared-sum")` goes on adding to: 4 bytes a slot, packed
+        layout only. `generate` and `stream` set it under such a rule; `compress_prompt` and
+        `prefill_prompts` have to be told. They begin with the prompt's last 8 queries, or the
+        window of "l2-window".
 
     Raises:
       ConfigError: a value outside its range.

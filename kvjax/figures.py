@@ -332,7 +332,7 @@ def served(path: str | Path, report: Mapping[str, Any]) -> Path:
         bounds = np.array([row[bound] for row in rows])
         axis.barh(range(len(rows)), found, color=_KEPT)
         for place, (reached, most) in enumerate(zip(found, bounds, strict=True)):
-            axis.text(reached, place, f" {reached:.1f}", va="center")
+            axis.text(max(reached, bounded * most), place, f" {reached:.1f}", va="center")
             if bounded:
                 axis.plot([most] * 2, [place - 0.4, place + 0.4], color=_NEEDLE, lw=2)
         axis.set_yticks(range(len(rows)), [f"{r['method']}, {r['most_rows']} rows" for r in rows])

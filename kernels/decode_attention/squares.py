@@ -6,8 +6,9 @@
 slots and tail. The attention kernel has left the scores of one new token's queries; those of many
 tokens are multiplied anew, as the scores of a whole question would not fit.
 
-B batch, T new tokens, M slots of a pool, R pages of a layer, Y slots of a layer, C slots of a
-block, N query heads, K KV heads, G = N // K, H head dim, E = 2 H, S slots of the tail.
+B batch, X pools (B, or one that all rows share), T new tokens, M slots of a pool, P pages of it,
+R pages of a layer, Y slots of a layer, C slots of a block, N query heads, K KV heads, G = N // K,
+H head dim, E = 2 H, S slots of the tail.
 """
 
 from functools import partial
@@ -29,15 +30,15 @@ def _squares(scores: Array, lse: Array) -> Array:
 
 
 def add_scored(
-    sums: Float[Array, "B M"],
+    sums: Float[Array, "X M"],
     scores: Float[Array, "B G Y"],
     lse: Float[Array, "B 1 N"],
-    owners: Int8[Array, "B M"],
+    owners: Int8[Array, "X M"],
     table: Int[Array, "B R"],
     lengths: Int[Array, " B"],
     *,
     page: int,
-) -> Float[Array, "B M"]:
+) -> Float[Array, "X M"]:
     """Add to the sums of one layer's slots what one token gives them.
 
     Args:
@@ -47,29 +48,31 @@ def add_scored(
       owners, table, lengths, page: as of `paged_attention`.
 
     Returns:
-      The sums; those of other layers' slots, and of unowned ones, are as they were.
+      The sums; those of other layers' slots, and of unowned ones, are as they were. A page is one
+      row's: what rows share would be added to in no order that holds.
     """
     batch, group, _ = scores.shape
+    pools = sums.shape[0]
     lse_BKG = lse.reshape(batch, -1, group)
     each = max(1, min(BLOCK // page, table.shape[1]))
-    rows_B1 = jnp.arange(batch)[:, None]
+    pool_B1 = jnp.arange(batch)[:, None] % pools
 
-    def step(index, sums_BPC):
+    def step(index, sums_XPC):
         # The last block begins earlier where the table ends, and leaves out what has been.
         at = jnp.minimum(index * each, table.shape[1] - each)
         page_BX = lax.dynamic_slice_in_dim(table, at, each, axis=1)
         number_C = at * page + jnp.arange(each * page)
-        owner_BC = owners.reshape(batch, -1, page)[rows_B1, page_BX].reshape(batch, -1)
+        owner_BC = owners.reshape(pools, -1, page)[pool_B1, page_BX].reshape(batch, -1)
         mine_BC = (number_C >= index * each * page) & (number_C < lengths[:, None])
         mine_BC &= owner_BC >= 0
         head_BC = jnp.maximum(owner_BC, 0).astype(jnp.int32)
         lse_BGC = jnp.take_along_axis(lse_BKG, head_BC[..., None], axis=1).swapaxes(1, 2)
         scores_BGC = lax.dynamic_slice_in_dim(scores, at * page, each * page, axis=2)
         more_BC = jnp.where(mine_BC, _squares(scores_BGC, lse_BGC).sum(1), 0.0)
-        return sums_BPC.at[rows_B1, page_BX].add(more_BC.reshape(batch, each, page))
+        return sums_XPC.at[pool_B1, page_BX].add(more_BC.reshape(batch, each, page))
 
     blocks = -(-lengths.max() // (each * page))
-    return lax.fori_loop(0, blocks, step, sums.reshape(batch, -1, page)).reshape(sums.shape)
+    return lax.fori_loop(0, blocks, step, sums.reshape(pools, -1, page)).reshape(sums.shape)
 
 
 def add_slots(

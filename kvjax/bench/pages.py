@@ -103,14 +103,15 @@ def _filled(model: Decoder, slots: Any, rows: int, prompt: int, new: int) -> Sta
     )
     logits = jnp.zeros((1, config.vocab_size), jnp.float32)
     read = Prompt(logits=logits, slots=with_table(slots), sizes=jnp.asarray(held_L, jnp.int32))
-    one = empty_rows(1, rope_by_length=config.rope_by_length)
+    one = empty_rows(1, config.vocab_size, rope_by_length=config.rope_by_length)
     one = one.replace(
         position=one.position + prompt, prompt=one.prompt + prompt, limit=one.limit + 2 * new,
         running=~one.running, values=one.values._replace(top_p=one.values.top_p + 1),
         rope_length=None if one.rope_length is None else one.rope_length + prompt + new,
     )  # fmt: skip
     for row in range(rows):
-        state, _ = programs.admit_program(*state, read, np.int32(row), one, _NO_EOS, top=0)
+        hold = np.int32(0)
+        state, _ = programs.admit_program(*state, read, np.int32(row), one, _NO_EOS, hold, top=0)
     return state
 
 

@@ -62,6 +62,7 @@ def save_cache(
         "turns": cache.history
         and [one.turns and [dict(turn) for turn in one.turns] for one in cache.history],
         "slots": slots and {name: getattr(slots, name) for name in _STATIC},
+        "tokens": int(arrays["next_positions"].max()),
         "sha256": _digest(arrays),
     }
     part = target.with_name(target.name + ".part")
@@ -69,7 +70,9 @@ def save_cache(
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
         save_file(whole, part, metadata=metadata)
+        _flush(part)
         os.replace(part, target)
+        _flush(target.parent)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise ValueError(f"path={str(path)!r} cannot be written ({error})") from None
@@ -84,18 +87,7 @@ def load_cache(path: str | Path, model: Model) -> Cache:
       OSError: it cannot be read.
     """
     source = Path(path)
-    if not source.is_file():
-        raise ValueError(f"cache {source}, expected a file that save_cache wrote")
-    try:
-        with safe_open(source, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        made = metadata.get("format")
-        facts = json.loads(metadata["facts"]) if made in (_FORMAT, _BEFORE) else None
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"cache {source} is damaged ({error})") from None
-    if facts is None:
-        raise ValueError(f"cache {source} is not one of kvjax, expected format {_FORMAT}")
+    made, facts, arrays = _read(source)
     if _digest(arrays) != facts["sha256"]:
         raise ValueError(f"cache {source} is damaged: its checksum differs")
     if fingerprint(model) != facts["model"]:
@@ -103,6 +95,43 @@ def load_cache(path: str | Path, model: Model) -> Cache:
     if made == _BEFORE:
         arrays, facts = _converted(arrays, facts)
     return _cache({name: jnp.asarray(array) for name, array in arrays.items()}, facts)
+
+
+def cache_facts(path: str | Path) -> dict[str, Any]:
+    """What a file says of its cache: model, config, tokens; its arrays are not read.
+
+    Raises:
+      ValueError: not such a file, or damaged where this is written.
+      OSError: it cannot be read.
+    """
+    return _read(Path(path), whole=False)[1]
+
+
+def _read(source: Path, whole: bool = True) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """Format, facts and arrays of a file."""
+    if not source.is_file():
+        raise ValueError(f"cache {source}, expected a file that save_cache wrote")
+    try:
+        with safe_open(source, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            names = file.keys() if whole else ()
+            arrays = {name: file.get_tensor(name) for name in names}
+        made = metadata.get("format")
+        facts = json.loads(metadata["facts"]) if made in (_FORMAT, _BEFORE) else None
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"cache {source} is damaged ({error})") from None
+    if facts is None:
+        raise ValueError(f"cache {source} is not one of kvjax, expected format {_FORMAT}")
+    return str(made), facts, arrays
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _arrays(cache: Cache) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def of_layer(slots: Slots, array: Array, layer: int) -> Array:
     """What the slots of one layer hold, `[B, Y, ...]` of an array `[X, M, ...]`, in order.
 
     Args:
-      slots: on one device (`reshard_slots`), with known runs or with a table.
+      slots: with a table; or on one device (`reshard_slots`), with known runs.
       array: `entries`, `owners`, `positions`, or a half of `scales`.
       layer: which.
     """
@@ -222,7 +222,18 @@ def of_layer(slots: Slots, array: Array, layer: int) -> Array:
         first, end = slots.runs[layer]
         return array[:, first:end]
     assert slots.table is not None  # else a layer's size is data
-    return in_order(array, (slots.table[:, layer], slots.page))
+    table_BR, page = slots.table[:, layer], slots.page // slots.parts
+    if slots.parts == 1:
+        return in_order(array, (table_BR, page))
+    if array.ndim == 2:
+        # Not page by page: a part of one is too short for a TPU, whose rows of 128 are filled up.
+        number_BY = _numbers(slots, layer)
+        rows_B1 = jnp.arange(len(array))[:, None]  # one pool serves all rows, or each its own
+        return array[rows_B1, number_BY]
+    # Every device finds its part of each page by itself.
+    dealt = array.reshape(array.shape[0], slots.parts, -1, *array.shape[2:])
+    found = jax.vmap(lambda x: in_order(x, (table_BR, page)), 1, 2)(dealt)
+    return found.reshape(table_BR.shape[0], -1, *array.shape[2:])
 
 
 class LayerSlots(NamedTuple):
@@ -242,10 +253,9 @@ class LayerSlots(NamedTuple):
 
 
 def layer_slots(slots: Slots, layer: int) -> LayerSlots:
-    """The slots of one layer, through its table; on one device."""
+    """The slots of one layer, through its table."""
     assert slots.table is not None
-    page_BR1 = slots.table[:, layer, :, None]
-    number_BY = (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
+    number_BY = _numbers(slots, layer)
     size_B = slots.lengths[:, layer]
     mine_BY = jnp.arange(number_BY.shape[1]) < size_B[:, None]
     owner_BY = of_layer(slots, slots.owners, layer)
@@ -256,6 +266,20 @@ def layer_slots(slots: Slots, layer: int) -> LayerSlots:
         positions=of_layer(slots, slots.positions, layer),
         size=size_B,
     )
+
+
+def _numbers(slots: Slots, layer: int) -> Int[Array, "B Y"]:
+    """Where the slots of a layer's pages lie in the arrays of the pool."""
+    assert slots.table is not None
+    page_BR1 = slots.table[:, layer, :, None]
+    number_BY = (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
+    return place_in_pool(slots, number_BY)
+
+
+def place_in_pool(slots: Slots, number: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Where slots lie in the arrays of a pool, of their numbers in the order of its pages."""
+    each = slots.size // slots.parts
+    return number % slots.parts * each + number // slots.parts
 
 
 def kept_mask(slots: Slots, layer: int, tokens: int) -> Bool[Array, "B K T"]:

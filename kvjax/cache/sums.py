@@ -4,14 +4,15 @@ KV-Compress (Rehg 2024, arXiv 2410.00161) evicts by them: every new query, of an
 question, adds the squares of its probabilities, summed over the query heads of a group, to each
 entry that it sees, slots and tail; a new entry begins with 0.
 
-    slots.sums           what slots had when they were packed, or compressed last: a constant
-    tail.slot_sums       what they received since: written at every step, as the tail is
+    slots.sums           what slots have received, while nothing is added
+    tail.slot_sums       the same while something is: written at every step, as the tail is
     tail.sums            what the tail's entries have received
 
 so that the slots stay a constant of the decode loop. Only where `begin` was called is anything
 added, or another program traced.
 
-B batch, T new tokens, N query heads, K KV heads, H head dim, U slots of the tail, M slots.
+B batch, X pools (B, or one that all rows share), T new tokens, N query heads, K KV heads, H head
+dim, U slots of the tail, M slots.
 """
 
 from functools import partial
@@ -39,18 +40,18 @@ def begin(cache: Cache) -> Cache:
     assert slots.sums is not None  # who lets users ask for this has checked it
     sums = tail.sums or tuple(jnp.zeros(keys.shape[:3], jnp.float32) for keys in tail.keys)
     sums = tuple(sharding.constrain(x, "BKU") for x in sums)
-    slot_sums = sharding.constrain(jnp.zeros_like(slots.sums), "BM")
-    return cache.replace(tail=tail.replace(sums=sums, slot_sums=slot_sums))
+    slot_sums = sharding.constrain(slots.sums, "BM")
+    tail = tail.replace(sums=sums, slot_sums=slot_sums)
+    return cache.replace(slots=slots.replace(sums=None), tail=tail)
 
 
 def settle(cache: Cache) -> Cache:
-    """The cache with what its slots received beside what they had; nothing is added any more."""
+    """The cache with its slots' sums beside their entries; nothing is added any more."""
     tail, slots = cache.tail, cache.slots
     if tail.slot_sums is None:
         return cache
     assert slots is not None  # `begin` has seen to it
-    assert slots.sums is not None
-    slots = slots.replace(sums=slots.sums + tail.slot_sums)
+    slots = slots.replace(sums=tail.slot_sums)
     return cache.replace(slots=slots, tail=tail.replace(slot_sums=None))
 
 
@@ -94,7 +95,8 @@ def attend_and_add(
 def _add(q, positions, slot_sums, tail_sums, *, cache: Cache, layer: int, window: int | None):
     """Output of some new tokens, and both sums with what they gave."""
     rules, axes, arrays = attend.slot_problem(q, positions, cache, layer, window)
-    equation = f"{axes},BM,BKU->BTNH,BM,BKU"
+    pools = "BM" if slot_sums.shape[0] == q.shape[0] else ".M"  # one that rows share lies by slot
+    equation = f"{axes},{pools},BKU->BTNH,{pools},BKU"
     return sharding.by_device(partial(_add_here, rules), equation, *arrays, slot_sums, tail_sums)
 
 

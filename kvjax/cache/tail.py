@@ -35,8 +35,8 @@ class Tail(struct.PyTreeNode):
       query_positions: `[B, W]` theirs, -1 where there is none yet.
       sums: one `[B, K, T]` a layer, squared attention probabilities that these entries have
         received; empty where nobody asked for them.
-      slot_sums: `[B, M]` what the cache's slots have received since `kvjax.cache.sums.begin`; None
-        where nothing is added.
+      slot_sums: `[X, M]` what the cache's slots have received, from `kvjax.cache.sums.begin` on;
+        None where nothing is added.
     """
 
     keys: tuple[Float[Array, "B K T H"], ...]
@@ -46,7 +46,7 @@ class Tail(struct.PyTreeNode):
     queries: tuple[Float[Array, "B W N H"], ...] = ()
     query_positions: Int[Array, "B W"] | None = None
     sums: tuple[Float[Array, "B K T"], ...] = ()
-    slot_sums: Float[Array, "B M"] | None = None
+    slot_sums: Float[Array, "X M"] | None = None
 
 
 def empty_tail(entries: tuple[PaddedLayer, ...] | Slots, slots: int) -> Tail:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import kvjax
-from kvjax.cli.settings import loading
+from kvjax.cli.settings import loading, recompression
+from kvjax.compression.scorers import decoding_scorers
 from kvjax.config import CompressionConfig, Recompress, parse_budget
 from kvjax.methods import METHODS
 from kvjax.spelling import FORM, parse_method, parse_methods
@@ -60,6 +61,19 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         metavar="N,N",
         help="lengths of questions about contexts (256; none with --recompress-every)",
     )
+    add(
+        "--context-bytes",
+        type=byte_count,
+        metavar="N",
+        help="of the pool that contexts may take together; the one that was asked longest ago"
+        " leaves for another (as much as the pool has)",
+    )
+    add(
+        "--contexts-dir",
+        type=Path,
+        metavar="DIR",
+        help="where contexts are kept on disk too, and read again when they are asked",
+    )
     add("--max-new-tokens", type=whole(1), default=256, metavar="N", help="of an answer (256)")
     add(
         "--top-logprobs",
@@ -76,6 +90,30 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         help="compress again every N tokens of an answer, so that it needs no more memory",
     )
     add("--recompress-budget", type=whole(4), metavar="N", help="entries a KV head of all of it")
+    add(
+        "--recompress-scorer",
+        choices=decoding_scorers(),
+        help="what that goes by, as of kvjax generate (window)",
+    )
+    add(
+        "--recompress-layers",
+        choices=("uniform", "global"),
+        help="layers keep the slots they have, or one threshold over layers and heads, with"
+        " squared-sum (uniform)",
+    )
+    add(
+        "--pressure",
+        choices=("swap", "evict"),
+        default="swap",
+        help="where pages run short: requests wait until all that they can come to hold is free, or"
+        " rows keep less, with --recompress-layers global (swap)",
+    )
+    add(
+        "--pressure-floor",
+        type=whole(1),
+        metavar="N",
+        help="entries a KV head that are left of a row then (half of --recompress-budget)",
+    )
     group = parser.add_argument_group("network")
     add = group.add_argument
     add("--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1)")
@@ -137,9 +175,11 @@ def run(arguments: argparse.Namespace) -> None:
         from kvjax.serve.engine import Engine
         from kvjax.serve.guard import Limits, is_local
         from kvjax.serve.http import make_app
+        from kvjax.serve.pressure import floor_of
     except ImportError as error:
         raise ImportError(f"{_INSTALL} ({error})") from None
     offered, rule = methods(arguments), _recompression(arguments)
+    floor_of(arguments.pressure, arguments.pressure_floor, rule)  # before a model is loaded
     limits = Limits(
         api_key=os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key,
         loopback=is_local(arguments.host),
@@ -165,9 +205,15 @@ def run(arguments: argparse.Namespace) -> None:
             max_new_tokens=arguments.max_new_tokens,
             decode_steps=arguments.decode_steps,
             recompress=rule,
+            pressure=arguments.pressure,
+            pressure_floor=arguments.pressure_floor,
             top_logprobs=arguments.top_logprobs,
+            context_bytes=arguments.context_bytes,
+            contexts_dir=arguments.contexts_dir,
             seed=arguments.seed,
         ) as engine:
+            for sentence in engine.refused:
+                _say(sentence)
             name = arguments.served_name or Path(arguments.model).name
             app = make_app(engine, tokenizer, name, offered, limits)
             _say(f"{engine.compiled} programs, {engine.stats().pages} pages, {arguments.rows} rows")
@@ -180,7 +226,7 @@ def _recompression(arguments: argparse.Namespace) -> Recompress | None:
     every, budget = arguments.recompress_every, arguments.recompress_budget
     if (every is None) != (budget is None):
         raise ValueError("--recompress-every and --recompress-budget, expected both or neither")
-    return None if every is None else Recompress(every=every, budget=budget)
+    return recompression(arguments)
 
 
 def _question_buckets(arguments: argparse.Namespace) -> tuple[int, ...]:

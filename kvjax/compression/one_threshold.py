@@ -34,7 +34,11 @@ class Places(NamedTuple):
 
 
 def evict_everywhere(
-    cache: Cache, slots: Slots, rule: Recompress, windows: tuple[int | None, ...]
+    cache: Cache,
+    slots: Slots,
+    rule: Recompress,
+    windows: tuple[int | None, ...],
+    room: Int[Array, " B"] | None = None,
 ) -> Slots:
     """Keep the budget's entries of slots and tail; afterwards every layer's slots are full.
 
@@ -43,9 +47,11 @@ def evict_everywhere(
       slots: the cache's, on one device, with a table.
       rule: the budget, sinks and last tokens.
       windows: each layer's sliding window; what no later token can see goes first.
+      room: entries that each row keeps, at most `slots.room`, which is the default.
     """
     places = places_of(slots)
-    keep_BE = _chosen(cache, slots, rule, windows, places)
+    room_B = jnp.full((len(slots.owners),), slots.room, jnp.int32) if room is None else room
+    keep_BE = _chosen(cache, slots, rule, windows, places, room_B)
     layers, kv_heads = slots.counts.shape[1:]
     keep_BM, keep_BX = keep_BE[:, : slots.size], keep_BE[:, slots.size :]
     keep_BLX = keep_BX.reshape(len(keep_BX), layers, -1)
@@ -85,7 +91,7 @@ def _at_layer(x_BL: Array, layer: Int[Array, "B M"]) -> Array:
     return jnp.take_along_axis(jnp.pad(x_BL, ((0, 0), (0, 1))), layer, axis=1)
 
 
-def _chosen(cache, slots: Slots, rule, windows, places: Places) -> Bool[Array, "B E"]:
+def _chosen(cache, slots: Slots, rule, windows, places: Places, room_B) -> Bool[Array, "B E"]:
     """Entries that stay: the last tokens, the sinks, and the largest sums of all others."""
     tail = cache.tail
     layers, kv_heads = slots.counts.shape[1:]
@@ -107,11 +113,11 @@ def _chosen(cache, slots: Slots, rule, windows, places: Places) -> Bool[Array, "
     next_B1 = cache.next_positions[:, None]
     reach_L = jnp.array([exact.MOST if window is None else window for window in windows], jnp.int32)
     can_BE = (position_BE >= 0) & (next_B1 - position_BE < reach_L[layer_BE])
-    share = slots.room // (layers * kv_heads)
-    recent = min(rule.recent, share // 2)
-    sinks = min(rule.sinks, share - recent)
-    always_BE = can_BE & ((position_BE >= next_B1 - recent) | (position_BE < sinks))
-    rest_B = slots.room - always_BE.sum(-1, dtype=jnp.int32)
+    share_B1 = (room_B // (layers * kv_heads))[:, None]
+    recent_B1 = jnp.minimum(rule.recent, share_B1 // 2)
+    sinks_B1 = jnp.minimum(rule.sinks, share_B1 - recent_B1)
+    always_BE = can_BE & ((position_BE >= next_B1 - recent_B1) | (position_BE < sinks_B1))
+    rest_B = room_B - always_BE.sum(-1, dtype=jnp.int32)
     order = layer_BE * kv_heads + head_BE, jnp.maximum(position_BE, 0)
     return always_BE | exact.select_in_order(sums_BE, rest_B, can_BE & ~always_BE, order)
 

@@ -14,7 +14,8 @@ X = K U.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import exact
 from kvjax.cache.packing import quantized
@@ -65,7 +66,11 @@ def make_room(
 
 
 def evict(
-    cache: Cache, ratio: Ratio | None, rule: Recompress, windows: tuple[int | None, ...]
+    cache: Cache,
+    ratio: Ratio | None,
+    rule: Recompress,
+    windows: tuple[int | None, ...],
+    room: Int[Array, " B"] | None = None,
 ) -> Cache:
     """Score, allocate and evict in every layer; what survives of the tail moves into slots.
 
@@ -76,14 +81,17 @@ def evict(
       ratio: from `add_pages`.
       rule: when and to what.
       windows: each layer's sliding window.
+      room: entries that each row keeps, where one threshold is for all layers; see
+        `evict_everywhere`.
     """
     adds = cache.tail.slot_sums is not None
     cache = settle(cache)
     assert cache.slots is not None  # `add_pages` made some
-    parts, slots = cache.slots.parts, reshard_slots(cache.slots, 1)
+    slots = cache.slots
     everywhere = ratio is None and rule.layers == "global"
     if everywhere:
-        slots = evict_everywhere(cache, slots, rule, windows)
+        ordered = evict_everywhere(cache, reshard_slots(slots, 1), rule, windows, room)
+        slots = reshard_slots(ordered, slots.parts)
     for index, window in enumerate(() if everywhere else windows):
         layer = layer_slots(slots, index)
         if ratio is not None:
@@ -91,10 +99,13 @@ def evict(
         else:
             keep_BKS = _by_budget(cache, slots, rule, layer, index, window)
         slots = _reuse(slots, cache, layer, index, keep_BKS)
+        # One layer after the other, so that what one needs on the way is there once.
+        slots, tail = lax.optimization_barrier((slots, cache.tail))
+        cache = cache.replace(tail=tail)
     tail = cache.tail
     fresh = {"positions": jnp.full_like(tail.positions, -1), "cursor": jnp.zeros_like(tail.cursor)}
     tail = tail.replace(**fresh, sums=tuple(map(jnp.zeros_like, tail.sums)))
-    cache = cache.replace(slots=reshard_slots(slots, parts), tail=tail)
+    cache = cache.replace(slots=slots, tail=tail)
     return begin(cache) if adds else cache
 
 
@@ -206,11 +217,13 @@ def _reuse(slots: Slots, cache: Cache, layer: LayerSlots, index: int, keep_BKS) 
 
     tail_slots = tail.positions.shape[1]
     batch_B1 = jnp.arange(slot_BX.shape[0])[:, None]
-    freed_BY = jnp.where(free_BY, layer.numbers, slots.size)
+    at_BX = jnp.where(moves_BX, to_BX, width)
 
     def put(array, new, empty):
-        array = array.at[batch_B1, freed_BY].set(jnp.asarray(empty, array.dtype), mode="drop")
-        return array.at[batch_B1, slot_BX].set(new.astype(array.dtype), mode="drop")
+        # The layer's own slots first: to write into the pool twice takes twice the memory.
+        now_BY = jnp.where(free_BY, jnp.asarray(empty, array.dtype), of_layer(slots, array, index))
+        now_BY = now_BY.at[batch_B1, at_BX].set(new.astype(array.dtype), mode="drop")
+        return array.at[batch_B1, layer.numbers].set(now_BY, mode="drop")
 
     halves, scales = [rows(tail.keys), rows(tail.values)], slots.scales
     if scales is not None:

@@ -5,6 +5,7 @@ B batch, L layers, K KV heads, N query heads, Y slots of a layer.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,9 @@ from kvjax.cache.slots import (
 )
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import remember
-from kvjax.config import ConfigError, Recompress
+from kvjax.compression.capacity import layer_capacity, pool_shape
+from kvjax.compression.row_budgets import visible
+from kvjax.config import CompressionConfig, ConfigError, Recompress
 from kvjax.exact import MOST
 
 
@@ -103,10 +106,10 @@ def add_pages(
     if not isinstance(held_BL, jax.core.Tracer):
         check_held(rule, layers * kv_heads, int(held_BL.sum(-1).max()))
     total = slots_needed(slots.room, layers * kv_heads, rule, new, fraction)
-    caps = [total if w is None else kv_heads * max(w - 1, 1) for w in windows or [None] * layers]
-    total = min(total, max(sum(caps), slots.room))
+    total, caps = _shared(total, slots.room, windows or [None] * layers, kv_heads)
     dense = cache.slots is not None and slots.table is None
-    most, alike = _most(slots, rule, total, caps, packed=dense)
+    before = _Extent(slots.room, slots.most, slots.alike, packed=dense)
+    most, alike = _most(before, rule, total, caps)
     pages = layers * -(-most // slots.page) if alike else total // slots.page + layers
     slots = slots if dense else compacted(slots)
     if pages * slots.page < slots.size:  # empty slots were more than the budget
@@ -131,21 +134,31 @@ def add_pages(
     return cache.replace(layers=(), slots=slots, tail=tail, keep_ratio=False), ratio
 
 
-def _most(
-    slots: Slots, rule: Recompress, total: int, caps: Sequence[int], *, packed: bool
-) -> tuple[int, bool]:
+class _Extent(NamedTuple):
+    """What is known beforehand of the slots that are to grow; as in `Slots`.
+
+    `packed` where a prompt was just packed, so that layers have no slots beyond their entries'.
+    """
+
+    room: int
+    most: int | None
+    alike: bool
+    packed: bool
+
+
+def _most(slots: _Extent, rule: Recompress, total: int, caps: Sequence[int]) -> tuple[int, bool]:
     """Most slots that a layer may use of `total`, and whether all may use so many.
 
     Layers that are alike are alike again where a budget has room for all slots of each, or where
     all hold the same, as they do in slots that were just packed.
     """
-    layers, same = slots.counts.shape[1], len(set(caps)) == 1
+    layers, same = len(caps), len(set(caps)) == 1
     if rule.layers == "global":  # any layer may come to have the largest sums
         return total, False
     most = slots.most or slots.room
     if slots.alike:
         width = total // layers
-        if rule.budget is not None and same and (width >= most or packed):
+        if rule.budget is not None and same and (width >= most or slots.packed):
             return width, True
     if not same:  # what sliding windows leave may go to any other layer
         return total, False
@@ -153,6 +166,45 @@ def _most(
         return most + total - slots.room, False
     # A layer that holds most of a row, and an equal part of the others' slots.
     return total if most >= total else most + -(-(total - most) // layers), False
+
+
+def widest_layer(
+    config: CompressionConfig,
+    tokens: int,
+    rule: Recompress,
+    windows: tuple[int | None, ...],
+    kv_heads: int,
+) -> int:
+    """Slots that a layer may use at most once `add_pages` has given a prompt room by a budget.
+
+    Args:
+      config: how prompts are compressed, packed.
+      tokens: the bucket.
+      rule: with a budget.
+      windows: each layer's sliding window.
+      kv_heads: of a layer.
+    """
+    layers, whole = len(windows), config.skips(tokens)
+    if whole:
+        sizes = [kv_heads * visible(tokens, tokens, window) for window in windows]
+        room, alike = sum(sizes), len(set(sizes)) == 1
+    else:
+        room, runs = pool_shape(config, tokens, windows, kv_heads)
+        every = range(layers)
+        sizes = [kv_heads * layer_capacity(config, tokens, index, windows) for index in every]
+        sizes, alike = [min(size, room) for size in sizes], runs is not None
+    total, caps = _shared(
+        slots_needed(room, layers * kv_heads, rule, 0, 1.0), room, windows, kv_heads
+    )
+    return _most(_Extent(room, max(sizes), alike, packed=not whole), rule, total, caps)[0]
+
+
+def _shared(
+    total: int, room: int, windows: Sequence[int | None], kv_heads: int
+) -> tuple[int, list[int]]:
+    """Slots that layers share of `total`, and the most that each can fill, by its window."""
+    caps = [total if w is None else kv_heads * max(w - 1, 1) for w in windows]
+    return min(total, max(sum(caps), room)), caps
 
 
 def slots_of(cache: Cache) -> Slots:

@@ -5,6 +5,7 @@ held.py      bytes from shapes       limits.py    the most that fits, from few c
 depth.py     few layers for many     rows.py      one row of the plan
 table.py     settings, Markdown      store.py     compilations kept on disk
 served.py    requests that a server answers at once
+served_programs.py  a server's programs, compiled
 compile_matrix.py, question_matrix.py: every kernel and many questions, for docs/compile_matrix.md
 """
 

@@ -115,21 +115,26 @@ class Compiled:
 def shapes(ask: Ask, mesh: Mesh) -> tuple[Any, ...]:
     """Arguments of `generate_program`, placed as `kvjax.sharding` would; no arrays."""
     config, rows = ask.model, (ask.batch,)
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=DTYPE, rngs=nnx.Rngs(0)))
+    model = model_on(config, mesh)
     tokens = jax.ShapeDtypeStruct((*rows, bucket(ask.prompt)), jnp.int32)
     lengths = jax.ShapeDtypeStruct(rows, jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rest = tokens, lengths, key, jax.eval_shape(decode.greedy_rules)
+    return model, *jax.tree.map(partial(laid, mesh), rest)
+
+
+def model_on(config: ModelConfig, mesh: Mesh) -> Decoder:
+    """A decoder's shapes, placed on a mesh as its weights would be."""
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=DTYPE, rngs=nnx.Rngs(0)))
     if mesh.axis_names != sharding.FITTED:
-        return jax.tree.map(partial(_laid, mesh), (model, *rest))
+        return jax.tree.map(partial(laid, mesh), model)
     places = sharding.parameter_places(model, mesh)
-    model = jax.tree.map(
+    return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model, places
     )
-    return model, *jax.tree.map(partial(_laid, mesh), rest)
 
 
-def _laid(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: str | None = None) -> jax.ShapeDtypeStruct:
+def laid(mesh: Mesh, x: jax.ShapeDtypeStruct, axes: str | None = None) -> jax.ShapeDtypeStruct:
     """A shape on a mesh: by its letters, or whole on every device."""
     place = NamedSharding(mesh, PartitionSpec())
     if axes and mesh.axis_names == sharding.FITTED:
@@ -163,11 +168,16 @@ def cache_axes(cache: Cache) -> Cache:
 
 def mesh_for(ask: Ask) -> Mesh:
     """The fitted mesh of the slice's devices; of one device a mesh that splits nothing."""
-    chips = devices(ask.topology.target, ask.topology.slice)
-    if ask.data * ask.parts == 1:
+    return mesh_of_slice(ask.topology, ask.model, ask.data, ask.parts)
+
+
+def mesh_of_slice(topology: Topology, model: ModelConfig, data: int, parts: int) -> Mesh:
+    """`mesh_for`, of data x parts devices."""
+    chips = devices(topology.target, topology.slice)
+    if data * parts == 1:
         return Mesh(np.array(chips[:1]), ("one",))
-    mesh = sharding.make_mesh(ask.data, ask.parts, chips)
-    return sharding.fitted(mesh, ask.model.num_heads, ask.model.num_kv_heads)
+    mesh = sharding.make_mesh(data, parts, chips)
+    return sharding.fitted(mesh, model.num_heads, model.num_kv_heads)
 
 
 def compiled(ask: Ask) -> Compiled:
@@ -230,8 +240,8 @@ def step_cost(ask: Ask) -> tuple[float, float] | None:
         with sharding.using(mesh if mesh.axis_names == sharding.FITTED else None):
             made = jax.eval_shape(partial(_prefilled, ask), model, tokens, lengths, key, rules)
         held, answer = made
-        held = jax.tree.map(partial(_laid, mesh), held, tuple(map(cache_axes, held)))
-        answer = jax.tree.map(partial(_laid, mesh), answer)
+        held = jax.tree.map(partial(laid, mesh), held, tuple(map(cache_axes, held)))
+        answer = jax.tree.map(partial(laid, mesh), answer)
         arguments = model, held[0], held[1].tail, answer, rules
         lowered = decode_program.lower(*arguments, steps=ask.new_tokens - 1)
     found: Any = lowered.compile().cost_analysis()

@@ -122,8 +122,8 @@ def table(fits: Sequence[Fit]) -> str:
         kept = "full" if budget is None else f"{serving.compression.method} {budget}"
         rule = serving.recompress
         answers = "whole" if rule is None else f"compressed every {rule.every}"
-        line = serving.name, serving.chip.name, str(serving.chip.memory), kept, answers
-        groups.setdefault(line, {})[serving.prompt] = one
+        key = serving.name, serving.chip.name, str(serving.chip.memory), kept, answers
+        groups.setdefault(key, {})[serving.prompt] = one
     for name, found in groups.items():
         sizes = [round(found[prompt].request / 1e6) for prompt in prompts]
         least, most = min(sizes), max(sizes)

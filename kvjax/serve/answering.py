@@ -15,6 +15,7 @@ from starlette.responses import Response
 from kvjax.config import CompressionConfig
 from kvjax.inputs.chat import check_template
 from kvjax.serve.answers import DONE, Form, encoded, error, event, token_texts, usage
+from kvjax.serve.contexts import InUse
 from kvjax.serve.engine import Engine
 from kvjax.serve.guard import Limits, Refused
 from kvjax.serve.job import Step, Usage
@@ -75,6 +76,8 @@ _NAMES = {"budget": "max_cache_tokens", "max_new_tokens": "max_tokens"}
 
 def as_asked(wrong: ValueError, names: Mapping[str, str] = _NAMES) -> Refused:
     """The engine's complaint, with the argument's name as the client gave it."""
+    if isinstance(wrong, InUse):
+        return Refused(409, str(wrong))
     name, equals, rest = str(wrong).partition("=")
     told = names.get(name, name) + equals + rest
     told = told.replace("+ max_new_tokens=", "+ max_tokens=")

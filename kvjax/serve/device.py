@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kvjax.cache.slots import page_size
+from kvjax.cache.slots import Slots, page_size
 from kvjax.exact import MOST, always_32_bits
 from kvjax.generation.programs import flat
 from kvjax.generation.sampling import Sampling, Values, row_keys
 from kvjax.model_interface import Model
 from kvjax.serve import programs
-from kvjax.serve.fit import pages_within
+from kvjax.serve.fit import page_bytes, pages_within
 from kvjax.serve.job import Job, running_text
 from kvjax.serve.menu import Choice, Menu
 from kvjax.serve.pages import Lease, Shape
@@ -59,12 +59,12 @@ class Device:
         self.menu, self.steps, self.rows = menu, decode_steps, rows
         self._model, self._windows = flat(model), config.sliding_windows
         self._top = top_logprobs
-        self._by_length = config.rope_by_length
+        self._by_length, self._vocab = config.rope_by_length, config.vocab_size
         self.eos = tuple(config.eos_token_ids)
         self._eos = np.array([*self.eos, -1], np.int32)
-        pages = pages_within(
-            cache_bytes, menu, rows, jnp.dtype(model.embed.table_VD.dtype).itemsize
-        )
+        itemsize = jnp.dtype(model.embed.table_VD.dtype).itemsize
+        self.page_bytes = page_bytes(menu, itemsize)
+        pages = pages_within(cache_bytes, menu, rows, itemsize)
         shape = Shape(
             rows=rows,
             layers=config.num_layers,
@@ -74,6 +74,7 @@ class Device:
             page=menu.page,
         )
         self.shape = shape
+        self.sizes = menu.sizes(shape.width)
         self.swap_pages = min(menu.largest_row, pages)
         self.state: State = programs.open_program(
             self._model, shape=shape, tail_slots=menu.tail_slots, quantize=menu.quantize,
@@ -106,9 +107,13 @@ class Device:
         one = self._one(job, length, length, length + job.limit)
         row = np.int32(_row(job))
         self.state, drawn = programs.admit_program(
-            *self.state, prompt, row, one, self._eos, top=self._top
+            *self.state, prompt, row, one, self._eos, self._hold(job), top=self._top
         )
         return _sent(drawn)
+
+    def _hold(self, job: Job) -> np.int32:
+        """Pages that a job's row has at least: as many as it was promised, where that changes."""
+        return np.int32(0 if self.sizes is None else job.pages)
 
     @always_32_bits
     def ask(self, job: Job, context: Lease, rope_length: int) -> Drawn:
@@ -124,6 +129,8 @@ class Device:
     def _one(self, job: Job, position: int, prompt: int, rope_length: int) -> Rows:
         """A row that has drawn nothing, as programs take it."""
         rules = job.sampling
+        used: Any = np.zeros((1, self._vocab), bool)
+        used[0, job.tokens] = True
 
         def array(x: Any, dtype: Any = np.int32) -> Any:
             return np.array([x], dtype)
@@ -145,6 +152,7 @@ class Device:
                 min_p=array(rules.min_p, np.float32),
                 penalty=array(rules.repetition_penalty, np.float32),
             ),
+            used=used,
             rope_length=array(rope_length) if self._by_length else None,
         )
 
@@ -162,16 +170,28 @@ class Device:
     @always_32_bits
     def make_room(self, rows: Sequence[int]) -> None:
         """Empty the tails of these rows: into pages, or evicting as the server's rule says."""
-        rule = self.menu.recompress
-        pages, of_rows, tail = self.state
-        if rule is None:
-            pages, tail = programs.flush_program(pages, tail, self._mask(rows))
-        else:
+        if self.menu.recompress is not None:
             for row in rows:
-                pages, tail = programs.evict_program(
-                    pages, tail, of_rows, np.int32(row), recompress=rule, windows=self._windows
-                )
+                self.evict(row, self.menu.most, 0)
+            return
+        pages, of_rows, tail = self.state
+        pages, tail = programs.flush_program(pages, tail, self._mask(rows))
         self.state = State(pages, of_rows, tail)
+
+    @always_32_bits
+    def evict(self, row: int, entries: int, pages: int) -> None:
+        """Compress a row by the server's rule, to so many entries in so many pages at least.
+
+        Both are for rules of one threshold; by others a row keeps the pages that it has.
+        """
+        rule = self.menu.recompress
+        assert rule is not None  # else nothing is evicted
+        held, rows, tail = self.state
+        held, tail = programs.evict_program(
+            held, tail, rows, np.int32(row), np.int32(entries), np.int32(pages), recompress=rule,
+            windows=self._windows, size=self.swap_pages,
+        )  # fmt: skip
+        self.state = State(held, rows, tail)
 
     @always_32_bits
     def release(self, rows: Sequence[int]) -> None:
@@ -198,6 +218,19 @@ class Device:
         return lease
 
     @always_32_bits
+    def copy_out(self, context: Lease) -> Slots:
+        """A context's entries in the host's memory, in `swap_pages` pages."""
+        pages = self.state.pages
+        return jax.device_get(programs.copy_out_program(pages, context, size=self.swap_pages))
+
+    @always_32_bits
+    def restore(self, slots: Slots) -> Lease:
+        """Give such entries pages again."""
+        held_L = np.asarray(slots.counts)[0].sum(-1).astype(np.int32)
+        nothing: Any = np.zeros((1, 1), np.float32)
+        return self._keep(Prompt(logits=nothing, slots=slots, sizes=held_L))
+
+    @always_32_bits
     def drop(self, context: Lease) -> None:
         """Give a context's pages back."""
         pages, rows, tail = self.state
@@ -210,9 +243,10 @@ class Device:
         return saved.replace(slots=jax.device_get(saved.slots), tail=jax.device_get(saved.tail))
 
     @always_32_bits
-    def swap_in(self, saved: Swapped, row: int) -> None:
-        """Bring a row back, to this place."""
-        self.state = programs.swap_in_program(*self.state, saved, np.int32(row))
+    def swap_in(self, saved: Swapped, job: Job) -> None:
+        """Bring a row back, to the job's place."""
+        row = np.int32(_row(job))
+        self.state = programs.swap_in_program(*self.state, saved, row, self._hold(job))
 
     def holdings(self) -> tuple[Int[np.ndarray, "R L W"], Int[np.ndarray, "R L"]]:
         """Table of each row, and pages that each layer has of it."""
@@ -239,11 +273,14 @@ class Device:
                 self.drop(lease)
         for bucket in questions:
             lease = self._keep(prompt)
+            copied = self.copy_out(lease)
+            self.drop(lease)
+            lease = self.restore(copied)
             self.ask(dataclasses.replace(job, tokens=[0] * bucket, more=bucket), lease, bucket)
             self.drop(lease)
-            saved = self.swap_out(row)
             self.release([row])
-            self.swap_in(saved, row)
+        if questions or self.sizes is not None:  # the only ones that swap
+            self.swap_in(self.swap_out(row), job)
             self.release([row])
         self.decode()
         self.make_room([row])

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from kvjax.cache.history import BEGUN, extended
@@ -16,11 +17,14 @@ from kvjax.inputs.chat import Messages
 from kvjax.inputs.prompts import ModelInputs, Prompts
 from kvjax.inputs.read import read
 from kvjax.model_interface import Model
+from kvjax.serve.contexts import Kept, new_id
 from kvjax.serve.device import Device, page_of
 from kvjax.serve.job import Answer, Job, Step, running_text, together
-from kvjax.serve.loop import Kept, Loop
+from kvjax.serve.loop import Loop
 from kvjax.serve.menu import Menu, Method, named_methods
 from kvjax.serve.menu import tail_slots as _tail_slots
+from kvjax.serve.pressure import floor_of
+from kvjax.serve.shelf import Shelf
 from kvjax.serve.stats import Context, Stats
 
 # Lengths that prompts are padded to, as far as the model's context allows.
@@ -47,14 +51,22 @@ class Engine:
       tail_slots: tokens of an answer that are kept apart before they move into pages, a multiple of
         `decode_steps`; 32 by default, and `recompress.every` where there is a rule.
       recompress: compress answers while they are drawn, all of them; None keeps them whole.
+      pressure: "swap", a request is promised all pages that it can come to hold, or "evict", rows
+        keep less than `recompress` says when pages run short (needs layers="global").
+      pressure_floor: entries a head that are left of a row then at least; half its budget.
       top_logprobs: likeliest tokens that a request may ask for at each place.
       reads: prompts that are read between two dispatches at most. More of them fill the rows sooner
         and hold up those that are answered for longer.
+      contexts_dir: a folder for contexts; those that lie there are read when they are first asked,
+        under their ids. None to keep them in memory alone.
+      context_bytes: of the pool that contexts may take together; the least recently used one that
+        nobody asks leaves for another. None for as much as the pool has.
       seed: of requests that bring none.
       warm_up: compile all programs now; else each with the first request that needs it.
 
     Attributes:
       compiled: programs that were compiled while warming up.
+      refused: a sentence for each file of `contexts_dir` that cannot be used.
 
     Raises:
       ValueError: settings that cannot be, in one sentence.
@@ -75,8 +87,12 @@ class Engine:
         decode_steps: int = 8,
         tail_slots: int | None = None,
         recompress: Recompress | None = None,
+        pressure: Literal["swap", "evict"] = "swap",
+        pressure_floor: int | None = None,
         top_logprobs: int = 0,
         reads: int = 1,
+        context_bytes: int | None = None,
+        contexts_dir: str | Path | None = None,
         seed: int = 0,
         warm_up: bool = True,
     ):
@@ -88,6 +104,8 @@ class Engine:
             reads=reads,
         )
         _check_whole(0, top_logprobs=top_logprobs)
+        if context_bytes is not None:
+            _check_whole(context_bytes=context_bytes)
         if question_buckets and recompress is not None:
             raise ValueError(
                 f"question_buckets={tuple(question_buckets)!r} beside recompress, expected ():"
@@ -97,13 +115,14 @@ class Engine:
         self._max_new_tokens, self._seed, self._most_logprobs = max_new_tokens, seed, top_logprobs
         self._menu = Menu(
             shape=model.config,
-            methods=named_methods(methods, budget, tokenizer, model.config.vocab_size),
+            methods=named_methods(methods, budget, tokenizer, model.config.vocab_size, recompress),
             buckets=_buckets(model) if buckets is None else tuple(buckets),
             question_buckets=tuple(question_buckets),
             max_new_tokens=max_new_tokens,
             tail_slots=_tail_slots(tail_slots, decode_steps, recompress),
             recompress=recompress,
             page=page_of(model),
+            floor=floor_of(pressure, pressure_floor, recompress),
         )
         device = Device(
             model,
@@ -115,7 +134,13 @@ class Engine:
         )
         self.compiled = device.warm_up() if warm_up else 0
         self._numbers = itertools.count()
-        self._loop = Loop(device, reads)
+        self._loop = Loop(device, reads, context_bytes)
+        try:
+            self._shelf = Shelf(model, self._menu, self._loop, contexts_dir)
+        except BaseException:
+            self._loop.close()
+            raise
+        self.refused = tuple(self._shelf.refused)
 
     def __enter__(self) -> "Engine":
         return self
@@ -158,7 +183,7 @@ class Engine:
           budget: entries a head, or a fraction of the prompt, at most what the method keeps.
           max_new_tokens: at most the engine's.
           sampling: how tokens are drawn; "model" as the checkpoint suggests, None for greedy. A
-            repetition penalty is not served.
+            repetition penalty is of the prompt and the answer, not of a context.
           seed: of the draws.
           stop: strings that end the answer.
           ignore_eos: whether to go on after end-of-sequence tokens.
@@ -236,7 +261,7 @@ class Engine:
                 self._loop.give_up(job)
 
     def _read(self, prompts, messages, template_args, context: str | None) -> ModelInputs:
-        history = None if context is None else self._kept(context).history
+        history = None if context is None else self._shelf.find(context).history
         return read(
             self.model, prompts, tokenizer=self.tokenizer, messages=messages,
             template_args=template_args, history=history, special=context is None,
@@ -257,7 +282,8 @@ class Engine:
         context: str | None = None,
     ) -> Job:
         """A request that was checked."""
-        before = 0 if context is None else self._kept(context).tokens
+        kept = None if context is None else self._shelf.find(context)
+        before = 0 if kept is None else kept.tokens
         limit = max_new_tokens
         if limit is None:  # as many as there is a place for
             rest = self.model.config.context - before - len(tokens)
@@ -267,28 +293,26 @@ class Engine:
         stops = check_stops(stop, self.tokenizer)
         seed = check_seed(self._seed if seed is None else seed)
         rules = chosen(sampling, self.model.config.stated_sampling)
-        if rules.repetition_penalty != 1:
-            raise ValueError(f"repetition_penalty={rules.repetition_penalty}, expected 1")
         more, menu = self._menu.growth(limit), self._menu
-        choice, told, shared = None, tokens, 0
-        if context is None:
+        choice, told = None, tokens
+        if kept is None:
             choice = menu.choose(method, len(tokens), budget)
-            pages, name = menu.pages(choice.entries, more), method or self.methods[0]
+            pages, least = self._loop.needed(choice.entries, limit)
+            apart, name = least, method or self.methods[0]
         else:
             if method is not None or budget is not None:
                 raise ValueError("method or budget beside a context, expected neither")
-            kept = self._kept(context)
             menu.question_bucket(len(tokens))
             more += len(tokens)
             pages, name = menu.forked_pages(more), kept.method
-            shared = kept.pages
+            least, apart = pages, pages + kept.pages
             told = [*kept.history[0].tokens, *tokens]
         config = FULL if choice is None else choice.config
         check_rows(self.model, [tokens], config, [before], limit)
-        self._loop.check(pages)
+        self._loop.check(least)
         return Job(
-            pages=pages, apart=pages + shared, number=next(self._numbers), method=name,
-            tokens=tokens, before=before,
+            pages=pages, apart=apart, entries=0 if choice is None else choice.entries,
+            number=next(self._numbers), method=name, tokens=tokens, before=before,
             choice=choice, limit=limit, sampling=rules, seed=seed,
             ends=not ignore_eos, context=context, more=more, logprobs=logprobs,
             push=lambda step: None, text=running_text(self.tokenizer, stops, told),
@@ -312,8 +336,8 @@ class Engine:
         choose a method that does not need to, such as `kvzip` or `key-diff`.
 
         Raises:
-          ValueError: as `submit`; an engine without question_buckets; more pages than other
-            contexts leave.
+          ValueError: as `submit`; an engine without question_buckets; more than the pool or
+            `context_bytes` has room for, beside contexts that are being asked.
         """
         if not self._menu.question_buckets:
             raise ValueError("question_buckets=(), expected lengths of questions about contexts")
@@ -336,28 +360,43 @@ class Engine:
             pages=self._menu.pages(choice.entries, 0),
             rope_length=len(tokens) + following,
         )
-        name = f"context-{next(self._numbers)}"
+        name = new_id()
         own = check_seed(self._seed if seed is None else seed)
         self._loop.call(lambda: self._loop.add_context(name, tokens, choice, own, following, kept))
+        self._shelf.keep(name)
+        return name
+
+    def save_context(self, context: str, path: str | Path) -> Path:
+        """Write a context to a file, as `kvjax.save_cache` does; `kvjax.load_cache` reads it too.
+
+        Raises:
+          ValueError: no such context, or a path that cannot be written.
+        """
+        return self._shelf.save(context, path)
+
+    def load_context(self, path: str | Path) -> str:
+        """Take in what `save_context` wrote, or `kvjax.save_cache` of `compress_prompt`; its id.
+
+        Raises:
+          ValueError: not such a file, damaged, of another model, or no room for it.
+        """
+        if not self._menu.question_buckets:
+            raise ValueError("question_buckets=(), expected lengths of questions about contexts")
+        name = new_id()
+        self._shelf.load(path, name)
         return name
 
     def contexts(self) -> tuple[Context, ...]:
-        """What is kept for many requests."""
-        return self._loop.call(self._loop.told_contexts)
+        """What is kept for many requests; in no pages what lies on disk alone."""
+        return self._shelf.contexts()
 
     def drop_context(self, context: str) -> None:
-        """Give a context's pages back.
+        """Give a context's pages back, and its file in `contexts_dir`.
 
         Raises:
           ValueError: no such context, or one that requests are still asking.
         """
-        self._loop.call(lambda: self._loop.drop_context(context))
-
-    def _kept(self, context: str) -> Kept:
-        kept = self._loop.contexts.get(context)
-        if kept is None:
-            raise ValueError(f"context={context!r}, expected one of {sorted(self._loop.contexts)}")
-        return kept
+        self._shelf.drop(context)
 
     # ------------------------------------------------------------------ the engine itself
     def stats(self, *, pages: bool = False) -> Stats:

@@ -5,8 +5,9 @@ Nothing is asked of a device: all of it follows from shapes.
 
 from kvjax.serve.menu import Menu
 
-# Beside an entry of the pool: its owner and its position, and in int8 two scales.
-_BESIDE, _SCALES = 5, 8
+# Beside an entry of the pool: its owner and its position, in int8 two scales, and what it has
+# received where that is added up.
+_BESIDE, _SCALES, _SUM = 5, 8, 4
 
 
 def tail_bytes(menu: Menu, itemsize: int) -> int:
@@ -15,13 +16,14 @@ def tail_bytes(menu: Menu, itemsize: int) -> int:
     heads = 2 * menu.tail_slots * shape.num_kv_heads
     if rule is not None:
         heads += rule.queries * shape.num_heads
-    return heads * shape.num_layers * shape.head_dim * itemsize
+    sums = menu.sums * _SUM * menu.tail_slots * shape.num_kv_heads
+    return shape.num_layers * (heads * shape.head_dim * itemsize + sums)
 
 
 def page_bytes(menu: Menu, itemsize: int) -> int:
     """Bytes of a page, for keys and values of so many bytes before they are quantized."""
     entry = 2 * menu.shape.head_dim * (1 if menu.quantize else itemsize)
-    return menu.page * (entry + _BESIDE + _SCALES * menu.quantize)
+    return menu.page * (entry + _BESIDE + _SCALES * menu.quantize + _SUM * menu.sums)
 
 
 def pages_within(cache_bytes: int, menu: Menu, rows: int, itemsize: int) -> int:

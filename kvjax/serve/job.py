@@ -72,7 +72,6 @@ class Job(Ticket):
       logprobs: likeliest tokens that the client wants at each place.
       push: takes each step, and an exception where the server fails.
       drawn: tokens that are drawn or on their way, as far as nothing ends the answer before.
-      tail: those of them that are in the tail.
       told: tokens that the client has.
       done: whether the client has all.
       saved: the row's state while it is swapped out.
@@ -93,7 +92,6 @@ class Job(Ticket):
     push: Callable[[Step | BaseException], None]
     text: RunningText
     drawn: int = 0
-    tail: int = 0
     told: int = 0
     done: bool = False
     saved: Any = field(default=None, repr=False)

@@ -8,42 +8,24 @@ before: the device never waits for the host.
 import queue
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
-from kvjax.cache.history import History
+from kvjax.cache.slots import Slots
 from kvjax.serve.clock import Clock
+from kvjax.serve.contexts import Kept, leaving
 from kvjax.serve.device import Device
 from kvjax.serve.job import Job
 from kvjax.serve.menu import Choice
 from kvjax.serve.pages import Lease
+from kvjax.serve.pressure import Pressure
 from kvjax.serve.rows import Drawn
 from kvjax.serve.scheduler import Scheduler
 from kvjax.serve.stats import Context, Counts, Holder, Stats
-
-
-class Kept(NamedTuple):
-    """A context: what the device has of it, and what is said of it.
-
-    Attributes:
-      lease: its pages; None until it is read.
-      method: name of it.
-      history: what it has read.
-      tokens: how many these are.
-      pages: promised to it.
-      rope_length: as of `kvjax.Cache`.
-    """
-
-    lease: Lease | None
-    method: str
-    history: tuple[History, ...]
-    tokens: int
-    pages: int
-    rope_length: int
 
 
 class _Dispatch(NamedTuple):
@@ -71,16 +53,22 @@ class Loop:
     Args:
       device: nothing else may use it from now on.
       reads: prompts between two dispatches at most.
+      context_bytes: of contexts together; None for what the pool leaves.
 
     Attributes:
-      contexts: by id.
+      contexts: by id, least recently used first.
       failure: what ended the loop, if it was not closed.
     """
 
-    def __init__(self, device: Device, reads: int = 1):
+    def __init__(self, device: Device, reads: int = 1, context_bytes: int | None = None):
         self._device, self._menu, self._reads = device, device.menu, reads
         self._scheduler: Scheduler[Job] = Scheduler(device.rows, device.shape.pages)
-        self.contexts: dict[str, Kept] = {}
+        self._pressure: Pressure[Job] | None = None
+        if device.sizes is not None:
+            rest = device.sizes, self._evict, self.swap_out
+            self._pressure = Pressure(self._scheduler, *rest)
+        self.contexts: OrderedDict[str, Kept] = OrderedDict()
+        self._context_bytes = context_bytes
         self.failure: BaseException | None = None
         self._counts, self._clock = Counts(), Clock()
         self._open: set[Job] = set()
@@ -92,6 +80,20 @@ class Loop:
         self._thread.start()
 
     # ------------------------------------------------------------------ from any thread
+    def needed(self, entries: int, limit: int) -> tuple[int, int]:
+        """Pages by which a request is admitted, and those without which it can never be.
+
+        Args:
+          entries: kept of its prompt.
+          limit: tokens of its answer.
+        """
+        sizes, menu = self._device.sizes, self._menu
+        if sizes is None:
+            pages = menu.pages(entries, menu.growth(limit))
+            return pages, pages
+        rest = entries, limit - 1 if limit - 1 > menu.tail_slots else 0
+        return sizes.first(*rest), sizes.least(*rest)
+
     def check(self, pages: int) -> None:
         """Raise ValueError where a request can come to hold more pages than there are."""
         self._scheduler.check(pages)
@@ -151,18 +153,60 @@ class Loop:
         self, name: str, tokens: list[int], choice: Choice, seed: int, following: int, kept: Kept
     ) -> None:
         """Read and compress a text; `kept` has all of it but the lease."""
-        for job in self._scheduler.hold(kept.pages):
-            self.swap_out(job)
-        lease = self._device.keep(tokens, choice, following, seed)
+        self._take_in(name, kept, lambda: self._device.keep(tokens, choice, following, seed))
         self._counts.tokens_in += len(tokens)
-        self.contexts[name] = kept._replace(lease=lease)
+
+    def _take_in(self, name: str, kept: Kept, make: Callable[[], Lease]) -> None:
+        """Let `make` fill a context's pages, once there are enough."""
+        gone = leaving(
+            self.contexts, kept.pages, self._device.page_bytes, self._context_bytes, self.users
+        )
+        self._scheduler.check_hold(kept.pages, sum(self.contexts[one].pages for one in gone))
+        for one in gone:
+            self.drop_context(one)
+            self._counts.contexts_dropped += 1
+        swapped = self._scheduler.hold(kept.pages)
+        try:
+            for job in swapped:
+                self.swap_out(job)
+            lease = make()
+        except BaseException:
+            self._scheduler.let_go(kept.pages)
+            raise
+        self.contexts[name] = kept._replace(lease=lease, used=time.time())
+
+    def copy_context(self, name: str) -> Slots:
+        """A context's entries in the host's memory."""
+        kept = self.contexts.get(name)
+        if kept is None:
+            raise ValueError(f"context={name!r}, expected one of {sorted(self.contexts)}")
+        assert kept.lease is not None  # it is listed once it is read
+        return self._device.copy_out(kept.lease)
+
+    def restore_context(self, name: str, slots: Slots, kept: Kept) -> None:
+        """Bring back what was copied; `kept` has all of it but the lease."""
+        self._take_in(name, kept, lambda: self._device.restore(slots))
+
+    @property
+    def room(self) -> tuple[int, int, int]:
+        """Pages of what `restore_context` takes, those that a layer may have, and devices."""
+        device = self._device
+        return device.swap_pages, device.shape.width, device.state.pages.slots.parts
 
     def swap_out(self, job: Job) -> None:
         """Take a running job to the host's memory; it waits before all others."""
+        if self._pressure is not None:
+            self._pressure.before_swap(job)
         assert job.row is not None  # it is running
         job.saved = self._device.swap_out(job.row)
         self._device.release([self._scheduler.swap_out(job)])
         self._counts.swaps += 1
+
+    def _evict(self, job: Job, entries: int, pages: int, forced: bool) -> None:
+        assert job.row is not None  # it is running
+        self._device.evict(job.row, entries, pages)
+        self._counts.evictions += 1
+        self._counts.forced_evictions += forced
 
     def drop_context(self, name: str) -> None:
         """Give a context's pages back."""
@@ -184,7 +228,15 @@ class Loop:
     def told_contexts(self) -> tuple[Context, ...]:
         """What is kept for many requests."""
         return tuple(
-            Context(name, kept.method, kept.tokens, kept.pages, self.users(name))
+            Context(
+                name,
+                kept.method,
+                kept.tokens,
+                kept.pages,
+                kept.pages * self._device.page_bytes,
+                self.users(name),
+                kept.used,
+            )
             for name, kept in self.contexts.items()
         )
 
@@ -262,6 +314,9 @@ class Loop:
         return bool(self._scheduler.queue or self._scheduler.running or self._pending)
 
     def _submit(self, job: Job) -> None:
+        if job.context is not None and (kept := self.contexts.get(job.context)) is not None:
+            self.contexts[job.context] = kept._replace(used=time.time())
+            self.contexts.move_to_end(job.context)
         try:
             self._scheduler.submit(job)
         except ValueError as error:  # a context has come since it was checked
@@ -284,12 +339,15 @@ class Loop:
 
     def _admit(self) -> bool:
         """One prompt, or one row that comes back; False where there is no row or pages for it."""
-        job, now = self._scheduler.admit(), time.perf_counter()
+        now = time.perf_counter()
+        if self._pressure is not None:
+            self._pressure.make_way()
+        job = self._scheduler.admit()
         if job is None:
             return False
         assert job.row is not None  # it was admitted
         if job.saved is not None:
-            self._device.swap_in(job.saved, job.row)
+            self._device.swap_in(job.saved, job)
             job.saved = None
             return True
         if job.context is None:
@@ -308,21 +366,31 @@ class Loop:
 
     def _decode(self) -> bool:
         """Queue the next tokens of all rows; False where no row has any to draw."""
-        jobs = [(row, job) for row, job in self._scheduler.running.items() if job.left]
+        steps, most, now = self._device.steps, self._menu.tail_slots, time.perf_counter()
+        self._make_room([job for job in self._drawing() if job.tail + min(steps, job.left) > most])
+        jobs = self._drawing()
         if not jobs:
             return False
-        steps, now = self._device.steps, time.perf_counter()
-        full = [row for row, job in jobs if job.tail + min(steps, job.left) > self._menu.tail_slots]
-        if full:
-            self._device.make_room(full)
-            for row in full:
-                self._scheduler.running[row].tail = 0
-            self._counts.evictions += len(full) if self._menu.recompress is not None else 0
-        self._pending.append(_Dispatch(self._device.decode(), tuple(jobs), False, now))
-        for _, job in jobs:
+        places = tuple((job.row, job) for job in jobs if job.row is not None)
+        self._pending.append(_Dispatch(self._device.decode(), places, False, now))
+        for job in jobs:
             fed = min(steps, job.left)
-            job.drawn, job.tail = job.drawn + fed, job.tail + fed
+            job.drawn, job.tail, job.fresh = job.drawn + fed, job.tail + fed, False
         return True
+
+    def _drawing(self) -> list[Job]:
+        return [job for job in self._scheduler.running.values() if job.left]
+
+    def _make_room(self, full: list[Job]) -> None:
+        """Empty the tails of these jobs; under pressure a job may lose its row instead."""
+        if self._pressure is not None:
+            for job in full:
+                self._pressure.grow(job)
+        elif full:
+            self._device.make_room([job.row for job in full if job.row is not None])
+            self._counts.evictions += len(full) if self._menu.recompress is not None else 0
+            for job in full:
+                job.tail = 0
 
     def _hand_out(self, ahead: int) -> None:
         """Give clients what was drawn, but for the last `ahead` dispatches; end what is over."""

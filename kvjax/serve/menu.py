@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvjax.compression.allocators import layer_allocator
 from kvjax.compression.capacity import check_prompt, layer_capacity, most_kept
-from kvjax.compression.room import check_held, slots_needed
+from kvjax.compression.room import check_held, slots_needed, widest_layer
 from kvjax.compression.row_budgets import largest
 from kvjax.config import CompressionConfig, ConfigError, Recompress, check_config
 from kvjax.exact import MOST
 from kvjax.generation.request import FULL, instructed
 from kvjax.model_interface import ModelShape
+from kvjax.serve.pressure import Sizes
 from kvjax.spelling import parse_method
 
 Method = CompressionConfig | str
@@ -53,6 +53,8 @@ class Menu:
       tail_slots: tokens of an answer that are not in pages yet.
       recompress: how answers are compressed while they are drawn, or None.
       page: slots of a page.
+      floor: entries a head that are left of a row when pages run short; None where it keeps what
+        the rule says.
     """
 
     shape: ModelShape
@@ -63,6 +65,7 @@ class Menu:
     tail_slots: int
     recompress: Recompress | None
     page: int
+    floor: int | None = None
 
     def __post_init__(self):
         kinds = {config.quantize for config in self.methods.values()}
@@ -83,6 +86,11 @@ class Menu:
     def quantize(self) -> bool:
         """Whether entries are int8."""
         return any(config.quantize for config in self.methods.values())
+
+    @property
+    def sums(self) -> bool:
+        """Whether entries have sums of squared attention probabilities."""
+        return self.recompress is not None and self.recompress.sums
 
     @property
     def _heads(self) -> int:
@@ -143,6 +151,20 @@ class Menu:
         fed = new_tokens - 1  # the last one is not
         return fed if self.recompress is None and fed > self.tail_slots else 0
 
+    @property
+    def most(self) -> int:
+        """Entries of all layers and heads that `recompress` keeps of a row."""
+        return slots_needed(0, self._heads, self.recompress, 0, 1.0) if self.recompress else 0
+
+    def sizes(self, width: int) -> Sizes | None:
+        """What rows hold that are evicted under pressure, of `width` pages a layer; else None."""
+        if self.floor is None:
+            return None
+        return Sizes(
+            page=self.page, layers=self.shape.num_layers, width=width, heads=self._heads,
+            tail=self.tail_slots, most=self.most, floor=self._heads * self.floor,
+        )  # fmt: skip
+
     def pages(self, entries: int, more: int) -> int:
         """Pages of a row at most: what is kept, and `more` tokens of every head behind it.
 
@@ -150,7 +172,7 @@ class Menu:
         """
         slots = entries + self._heads * more
         if self.recompress is not None:
-            slots = slots_needed(entries, self._heads, self.recompress, 0, 1.0)
+            slots = self.most
         return slots // self.page + self.shape.num_layers
 
     def forked_pages(self, more: int) -> int:
@@ -162,6 +184,9 @@ class Menu:
     def widest(self) -> int:
         """Pages of a layer at most, of any request."""
         kv_heads, windows = self.shape.num_kv_heads, self.shape.sliding_windows
+        if (rule := self.recompress) is not None:
+            sizes = [widest_layer(c, t, rule, windows, kv_heads) for t, c in self.variants()]
+            return -(-max(sizes) // self.page)
         most = 0
         for bucket, config in self.variants():
             for index in range(len(windows)):
@@ -172,21 +197,7 @@ class Menu:
         slots = kv_heads * (most + self.growth(self.max_new_tokens))
         if self.question_buckets:
             slots = kv_heads * (most + self.question_buckets[-1] + self.max_new_tokens)
-        if self.recompress is not None:
-            total = slots_needed(0, self._heads, self.recompress, 0, 1.0)
-            slots = max(slots, -(-total // len(windows)) if self._alike else total)
         return -(-slots // self.page)
-
-    @property
-    def _alike(self) -> bool:
-        """Whether all layers of a row always have as many slots.
-
-        A narrow table is worth it: compression looks at all that a layer could hold.
-        """
-        assert self.recompress is not None  # else they hold what their method says
-        even = all(layer_allocator(config).even for config in self.methods.values())
-        plain = not any(self.shape.sliding_windows)
-        return even and plain and self.recompress.layers == "uniform"
 
     @property
     def largest_row(self) -> int:
@@ -210,11 +221,6 @@ def tail_slots(slots: int | None, steps: int, recompress: Recompress | None) -> 
     if recompress is not None:
         if recompress.budget is None:
             raise ValueError("recompress.budget=None, expected a number of entries a head")
-        if recompress.sums:  # the pool has no place for them
-            raise ValueError(
-                f"recompress.scorer={recompress.scorer!r}, expected one that scores by what is"
-                " held: a server adds nothing up, as kvjax.generate does"
-            )
         if recompress.every % steps or slots not in (None, recompress.every):
             raise ValueError(
                 f"recompress.every={recompress.every}, expected a multiple of decode_steps={steps}"
@@ -232,11 +238,13 @@ def named_methods(
     budget: int | float | None,
     tokenizer: Any,
     vocab_size: int,
+    recompress: Recompress | None = None,
 ) -> dict[str, CompressionConfig]:
     """Configs by name, as a server runs them: packed, and without a ratio that answers keep.
 
     Arguments as of `Engine`.
     """
+    sums = recompress is not None and recompress.sums
     if isinstance(methods, Mapping):
         given = dict(methods)
     else:
@@ -250,7 +258,7 @@ def named_methods(
         config = instructed(config, tokenizer, vocab_size)
         if config.compresses:
             config = dataclasses.replace(config, layout="packed")
-        found[name] = dataclasses.replace(config, keep_ratio=False)
+        found[name] = dataclasses.replace(config, keep_ratio=False, sums=sums)
     return found
 
 
@@ -264,7 +272,9 @@ def _bucket(buckets: Sequence[int], length: int, what: str) -> int:
 
 def _canonical(config: CompressionConfig, bucket: int) -> CompressionConfig:
     """The config; where it leaves a prompt alone, the one that all such share."""
-    return FULL if config.skips(bucket) else config
+    if config.keeps_all(bucket) and not config.quantizes:
+        return dataclasses.replace(FULL, sums=config.sums)
+    return config
 
 
 def _below(config: CompressionConfig, bucket: int) -> CompressionConfig | None:

@@ -118,7 +118,9 @@ _GAUGES = {
     "rows": "Requests that can be answered at once.",
 }
 _COUNTERS = {
+    "contexts_dropped": "Contexts that others took the place of.",
     "evictions": "Rows whose cache was compressed again.",
+    "forced_evictions": "Rows that keep less than their rule says, as pages ran short.",
     "swaps": "Rows that were moved to host memory.",
     "tokens_in": "Tokens of prompts that were read.",
     "tokens_out": "Tokens of answers that were handed out.",

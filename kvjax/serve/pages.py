@@ -12,14 +12,16 @@ R rows, L layers, K KV heads, W pages of a layer at most, P pages, S slots of a 
 U slots of the tail, M slots of a pool.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from kvjax.cache.packing import quantized
-from kvjax.cache.slots import Slots, first_page
+from kvjax.cache.slots import Slots, first_page, place_in_pool
 from kvjax.cache.tail import Tail
 
 
@@ -139,19 +141,29 @@ def view(pages: Pages, lease: Lease) -> Pages:
 
 def with_pool(pages: Pages, pool: Slots) -> Pages:
     """The pages with what another view of their pool has stored."""
-    slots = pages.slots.replace(
-        entries=pool.entries, owners=pool.owners, positions=pool.positions, scales=pool.scales
-    )
-    return pages.replace(slots=slots)
+    stored = {name: getattr(pool, name) for name in _STORED}
+    return pages.replace(slots=pages.slots.replace(**stored))
 
 
 # ---------------------------------------------------------------------------- take and give back
-def take(pages: Pages, sizes: Int[Array, " L"]) -> tuple[Pages, Lease]:
+def take(
+    pages: Pages, sizes: Int[Array, " L"], hold: Int[Array, ""] | int = 0
+) -> tuple[Pages, Lease]:
     """Free pages for layers of these sizes, lowest first; their slots are empty.
 
     There are enough: who calls this has counted.
+
+    Args:
+      pages: to take from.
+      sizes: slots of each layer.
+      hold: pages of all layers together; where that is more than sizes need, layers get more.
     """
     slots, total = pages.slots, pages.holders.shape[0]
+    need_L = -(-sizes // slots.page)
+    room_L = pages.table.shape[2] - need_L
+    before_L = jnp.cumsum(room_L) - room_L
+    more_L = jnp.clip(hold - need_L.sum() - before_L, 0, room_L)
+    sizes = jnp.where(more_L > 0, (need_L + more_L) * slots.page, sizes)
     mine_LW = _mine(pages, sizes)
     number_LW = (jnp.cumsum(mine_LW.reshape(-1)) - 1).reshape(mine_LW.shape)
     free_P = jnp.argsort(pages.holders > 0, stable=True).astype(jnp.int32)
@@ -235,20 +247,12 @@ def copy_in(
     to_X = jnp.full((theirs,), total, jnp.int32)
     to_X = to_X.at[jnp.where(filled_LW, source_LW, theirs)].set(lease.table, mode="drop")
 
-    def copied(pool: Array, new: Array, axis: int) -> Array:
+    def copied(axis: int, pool: Array, new: Array) -> Array:
         index = (*[slice(None)] * (axis + 1), to_X)
         moved = _by_page(pool, slots, axis).at[index].set(_by_page(new, slots, axis), mode="drop")
         return moved.reshape(pool.shape)
 
-    scales = slots.scales
-    if scales is not None and prompt.scales is not None:
-        scales = copied(scales, prompt.scales, 2)
-    slots = slots.replace(
-        entries=copied(slots.entries, prompt.entries, 1),
-        owners=copied(slots.owners, prompt.owners, 1),
-        positions=copied(slots.positions, prompt.positions, 1),
-        scales=scales,
-    )
+    slots = slots.replace(**_stored(copied, slots, prompt))
     return pages.replace(slots=slots), lease.replace(counts=prompt.counts[0], used=held_L)
 
 
@@ -259,16 +263,13 @@ def copy_out(pages: Pages, lease: Lease, size: int) -> Slots:
     order_X = jnp.argsort(~filled_LW.reshape(-1), stable=True)[:size]
     from_X = jnp.minimum(lease.table.reshape(-1)[order_X], total - 1)
 
-    def taken(pool: Array, axis: int) -> Array:
+    def taken(axis: int, pool: Array) -> Array:
         found = jnp.take(_by_page(pool, slots, axis), from_X, axis=axis + 1)
         return found.reshape(*pool.shape[:axis], -1, *pool.shape[axis + 1 :])
 
     number_LW = (jnp.cumsum(filled_LW.reshape(-1)) - 1).reshape(filled_LW.shape)
     return slots.replace(
-        entries=taken(slots.entries, 1),
-        owners=taken(slots.owners, 1),
-        positions=taken(slots.positions, 1),
-        scales=None if slots.scales is None else taken(slots.scales, 2),
+        **_stored(taken, slots),
         counts=lease.counts[None],
         table=jnp.where(filled_LW, number_LW, 0).astype(jnp.int32)[None],
         sizes=None,
@@ -297,19 +298,15 @@ def fork(pages: Pages, shared: Lease, more: Int[Array, ""]) -> tuple[Pages, Leas
     from_L = jnp.take_along_axis(shared.table, last_L1, axis=1)[:, 0]
     to_L = jnp.where(partly_L, jnp.take_along_axis(table_LW, last_L1, axis=1)[:, 0], total)
 
-    def copied(pool: Array, axis: int) -> Array:
+    def copied(axis: int, pool: Array) -> Array:
         paged = _by_page(pool, slots, axis)
         moved = jnp.take(paged, jnp.minimum(from_L, total - 1), axis=axis + 1)
+        # Read before anything is written: as one operation they would need a copy of the pool.
+        paged, moved = lax.optimization_barrier((paged, moved))
         index = (*[slice(None)] * (axis + 1), to_L)
         return paged.at[index].set(moved, mode="drop").reshape(pool.shape)
 
-    slots = pages.slots
-    slots = slots.replace(
-        entries=copied(slots.entries, 1),
-        owners=copied(slots.owners, 1),
-        positions=copied(slots.positions, 1),
-        scales=None if slots.scales is None else copied(slots.scales, 2),
-    )
+    slots = pages.slots.replace(**_stored(copied, pages.slots))
     lease = shared.replace(table=table_LW, sizes=sizes_L)
     return pages.replace(slots=slots, holders=holders), lease
 
@@ -335,15 +332,17 @@ def flush(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> Pages:
     position_RKU = jnp.broadcast_to(tail.positions[:, None], place_RKU.shape)
     scales = None if slots.scales is None else [slots.scales[:, 0], slots.scales[:, 1]]
     entries, owners, positions = slots.entries, slots.owners, slots.positions
+    sums = slots.sums
     for layer in range(slots.counts.shape[1]):
         number_RKU = pages.used[:, layer, None, None] + place_RKU
         column_RX = jnp.minimum(number_RKU // slots.page, width - 1).reshape(len(number_RKU), -1)
         page_RX = jnp.take_along_axis(pages.table[:, layer], column_RX, axis=1)
         slot_RKU = page_RX.reshape(number_RKU.shape) * slots.page + number_RKU % slots.page
-        slot_RKU = (slot_RKU % slots.parts) * (slots.size // slots.parts) + slot_RKU // slots.parts
         # What is no token goes out of bounds, where it is dropped.
-        slot_RKU = jnp.where(filled_RU[:, None], slot_RKU, slots.size)
+        slot_RKU = jnp.where(filled_RU[:, None], place_in_pool(slots, slot_RKU), slots.size)
         halves = [tail.keys[layer], tail.values[layer]]
+        # One layer after the other: on a mesh each device gets all heads' tokens of a layer.
+        entries, halves = lax.optimization_barrier((entries, halves))
         if scales is not None:
             halves, found = map(list, zip(*map(quantized, halves), strict=True))
             scales = [
@@ -354,14 +353,30 @@ def flush(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> Pages:
         entries = entries.at[0, slot_RKU].set(both_RKUE, mode="drop")
         owners = owners.at[0, slot_RKU].set(owner_RKU.astype(jnp.int8), mode="drop")
         positions = positions.at[0, slot_RKU].set(position_RKU, mode="drop")
+        if sums is not None:
+            sums = sums.at[0, slot_RKU].set(tail.sums[layer], mode="drop")
     slots = slots.replace(
         entries=entries,
         owners=owners,
         positions=positions,
         scales=None if scales is None else jnp.stack(scales, axis=1),
+        sums=sums,
         counts=slots.counts + count_R[:, None, None],
     )
     return pages.replace(slots=slots, used=pages.used + kv_heads * count_R[:, None])
+
+
+# What a pool has of every slot, and the axis of its slots.
+_STORED = {"entries": 1, "owners": 1, "positions": 1, "scales": 2, "sums": 1}
+
+
+def _stored(change: Callable[..., Array], slots: Slots, *others: Slots) -> dict[str, Array]:
+    """`change(axis, array, its like in the others)` of all that a pool has of every slot."""
+    return {
+        name: change(axis, *(getattr(pool, name) for pool in (slots, *others)))
+        for name, axis in _STORED.items()
+        if getattr(slots, name) is not None
+    }
 
 
 def _by_page(array: Array, slots: Slots, axis: int) -> Array:

@@ -23,14 +23,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kvjax import sharding
 from kvjax.cache.slots import Slots, compacted, reshard_slots
 from kvjax.cache.state import Cache
+from kvjax.cache.sums import settle
 from kvjax.cache.tail import Tail, empty_tail, remember
-from kvjax.compression.recompress import evict, make_room
+from kvjax.compression.recompress import make_room
 from kvjax.compression.room import slots_of
 from kvjax.config import CompressionConfig, Recompress
 from kvjax.generation.prefill import extend_prompt, prefill_compress_at_once
 from kvjax.generation.programs import Flat, Program, whole
 from kvjax.model_interface import NO_IMAGES
 from kvjax.serve import pages as paged
+from kvjax.serve.eviction import emptied, evicted, joined, parted, row_of
 from kvjax.serve.pages import Lease, Pages, Shape
 from kvjax.serve.rows import Drawn, Rows, draw, empty_rows, nothing_drawn, set_row
 
@@ -78,7 +80,11 @@ def open_program(
     tail = tail.replace(cursor=jnp.zeros((shape.rows,), jnp.int32))
     if recompress is not None and recompress.queries:
         tail = remember(tail, recompress.queries, config.num_heads)
-    rows = empty_rows(shape.rows, rope_by_length=config.rope_by_length)
+    if recompress is not None and recompress.sums:
+        nothing = tuple(jnp.zeros(keys.shape[:3], jnp.float32) for keys in tail.keys)
+        slots = pages.slots.replace(sums=jnp.zeros(pages.slots.owners.shape, jnp.float32))
+        pages, tail = pages.replace(slots=slots), tail.replace(sums=nothing)
+    rows = empty_rows(shape.rows, config.vocab_size, rope_by_length=config.rope_by_length)
     return _placed(State(pages, rows, tail))
 
 
@@ -114,10 +120,13 @@ def prefill_program(
     else:
         shape = decoder.config
         cache, _ = make_room(cache, recompress, shape.num_heads, shape.sliding_windows, False)
-        assert cache.slots is not None
-        assert cache.slots.sizes is not None
-        slots, sizes_L = cache.slots, cache.slots.sizes[0]
-    slots = paged.with_table(reshard_slots(slots, sharding.parts()))
+        roomy = settle(cache).slots
+        assert roomy is not None
+        assert roomy.sizes is not None
+        slots, sizes_L = roomy, roomy.sizes[0]
+        if recompress.layers == "global":  # an eviction takes the pages that it needs
+            sizes_L = slots.counts[0].sum(-1, dtype=jnp.int32)
+    slots = _placed_slots(paged.with_table(reshard_slots(slots, sharding.parts())))
     return Prompt(logits=sharding.replicated(logits), slots=slots, sizes=sizes_L)
 
 
@@ -130,11 +139,17 @@ def admit_program(
     row: Int[Array, ""],
     one: Rows,
     eos: Int[Array, " E"],
+    hold: Int[Array, ""],
     *,
     top: int,
 ) -> tuple[State, Drawn]:
-    """Give a prompt pages and a row, and draw its first token; `one` has how it is answered."""
-    pages, lease = paged.take(pages, prompt.sizes)
+    """Give a prompt pages and a row, and draw its first token; `one` has how it is answered.
+
+    Args:
+      hold: pages that the row is to have at least.
+    """
+    pages, tail = joined(pages, tail)
+    pages, lease = paged.take(pages, prompt.sizes, hold)
     pages, lease = paged.copy_in(pages, lease, prompt.slots)
     return _begun(State(pages, rows, tail), lease, prompt.logits, row, one, eos, top)
 
@@ -142,18 +157,9 @@ def admit_program(
 def _begun(state: State, lease: Lease, logits, row, one: Rows, eos, top) -> tuple[State, Drawn]:
     pages, rows, tail = state
     one, drawn = draw(logits, one, eos, top)
-    state = State(paged.put_row(pages, row, lease), set_row(rows, row, one), emptied(tail, row))
+    mine = jnp.arange(len(tail.positions)) == row
+    state = State(paged.put_row(pages, row, lease), set_row(rows, row, one), emptied(tail, mine))
     return _placed(state), sharding.replicated(drawn)
-
-
-def emptied(tail: Tail, row: Int[Array, ""] | int) -> Tail:
-    """The tail without a row's tokens."""
-    queries = tail.query_positions
-    return tail.replace(
-        positions=tail.positions.at[row].set(-1),
-        cursor=tail.cursor.at[row].set(0),
-        query_positions=None if queries is None else queries.at[row].set(-1),
-    )
 
 
 @partial(Program, static_argnames=("steps", "top"), donate_argnames=("rows", "tail"))
@@ -205,45 +211,37 @@ def decode_program(
 @partial(Program, donate_argnames=("pages", "tail"))
 def flush_program(pages: Pages, tail: Tail, rows: Bool[Array, " R"]) -> tuple[Pages, Tail]:
     """Move the tails of these rows into their pages."""
+    pages, tail = joined(pages, tail)
     pages = paged.flush(pages, tail, rows)
-    tail = tail.replace(
-        positions=jnp.where(rows[:, None], -1, tail.positions),
-        cursor=jnp.where(rows, 0, tail.cursor),
-    )
+    pages, tail = parted(pages, emptied(tail, rows, queries=False))
     return _placed_pages(pages), _placed_tail(tail)
 
 
-@partial(Program, static_argnames=("recompress", "windows"), donate_argnames=("pages", "tail"))
+_evicting = "recompress", "windows", "size"
+
+
+@partial(Program, static_argnames=_evicting, donate_argnames=("pages", "tail"))
 def evict_program(
     pages: Pages,
     tail: Tail,
     rows: Rows,
     row: Int[Array, ""],
+    room: Int[Array, ""],
+    hold: Int[Array, ""],
     *,
     recompress: Recompress,
     windows: tuple[int | None, ...],
+    size: int,
 ) -> tuple[Pages, Tail]:
-    """Compress a row again, in place: its tail into slots that it held, and evicted from."""
-    lease = paged.lease_of(pages, row)
-    mine = paged.view(pages, lease)
-    cache = Cache(
-        layers=(),
-        slots=mine.reserved,
-        tail=_row_of(tail, row),
-        prompt_lengths=rows.prompt[row][None],
-        next_positions=rows.position[row][None],
-    )
-    slots = evict(cache, None, recompress, windows).slots
-    assert slots is not None  # it had some
-    lease = lease.replace(counts=slots.counts[0], used=lease.sizes)
-    pages = paged.put_row(paged.with_pool(pages, slots), row, lease)
+    """Compress a row again; its tail is empty afterwards. Arguments as of `evicted`."""
+    pages, tail = joined(pages, tail)
+    row_is = paged.lease_of(pages, row), row_of(tail, row), row_of(rows, row)
+    pages, lease = evicted(pages, *row_is, room, hold, recompress, windows, size)
+    pages = paged.put_row(pages, row, lease)
     # The queries stay: the next compression scores by the last ones.
-    now = emptied(tail, row).replace(query_positions=tail.query_positions)
-    return _placed_pages(pages), _placed_tail(now)
-
-
-def _row_of(tail: Tail, row: Int[Array, ""]) -> Tail:
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1), tail)
+    one = jnp.arange(len(tail.positions)) == row
+    pages, tail = parted(pages, emptied(tail, one, queries=False))
+    return _placed_pages(pages), _placed_tail(tail)
 
 
 @partial(Program, donate_argnames=("pages", "rows"))
@@ -260,6 +258,12 @@ def keep_program(pages: Pages, prompt: Prompt) -> tuple[Pages, Lease]:
     pages, lease = paged.take(pages, prompt.sizes)
     pages, lease = paged.copy_in(pages, lease, prompt.slots)
     return _placed_pages(pages), sharding.replicated(lease)
+
+
+@partial(Program, static_argnames="size")
+def copy_out_program(pages: Pages, lease: Lease, *, size: int) -> Slots:
+    """A copy of a context's entries, in `size` pages."""
+    return sharding.replicated(paged.copy_out(pages, lease, size))
 
 
 @partial(Program, donate_argnames="pages")
@@ -304,7 +308,9 @@ def ask_program(
         rope_length=one.rope_length,
     )
     logits, asked = extend_prompt(whole(model), tokens, one.prompt - one.position, asked)
-    mine = paged.flush(mine, asked.tail, jnp.ones((1,), bool))
+    # Written once all layers have read: between two of them the pool would have to be copied.
+    logits, mine, question = lax.optimization_barrier((logits, mine, asked.tail))
+    mine = paged.flush(mine, question, jnp.ones((1,), bool))
     pages, lease = paged.with_pool(pages, mine.slots), paged.lease_of(mine, 0)
     one = one.replace(position=one.prompt)
     logits = sharding.replicated(logits)
@@ -327,18 +333,25 @@ def swap_out_program(
     pages: Pages, rows: Rows, tail: Tail, row: Int[Array, ""], *, size: int
 ) -> Swapped:
     """A copy of a row, of `size` pages; it is released afterwards."""
+    pages, tail = joined(pages, tail)
     lease = paged.lease_of(pages, row)
     slots = paged.copy_out(pages, lease, size)
-    one = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, 1), rows)
-    return sharding.replicated(Swapped(slots, lease, one, _row_of(tail, row)))
+    one = row_of(rows, row), row_of(tail, row)
+    return sharding.replicated(Swapped(slots, lease, *one))
 
 
 @partial(Program, donate_argnames=("pages", "rows", "tail"))
 def swap_in_program(
-    pages: Pages, rows: Rows, tail: Tail, swapped: Swapped, row: Int[Array, ""]
+    pages: Pages,
+    rows: Rows,
+    tail: Tail,
+    swapped: Swapped,
+    row: Int[Array, ""],
+    hold: Int[Array, ""],
 ) -> State:
-    """Give a row that was taken out pages and a place again."""
-    pages, lease = paged.take(pages, swapped.lease.sizes)
+    """Give a row that was taken out pages, `hold` at least, and a place again."""
+    pages, tail = joined(pages, tail)
+    pages, lease = paged.take(pages, swapped.lease.sizes, hold)
     pages, lease = paged.copy_in(pages, lease, swapped.slots, swapped.lease.used)
     pages = paged.put_row(pages, row, lease)
     tail = jax.tree.map(lambda all, new: all.at[row].set(new[0]), tail, swapped.tail)
@@ -349,6 +362,7 @@ def swap_in_program(
 def _placed(state: State) -> State:
     """The state as every program leaves it on a mesh: slots split, rows whole everywhere."""
     pages, rows, tail = state
+    pages, tail = parted(pages, tail)
     return State(_placed_pages(pages), sharding.replicated(rows), _placed_tail(tail))
 
 
@@ -363,26 +377,35 @@ def _placed_tail(tail: Tail) -> Tail:
         positions=sharding.replicated(tail.positions),
         cursor=sharding.replicated(tail.cursor),
         query_positions=sharding.replicated(tail.query_positions),
+        sums=tuple(sharding.constrain(x, ".KU") for x in tail.sums),
+        slot_sums=None if tail.slot_sums is None else sharding.constrain(tail.slot_sums, ".M"),
     )
 
 
 def _placed_pages(pages: Pages) -> Pages:
-    slots = pages.slots
-    book = pages.table, slots.counts, pages.sizes, pages.used, pages.holders
-    table, counts, sizes, used, holders = sharding.replicated(book)
-    slots = slots.replace(
+    table, sizes, used, holders = sharding.replicated(
+        (pages.table, pages.sizes, pages.used, pages.holders)
+    )
+    slots = _placed_slots(pages.slots)
+    return pages.replace(slots=slots, table=table, sizes=sizes, used=used, holders=holders)
+
+
+def _placed_slots(slots: Slots) -> Slots:
+    """Slots as a server leaves them on a mesh: dealt out to all devices, and counts whole."""
+    scales, counts = slots.scales, sharding.replicated(slots.counts)
+    return slots.replace(
         entries=sharding.constrain(slots.entries, ".ME"),
         owners=sharding.constrain(slots.owners, ".M"),
         positions=sharding.constrain(slots.positions, ".M"),
-        scales=None if slots.scales is None else sharding.constrain(slots.scales, "..M"),
+        scales=None if scales is None else sharding.constrain(scales, "..M"),
         counts=counts,
     )
-    return pages.replace(slots=slots, table=table, sizes=sizes, used=used, holders=holders)
 
 
 PROGRAMS = (
     open_program, prefill_program, admit_program, decode_program, flush_program, evict_program,
-    release_program, keep_program, drop_program, ask_program, swap_out_program, swap_in_program,
+    release_program, keep_program, drop_program, copy_out_program, ask_program, swap_out_program,
+    swap_in_program,
 )  # fmt: skip
 
 

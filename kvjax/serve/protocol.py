@@ -21,6 +21,7 @@ _LARGEST = 2**31 - 1
 _ROLES = "system", "developer", "user", "assistant", "tool"
 _TEXT = "a text that is not empty"
 _SWITCH = "true or false"
+_PENALTY = "a number above 0 and at most 10"
 _PROMPT = f"a text, token ids, or a list of at most {PROMPTS} of either, none of them empty"
 _MESSAGES = "a list of turns, each an object with a role and a content"
 _CONTENT = "a text, or a list of parts {'type': 'text', 'text': ...}, as texts alone are read"
@@ -157,6 +158,8 @@ class Asked(Compressing):
       model: the served model's name, which may be left out.
       temperature: 0 for the likeliest token; 1 by default, as OpenAI's.
       top_k: kvjax's own: keep the k likeliest tokens, 0 for all.
+      repetition_penalty: kvjax's own: above 1 tokens of the prompt and the answer become less
+        likely, 1 by default.
       seed: of the draws; each request has another one by default.
       stop: strings that end an answer, which does not contain them.
       context: kvjax's own: the id of a context that the prompt follows.
@@ -173,6 +176,7 @@ class Asked(Compressing):
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0 and at most 1")
     top_k: int | None = _whole(0)
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description=_PENALTY)
     seed: int | None = _whole(0)
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
     stream: bool = Field(False, description=_SWITCH)
@@ -193,7 +197,12 @@ class Asked(Compressing):
 
     def sampling(self) -> Sampling:
         """How tokens are drawn."""
-        return Sampling(temperature=self.temperature, top_k=self.top_k or 0, top_p=self.top_p)
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k or 0,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
     def drawn_seed(self) -> int:
         """The request's seed, or a new one."""

@@ -19,7 +19,7 @@ _NONE = Switches(greedy=False, top_k=False, top_p=False, min_p=False, penalty=Fa
 
 @no_type_check  # jax maps trees to other leaves than arrays
 class Rows(struct.PyTreeNode):
-    """Every row's place in its answer; all `[R]`.
+    """Every row's place in its answer; all `[R]` but `used`.
 
     Attributes:
       token: drawn last, which is fed next.
@@ -31,6 +31,7 @@ class Rows(struct.PyTreeNode):
       ends: whether an end-of-sequence token ends the row.
       keys: random keys, to be folded with `drawn`.
       values: how each row draws; 0, 0, 1, 0, 1 is the likeliest token.
+      used: `[R, V]` tokens of the prompt and the answer so far, for the repetition penalty.
       rope_length: as of `kvjax.Cache`, or None.
     """
 
@@ -43,6 +44,7 @@ class Rows(struct.PyTreeNode):
     ends: Bool[Array, " R"]
     keys: Key[Array, " R"]
     values: Values
+    used: Bool[Array, "R V"]
     rope_length: Int[Array, " R"] | None = None
 
 
@@ -69,7 +71,7 @@ def nothing_drawn(rows: int, steps: int, top: int) -> Drawn:
     )
 
 
-def empty_rows(rows: int, *, rope_by_length: bool = False) -> Rows:
+def empty_rows(rows: int, vocab: int, *, rope_by_length: bool = False) -> Rows:
     """Rows that nobody has."""
 
     def number() -> Array:  # arrays of their own: a program is given them to overwrite
@@ -82,7 +84,8 @@ def empty_rows(rows: int, *, rope_by_length: bool = False) -> Rows:
         token=number(), position=number(), prompt=number(), drawn=number(), limit=number(),
         running=jnp.zeros((rows,), bool), ends=jnp.zeros((rows,), bool),
         keys=jax.vmap(jax.random.key)(jnp.zeros((rows,), jnp.uint32)),
-        values=Values(real(), number(), real(), real(), real()),
+        values=Values(real(), number(), real(), real(), jnp.ones((rows,), jnp.float32)),
+        used=jnp.zeros((rows, vocab), bool),
         rope_length=number() if rope_by_length else None,
     )  # fmt: skip
 
@@ -101,6 +104,7 @@ def draw(
     `kvjax.generation.sampling.sample` draws of the same logits.
     """
     log_probs_RV = jax.nn.log_softmax(logits)
+    logits = _penalised(logits, rows)
     cold_R = rows.values.temperature < COLD
     token_R = lax.cond(
         (rows.running & ~cold_R).any(),
@@ -120,9 +124,22 @@ def draw(
     rows = rows.replace(
         token=jnp.where(rows.running, token_R, rows.token),
         drawn=drawn_R,
+        used=rows.used.at[jnp.arange(len(token_R)), token_R].max(rows.running),
         running=rows.running & ~over_R & (drawn_R < rows.limit),
     )
     return rows, new
+
+
+def _penalised(logits: Float[Array, "R V"], rows: Rows) -> Float[Array, "R V"]:
+    """The logits with each row's repetition penalty, where any row has one."""
+    on_R = rows.running & (rows.values.penalty != 1)
+
+    def penalised() -> Float[Array, "R V"]:
+        penalty_R1 = jnp.where(on_R, rows.values.penalty, 1.0)[:, None]
+        less_RV = jnp.where(logits < 0, logits * penalty_R1, logits / penalty_R1)
+        return jnp.where(rows.used & on_R[:, None], less_RV, logits)
+
+    return lax.cond(on_R.any(), penalised, lambda: logits)
 
 
 def _sampled(logits: Float[Array, "R V"], rows: Rows) -> Int[Array, " R"]:

@@ -2,8 +2,9 @@
 
 A request is admitted by what it can come to hold at most: what is kept of its prompt and what its
 answer adds. So it never has to wait for pages once it has a row, but where a new context takes
-those of the newest rows, and its answer never depends on its neighbours. Requests are admitted in
-the order in which they came, those that were swapped out before the others.
+those of the newest rows, and its answer never depends on its neighbours. Eviction under pressure
+(`pressure.py`) changes what tickets hold, and promises neither. Requests are admitted in the order
+in which they came, those that were swapped out before the others.
 """
 
 from collections import deque
@@ -18,11 +19,19 @@ class Ticket:
       pages: that it may come to hold beside those that it shares.
       apart: that it may come to hold once it shares none any more; as many by default.
       row: its own, while it has one.
+      entries: that lie in its pages, of all layers and heads; counted under pressure alone.
+      tail: tokens of its answer that lie in the tail.
+      compressed: number of the eviction that compressed it last; 0 before any.
+      fresh: whether it has not decoded since it got its row.
     """
 
     pages: int
     apart: int = 0
     row: int | None = None
+    entries: int = 0
+    tail: int = 0
+    compressed: int = 0
+    fresh: bool = True
 
     def __post_init__(self):
         self.apart = max(self.apart, self.pages)
@@ -40,6 +49,7 @@ class Scheduler[T: Ticket]:
       running: ticket of each row that has one.
       free: pages that nobody has been promised.
       held: pages of contexts, which no row's end gives back.
+      closed: whether nobody is admitted until a row ends, or is swapped out.
     """
 
     def __init__(self, rows: int, pages: int):
@@ -48,6 +58,7 @@ class Scheduler[T: Ticket]:
         self.running: dict[int, T] = {}
         self.free = pages
         self.held = 0
+        self.closed = False
 
     def check(self, pages: int) -> None:
         """Raise ValueError where so many pages cannot be had, whoever else ends."""
@@ -69,10 +80,11 @@ class Scheduler[T: Ticket]:
     def admit(self) -> T | None:
         """The next ticket, with a row and its pages; None where it has to wait, or nobody waits."""
         row = next((row for row in range(self.rows) if row not in self.running), None)
-        if row is None or not self.queue or self.queue[0].pages > self.free:
+        fits = bool(self.queue) and self.queue[0].pages <= self.free
+        if row is None or not fits or self.closed:
             return None
         ticket = self.queue.popleft()
-        ticket.row, self.running[row] = row, ticket
+        ticket.row, self.running[row], ticket.fresh = row, ticket, True
         self.free -= ticket.pages
         return ticket
 
@@ -85,7 +97,24 @@ class Scheduler[T: Ticket]:
         row, ticket.row = ticket.row, None
         del self.running[row]
         self.free += ticket.pages
+        self.closed = False
         return row
+
+    def resize(self, ticket: T, pages: int) -> None:
+        """Let a running ticket hold so many pages; there are as many free as it gets more."""
+        self.free += ticket.pages - pages
+        ticket.pages = pages
+
+    def check_hold(self, pages: int, leaving: int = 0) -> None:
+        """Raise ValueError as `hold`, once so many pages of other contexts are let go."""
+        waiting = [*self.queue, *self.running.values()]
+        largest = max((ticket.apart for ticket in waiting), default=0)
+        available = max(0, self.pages - self.held + leaving - largest)
+        if pages > available:
+            raise ValueError(
+                f"the context needs {pages} pages, expected at most {available} (cache_bytes, less"
+                " what other contexts and the largest request hold)"
+            )
 
     def hold(self, pages: int) -> list[T]:
         """Promise pages to a context; the tickets to be swapped out first, the newest one first.
@@ -95,14 +124,7 @@ class Scheduler[T: Ticket]:
         Raises:
           ValueError: so many that some ticket could never be admitted beside them.
         """
-        waiting = [*self.queue, *self.running.values()]
-        largest = max((ticket.apart for ticket in waiting), default=0)
-        available = max(0, self.pages - self.held - largest)
-        if pages > available:
-            raise ValueError(
-                f"the context needs {pages} pages, expected at most {available} (cache_bytes, less"
-                " what other contexts and the largest request hold)"
-            )
+        self.check_hold(pages)
         leaving: list[T] = []
         newest = list(self.running.values())[::-1]
         room = self.free

@@ -34,14 +34,20 @@ class Context:
       method: its name.
       tokens: of the text.
       pages: promised to it.
+      bytes: of these pages.
       users: requests that hold its pages or wait for them.
+      used: when it was made or asked last, in seconds since 1970.
+      saved: whether the server has it on disk too; in no pages then once others took its place.
     """
 
     id: str
     method: str
     tokens: int
     pages: int
+    bytes: int
     users: int
+    used: float
+    saved: bool = False
 
 
 @dataclass
@@ -49,11 +55,13 @@ class Counts:
     """What has happened so far; fields as of `Stats`."""
 
     evictions: int = 0
+    forced_evictions: int = 0
     swaps: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
     finished: int = 0
     aborted: int = 0
+    contexts_dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,12 @@ class Stats:
         `shared_pages` to contexts.
       page_slots: slots of a page.
       evictions: compressions while decoding, one a row.
+      forced_evictions: those of them by which a row keeps less than its rule says, as pages ran
+        short.
       swaps: rows taken out of the pool.
       tokens_in, tokens_out: of prompts that were read, and of answers that were handed out.
       finished, aborted: requests answered to their end, and given up by their clients.
+      contexts_dropped: contexts that others took the place of (`context_bytes`).
       holders: of the rows.
       spent: seconds of the device.
     """
@@ -83,10 +94,12 @@ class Stats:
     shared_pages: int
     page_slots: int
     evictions: int
+    forced_evictions: int
     swaps: int
     tokens_in: int
     tokens_out: int
     finished: int
     aborted: int
+    contexts_dropped: int
     holders: tuple[Holder, ...]
     spent: Spent

@@ -23,6 +23,7 @@ MOVES = ("admit", "flush", "end", "keep", "fork", "drop", "swap_out", "swap_in",
 RULE = Recompress(every=TAIL, budget=4, scorer="key-diff")
 RULES = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 STEPS = 50
+LIVES = int(os.environ.get("LIVES", 0))  # of `make lives`
 
 
 class Evicting(Machine):
@@ -48,11 +49,13 @@ class Evicting(Machine):
             return
         row, mine = int(self.rng.choice(rows)), self.fill_tail()
         sizes = np.asarray(self.pages.sizes[row])
-        of_rows = empty_rows(ROWS)
+        of_rows = empty_rows(ROWS, 1)
         of_rows = of_rows.replace(position=of_rows.position + self.next)
+        numbers = np.int32(row), np.int32(0), np.int32(0)
         self.pages, self.tail = evict_program(
-            self.pages, self.tail, of_rows, np.int32(row), recompress=RULE, windows=(None,) * LAYERS
-        )
+            self.pages, self.tail, of_rows, *numbers, recompress=RULE, windows=(None,) * LAYERS,
+            size=PAGES,
+        )  # fmt: skip
         assert not (np.asarray(self.tail.positions[row]) >= 0).any()
         for layer, size in enumerate(sizes):
             self.settle(row, layer, int(size), mine[row][layer])
@@ -135,10 +138,10 @@ def test_a_few_lives(machine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [Lives, SplitLives])
+@pytest.mark.parametrize("machine", [Lives, SplitLives] if LIVES else [Lives])
 def test_a_thousand_moves(machine):
-    """Slow: 1,000 moves, each looked at from all sides; `make lives` makes 10 times as many."""
-    lives = max(20, int(os.environ.get("LIVES", 0)) * 2 // 5)
+    """Slow: 1,000 moves, each looked at from all sides; `make lives` makes 20 times as many."""
+    lives = max(20, LIVES * 2 // 5)
     run_state_machine_as_test(
         machine, settings=settings(max_examples=lives, stateful_step_count=STEPS, **RULES)
     )

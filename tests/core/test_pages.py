@@ -3,9 +3,24 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from page_machine import DIM, HEADS, PAGE, PAGES, ROWS, Machine, released
+from page_machine import (
+    DIM,
+    HEADS,
+    LAYERS,
+    PAGE,
+    PAGES,
+    ROWS,
+    SHAPE,
+    TAIL,
+    Machine,
+    flushed,
+    released,
+)
 
+from kvjax.cache.tail import empty_tail
 from kvjax.kernels.decode_attention import paged_attention
+from kvjax.serve import pages as paged
+from kvjax.serve.pages import Shape
 
 
 @pytest.mark.parametrize(("seed", "parts"), [(0, 1), (2, 2)])
@@ -54,3 +69,37 @@ def test_attention_is_that_of_the_entries_alone():
             weight = np.exp(score - score.max(initial=-np.inf))
             want = (weight * x).sum() / weight.sum() if mine else 0.0
             np.testing.assert_allclose(out[row, 0, head], want, rtol=1e-5)
+
+
+def test_a_tail_becomes_int8_in_pages_of_int8():
+    """Each vector to within half its scale, and nothing but the two rows' tokens."""
+    pages = paged.empty_pages(Shape(*SHAPE[:-1]), DIM, jnp.float32, quantize=True)
+    leases = []
+    for row in range(2):
+        pages, lease = paged.take(pages, jnp.full((LAYERS,), HEADS * TAIL))
+        pages = paged.put_row(pages, row, lease)
+        leases.append(lease)
+    tail = empty_tail(pages.slots, TAIL)
+    rng = np.random.default_rng(0)
+    both = rng.normal(size=(2, LAYERS, ROWS, HEADS, TAIL, DIM)).astype(np.float32)
+    positions = np.full((ROWS, TAIL), -1, np.int32)
+    positions[:2] = [[5, 6, 7], [3, -1, 4]]
+    tail = tail.replace(
+        keys=tuple(map(jnp.asarray, both[0])), values=tuple(map(jnp.asarray, both[1])),
+        positions=jnp.asarray(positions),
+    )  # fmt: skip
+    slots = flushed(pages, tail, jnp.arange(ROWS) < 2).slots
+    owners, found = np.asarray(slots.owners[0]), 0
+    for row, lease in enumerate(leases):
+        for layer, mine in enumerate(np.asarray(lease.table)):
+            for at in (mine[mine < PAGES, None] * PAGE + np.arange(PAGE)).reshape(-1):
+                if owners[at] < 0:
+                    continue
+                slot = positions[row].tolist().index(int(slots.positions[0, at]))
+                for half in (0, 1):
+                    whole = np.asarray(slots.entries[0, at, half * DIM : (half + 1) * DIM])
+                    scale = float(slots.scales[0, half, at])
+                    want = both[half, layer, row, owners[at], slot]
+                    np.testing.assert_allclose(whole * scale, want, atol=0.51 * scale)
+                found += 1
+    assert found == (owners >= 0).sum() == 5 * LAYERS * HEADS

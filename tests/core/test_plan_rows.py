@@ -42,8 +42,8 @@ def test_compression_and_recompression_leave_room_for_more():
     assert again.request < kept.request < full.request
     assert full.rows < kept.rows < again.rows
     # What an answer holds then does not depend on its length.
-    tail, queries = 2 * 64 * 8, rule.queries * 32
-    assert again.request == (32 * 8 * 128 // 64 + 32) * 64 * 517 + 32 * (tail + queries) * 256
+    pages, tail, queries = (32 * 8 * 128 // 64 + 32) * 64 * 517, 64 * 32 * 8 * 512, 32 * 32 * 256
+    assert again.request == pages + tail + 32 * queries
     assert fit(asked(prompt=6000)).rows < full.rows
 
 

@@ -90,11 +90,6 @@ def test_pages_and_rows_are_promised_once():
         (20, None, "tail_slots=20, expected a multiple of decode_steps=8"),
         (None, Recompress(every=8), "recompress.budget=None, expected a number of entries"),
         (None, Recompress(every=12, budget=16), "recompress.every=12, expected a multiple of"),
-        (
-            None,
-            Recompress(every=8, budget=16, scorer="squared-sum", layers="global"),
-            "recompress.scorer='squared-sum', expected one that scores by what is",
-        ),
     ],
 )
 def test_tails_that_no_server_has(slots, rule, message):

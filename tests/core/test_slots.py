@@ -16,6 +16,7 @@ from kvjax.cache.slots import (
     grown,
     in_pages,
     kept_mask,
+    layer_slots,
     of_layer,
     page_size,
     pages_of,
@@ -206,6 +207,22 @@ def test_shares_of_a_page_are_dealt_out():
     back = reshard_slots(again, 1)
     for name in ("entries", "owners", "positions", "table"):
         np.testing.assert_array_equal(getattr(back, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_layer_of_a_dealt_out_pool_is_the_same(parts):
+    """In the order of its pages, and `numbers` say where its slots lie."""
+    slots = grown(filled(), jnp.array([[9, 6]]), 5, 9)
+    split = reshard_slots(slots, parts)
+    for layer in range(2):
+        whole, found = layer_slots(slots, layer), layer_slots(split, layer)
+        for name in ("owned", "positions", "size"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+        held = of_layer(split, split.entries, layer)
+        np.testing.assert_array_equal(held, of_layer(slots, slots.entries, layer))
+        mine = np.asarray(found.numbers[0]) < split.size
+        assert mine.sum() == found.size[0]
+        np.testing.assert_array_equal(split.entries[0][found.numbers[0][mine]], held[0][mine])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

@@ -91,6 +91,21 @@ def test_a_kernels_scores_match_float64(owners, implementation, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", PATHS)
+def test_rows_of_one_pool_add_as_rows_of_their_own(implementation):
+    """A server's rows share one pool, in which each has pages of its own."""
+    call = paged(3, make_case(43, head_dim=64, slots=200), 16)
+    apart = add(through_pages(call, None, 16, implementation, scores=True), call, 16)
+    rows, slots = call["owners"].shape
+    shared = {name: call[name].reshape(1, rows * slots, *call[name].shape[2:])
+              for name in ("entries", "owners", "positions")}  # fmt: skip
+    shared["table"] = call["table"] + np.arange(rows)[:, None] * (slots // 16)
+    call |= shared
+    found = add(through_pages(call, None, 16, implementation, scores=True), call, 16)
+    np.testing.assert_allclose(found.reshape(rows, slots), apart, atol=1e-7)
+    assert (apart.max(axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("implementation", PATHS)
 def test_int8_entries_count_as_what_they_stand_for(implementation):
     case, exact = quantized(make_case(47, head_dim=64, slots=200))
     call = paged(5, case, 32)

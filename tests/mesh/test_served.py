@@ -15,12 +15,17 @@ from kvjax.sharding import make_mesh, place
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 ADA = CompressionConfig.named("ada-snapkv", 16)
+EVERYWHERE = Recompress(every=8, budget=20, scorer="squared-sum", layers="global")
 
 
 @pytest.mark.parametrize(
     "rule",
-    [None, pytest.param(Recompress(every=8, budget=20), marks=pytest.mark.slow)],
-    ids=["kept", "evicted"],
+    [
+        None,
+        pytest.param(Recompress(every=8, budget=20), marks=pytest.mark.slow),
+        pytest.param(EVERYWHERE, marks=pytest.mark.slow),
+    ],
+    ids=["kept", "evicted", "everywhere"],
 )
 def test_the_tokens_are_those_of_one_device(rule):
     """Slow: to evict on a mesh compiles for a minute, and what is compiled first has to be all."""

@@ -13,7 +13,6 @@ import equality
 import jax
 import pytest
 from equality import agreeing, alone, asked_of, at_once, generated
-from synthetic import TYPICAL
 
 import kvjax
 from kvjax import METHODS, CompressionConfig, Recompress
@@ -63,19 +62,28 @@ class Case:
         """
         return TAIL + 1 if self.quantize and self.recompress is None else NEW
 
+    @property
+    def hair(self) -> float:
+        """How much two programs may differ in a log-probability that decides.
+
+        In int8 a value that lies between two whole numbers may become either.
+        """
+        return 1e-3 if self.quantize else 1e-5
+
 
 LONG = ("full", "ada-snapkv", "kv-compress", "key-diff")
+SOME = ("ada-pyramid", "prefixkv", "joint-kvzip", "h2o")
 COMPRESSING = tuple(name for name in METHODS if name != "full")
 CASES = {
     "kept": Case(few=("kv-compress", "prefixkv"), longer=(65,)),
     "long": Case(many=LONG, lengths=(65, 700), longer=(4096,)),
     "evicted": Case(few=("critical-ada-snapkv",), many=COMPRESSING, recompress=RULE, swapped=True),
     "int8": Case(few=("joint-kvzip",), many=COMPRESSING, quantize="int8", swapped=True),
-    "int8 evicted": Case(many=TYPICAL, quantize="int8", recompress=RULE),
-    "dynamic": Case(few=("ada-snapkv",), many=TYPICAL, checkpoint="rope/dynamic"),
-    "longrope": Case(many=TYPICAL, checkpoint="rope/longrope", swapped=True),
-    "all windows": Case(many=TYPICAL, checkpoint="hf/mistral", recompress=RULE),
-    "some windows": Case(few=("ada-pyramid",), many=TYPICAL, checkpoint="hf/qwen2"),
+    "int8 evicted": Case(many=SOME, quantize="int8", recompress=RULE),
+    "dynamic": Case(few=("ada-snapkv",), many=SOME, checkpoint="rope/dynamic"),
+    "longrope": Case(many=SOME, checkpoint="rope/longrope", swapped=True),
+    "all windows": Case(many=SOME, checkpoint="hf/mistral", recompress=RULE),
+    "some windows": Case(many=SOME, checkpoint="hf/qwen2"),
     "eight devices": Case(many=LONG, devices=8, swapped=True),
 }
 SHOWN = [name for name, case in CASES.items() if case.few or EVERY]
@@ -130,7 +138,7 @@ def test_at_once_as_alone_and_as_generate(name, monkeypatch, capsys):
     assert stats.evictions > len(requests) or case.recompress is None
     reference = generated(model, requests, configs, recompress=case.recompress)
     rows = zip(answers, reference, strict=True)
-    same = [agreeing(answer, *row, case.compared) for answer, row in rows]
+    same = [agreeing(answer, *row, case.compared, case.hair) for answer, row in rows]
     most = case.compared * len(same)
     if EVERY:
         with capsys.disabled():
@@ -148,7 +156,7 @@ def test_at_once_as_alone_and_as_generate(name, monkeypatch, capsys):
 def test_contexts(quantize, monkeypatch):
     """Slow: each method keeps a context, and all their questions are asked at once."""
     case = Case(quantize=quantize)
-    names = COMPRESSING if quantize else METHODS
+    names = SOME if quantize else tuple(METHODS)
     model, configs = loaded(case), {method: config(method, case) for method in names}
     document = asked_of(["any"], [64], NEW)[0].tokens
     questions = asked_of(["any"], (1, 2, 15, 16), NEW)
@@ -174,4 +182,4 @@ def test_contexts(quantize, monkeypatch):
             model, [asked.tokens for asked, _ in mine], cache=cache, max_new_tokens=NEW, eos_ids=()
         )
         for (_, answer), tokens, log_probs in zip(mine, out.tokens, out.log_probs, strict=True):
-            agreeing(answer, tokens, log_probs, 1 if quantize else NEW)
+            agreeing(answer, tokens, log_probs, 1 if quantize else NEW, case.hair)

@@ -16,6 +16,7 @@ import pytest
 import served
 import uvicorn
 
+from kvjax import Sampling
 from kvjax.cli import serve as cli
 
 openai = pytest.importorskip("openai", reason="needs the openai package")
@@ -238,6 +239,16 @@ def test_a_client_that_waits_for_a_whole_answer_and_leaves(address, engine, monk
         served.until(lambda: engine.stats().running)
     idle(engine)
     assert engine.stats().aborted == before + 1
+
+
+def test_a_repetition_penalty_as_of_generate(app, engine):
+    asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12, "repetition_penalty": 1.8}
+    answer = served.call(app, "POST", "/v1/completions", asked).json
+    out = expected(engine, PROMPT, 12, sampling=Sampling(repetition_penalty=1.8))
+    assert answer["choices"][0]["text"] == out.text
+    wrong = served.call(app, "POST", "/v1/completions", asked | {"repetition_penalty": 0})
+    assert wrong.status == 400
+    assert wrong.sentence == "repetition_penalty=0, expected a number above 0 and at most 10"
 
 
 # ---------------------------------------------------------------------------- contexts

@@ -76,6 +76,42 @@ def test_a_draw_depends_on_its_own_seed_alone(model, engine, prompts):
     assert len({tuple(answer.tokens) for answer in answers}) == 6
 
 
+def test_tokens_that_were_there_are_made_less_likely(model, engine, prompts):
+    """Beside rows without a penalty; of a context the question alone counts, as in `generate`."""
+    rules = Sampling(repetition_penalty=1.7)
+    ask = {"max_new_tokens": 20, "ignore_eos": True}
+    plain = engine.generate(prompts, **ask)
+
+    async def mixed():
+        steps = [
+            engine.submit(prompt, sampling=rules if index else None, **ask)
+            for index, prompt in enumerate(prompts)
+        ]
+        return await asyncio.gather(*[tokens_of(one) for one in steps])
+
+    async def tokens_of(steps):
+        return [token async for step in steps for token in step.tokens]
+
+    with no_compilation():
+        first, *others = asyncio.run(mixed())
+    reference = kvjax.generate(
+        model, prompts, METHODS["ada-snapkv"], sampling=rules, max_new_tokens=20, eos_ids=()
+    )
+    assert first == plain[0].tokens
+    assert others == reference.tokens[1:]
+    assert others != [answer.tokens for answer in plain[1:]]
+    context = engine.add_context(prompts[0], method="full")
+    cache = kvjax.compress_prompt(model, prompts[0], METHODS["full"])
+    answers = engine.generate(prompts[1][:9], context=context, sampling=rules, **ask)
+    engine.drop_context(context)
+    close_to(
+        answers,
+        kvjax.generate(
+            model, prompts[1][:9], cache=cache, sampling=rules, max_new_tokens=20, eos_ids=()
+        ),
+    )
+
+
 def test_a_request_may_keep_less(model, engine, prompts):
     with no_compilation():
         answers = engine.generate(prompts, budget=8, max_new_tokens=20, ignore_eos=True)
@@ -215,7 +251,6 @@ def test_stats_say_who_holds_which_pages(engine, prompts, monkeypatch):
         ({"seed": 2**32}, "seed=4294967296, expected an integer from 0 to 4294967295"),
         ({"seed": -1}, "seed=-1, expected an integer from 0"),
         ({"context": "c"}, "context='c', expected one of"),
-        ({"sampling": Sampling(repetition_penalty=2.0)}, "repetition_penalty=2.0, expected 1"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(engine, prompts, options, told):

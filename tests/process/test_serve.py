@@ -138,6 +138,11 @@ def test_what_a_server_refuses(run, monkeypatch):
                 ("--recompress-every", 8),
                 "--recompress-every and --recompress-budget, expected both or neither",
             ),
+            (
+                ("--pressure", "evict"),
+                "pressure='evict', expected recompress with scorer='squared-sum' and"
+                " layers='global'",
+            ),
             (("--method", ""), "--method '', expected METHOD[/LAYOUT[/int8]][:NAME=VALUE,...]"),
         ]
         for flags, message in cases:
