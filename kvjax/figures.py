@@ -318,9 +318,10 @@ def bench(path: str | Path, report: Mapping[str, Any]) -> Path:
 def served(path: str | Path, report: Mapping[str, Any]) -> Path:
     """Tokens a second of a server by method: of decode time and of the whole run.
 
-    A tick is what the arithmetic allows; each name has the most rows that were answered at once.
+    A tick is what the arithmetic allows, where all requests came at once; each name has the most
+    rows that were answered together.
     """
-    rows = report["rows"]
+    rows, bounded = report["rows"], report["settings"]["rate"] is None
     figure, axes = _figure(9, 0.5 * len(rows) + 1.1, ncols=2, sharey=True)
     panels = (
         ("of decode time", "output_per_decode_second", "decode_bound"),
@@ -331,13 +332,14 @@ def served(path: str | Path, report: Mapping[str, Any]) -> Path:
         bounds = np.array([row[bound] for row in rows])
         axis.barh(range(len(rows)), found, color=_KEPT)
         for place, (reached, most) in enumerate(zip(found, bounds, strict=True)):
-            axis.text(reached, place, f" {reached:.1f}", va="center")
-            axis.plot([most] * 2, [place - 0.4, place + 0.4], color=_NEEDLE, lw=2)
+            axis.text(max(reached, bounded * most), place, f" {reached:.1f}", va="center")
+            if bounded:
+                axis.plot([most] * 2, [place - 0.4, place + 0.4], color=_NEEDLE, lw=2)
         axis.set_yticks(range(len(rows)), [f"{r['method']}, {r['most_rows']} rows" for r in rows])
         axis.set_title(title)
-        axis.set_xlim(0, max(found.max(), bounds.max()) * 1.2)
+        axis.set_xlim(0, max(found.max(), bounded * bounds.max()) * 1.2)
     axes[0].invert_yaxis()
-    figure.supxlabel("output tokens a second (orange: bound)")
+    figure.supxlabel("output tokens a second" + " (orange: bound)" * bounded)
     return _save(figure, path)
 
 

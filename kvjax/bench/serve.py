@@ -193,7 +193,7 @@ def rates(spent: Spent, tokens: int, seconds: float) -> dict[str, Any]:
     decoding = sum(one.seconds for one in spent.decoding)
     drawn = sum(one.tokens for one in spent.decoding)
     busy = [one for one in spent.decoding if one.rows >= _NEARLY * most]
-    fastest = _rate(busy)
+    fastest = max(_rate(busy), _rate(spent.decoding))
     ideal = spent.reading + (drawn / fastest if fastest else 0.0)
     return {
         "most_rows": most,

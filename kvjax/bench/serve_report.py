@@ -116,5 +116,8 @@ def tables(report: dict[str, Any]) -> str:
     """What was drawn in which time, and how long clients waited, as Markdown."""
     rows = report["rows"]
     size = rows[0]["cache_bytes"]
+    columns = _THROUGHPUT
+    if report["settings"]["rate"] is not None:  # arrivals bound the run, not the arithmetic
+        columns = [column for column in _THROUGHPUT if "bound" not in column[0]]
     head = f"{report['machine']['device']}, {size / 1e6:.1f} MB of pages and tails for each method"
-    return f"{head}\n\n{markdown(_THROUGHPUT, rows)}\n\n{markdown(_LATENCY, rows)}\n"
+    return f"{head}\n\n{markdown(columns, rows)}\n\n{markdown(_LATENCY, rows)}\n"
