@@ -2,7 +2,8 @@
 
 A round does what clients asked for, admits at most one prompt (`reads` of them), empties tails that
 are full, queues the next tokens of all rows, and only then reads those that were queued a round
-before: the device never waits for the host.
+before: from step to step the device never waits for the host. Before a prompt is read, which takes
+long, all that was drawn goes to its clients.
 """
 
 import queue
@@ -339,7 +340,6 @@ class Loop:
 
     def _admit(self) -> bool:
         """One prompt, or one row that comes back; False where there is no row or pages for it."""
-        now = time.perf_counter()
         if self._pressure is not None:
             self._pressure.make_way()
         job = self._scheduler.admit()
@@ -350,6 +350,8 @@ class Loop:
             self._device.swap_in(job.saved, job)
             job.saved = None
             return True
+        self._hand_out(0)  # what clients have to get is not to wait for another's prompt
+        now = time.perf_counter()
         if job.context is None:
             drawn = self._device.admit(job, self._device.prefill(job))
         elif (kept := self.contexts.get(job.context)) is None:  # given up before it was asked

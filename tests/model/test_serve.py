@@ -269,6 +269,20 @@ def test_what_can_never_fit_is_refused(model, engine, prompts):
         Engine(model, None, "full", cache_bytes=1000, **small)
 
 
+def test_tokens_do_not_wait_for_anothers_prompt(engine, prompts, monkeypatch):
+    """Whatever was drawn has been handed out before a prompt is read."""
+    device, loop, waiting = engine._loop._device, engine._loop, []
+    prefill = device.prefill
+
+    def looked(job):
+        waiting.append(len(loop._pending))
+        return prefill(job)
+
+    monkeypatch.setattr(device, "prefill", looked)
+    engine.generate(many(prompts), ignore_eos=True)
+    assert waiting == [0] * 6
+
+
 def test_a_question_needs_no_pages_that_it_shares(engine, prompts):
     contexts = [engine.add_context(prompts[0], method="full") for _ in range(3)]
     shared = engine.contexts()[0].pages
