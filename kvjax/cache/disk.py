@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -86,6 +87,11 @@ def load_cache(path: str | Path, model: Model) -> Cache:
       ValueError: not such a file, damaged, or made by another model.
       OSError: it cannot be read.
     """
+    return jax.tree.map(jnp.asarray, load_on_host(path, model))
+
+
+def load_on_host(path: str | Path, model: Model) -> Cache:
+    """Read a cache as `load_cache` does, into arrays of NumPy."""
     source = Path(path)
     made, facts, arrays = _read(source)
     if _digest(arrays) != facts["sha256"]:
@@ -94,7 +100,7 @@ def load_cache(path: str | Path, model: Model) -> Cache:
         raise ValueError(f"cache {source} was made by another model")
     if made == _BEFORE:
         arrays, facts = _converted(arrays, facts)
-    return _cache({name: jnp.asarray(array) for name, array in arrays.items()}, facts)
+    return _cache(arrays, facts)
 
 
 def cache_facts(path: str | Path) -> dict[str, Any]:

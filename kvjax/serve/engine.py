@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -362,8 +363,8 @@ class Engine:
         )
         name = new_id()
         own = check_seed(self._seed if seed is None else seed)
-        self._loop.call(lambda: self._loop.add_context(name, tokens, choice, own, following, kept))
-        self._shelf.keep(name)
+        make = partial(self._loop.add_context, name, tokens, choice, own, following, kept)
+        self._shelf.add(name, kept, make)
         return name
 
     def save_context(self, context: str, path: str | Path) -> Path:

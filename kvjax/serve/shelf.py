@@ -4,18 +4,22 @@ A file is what `kvjax.save_cache` writes. It is whole or absent, whenever the pr
 which model made it. Requests name ids, which are looked up and never become paths.
 """
 
+import contextlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache.disk import cache_facts, load_cache, save_cache
+from kvjax.cache.disk import cache_facts, load_on_host, save_cache
 from kvjax.cache.origin import fingerprint
 from kvjax.cache.slots import Slots, compacted, repaged, reshard_slots
 from kvjax.cache.state import Cache
@@ -26,7 +30,6 @@ from kvjax.model_interface import Model
 from kvjax.serve.contexts import InUse, Kept
 from kvjax.serve.loop import Loop
 from kvjax.serve.menu import Menu
-from kvjax.serve.pages import with_table
 from kvjax.serve.stats import Context
 
 _FILE = re.compile(r"(context-[0-9a-f]{16})\.kvjax")
@@ -56,6 +59,11 @@ class Shelf:
         self.refused: list[str] = []
         if self._folder is None:
             return
+        if not menu.question_buckets:
+            raise ValueError(
+                f"contexts_dir={str(folder)!r} beside question_buckets=(), expected lengths of"
+                " questions about contexts"
+            )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in self._folder.iterdir())
@@ -66,6 +74,7 @@ class Shelf:
             raise ValueError(
                 f"contexts_dir={str(folder)!r} cannot be used ({error}), expected a folder"
             ) from None
+        fingerprint(model)  # now: on an accelerator it compiles
         for name in names:
             if found := _FILE.fullmatch(name):
                 self._list(found[1])
@@ -77,10 +86,13 @@ class Shelf:
             facts = cache_facts(path)
             if facts["model"] != fingerprint(self._model):
                 raise ValueError(f"cache {path} was made by another model")
+            method, tokens = self._method(facts), int(facts.get("tokens", 0))
         except (ValueError, OSError) as error:
             self.refused.append(str(error))
             return
-        method, tokens = self._method(facts), facts.get("tokens") or 0
+        except (KeyError, TypeError):
+            self.refused.append(f"cache {path} is damaged: what it says of itself is not whole")
+            return
         self._saved[context] = Context(
             context, method, tokens, 0, 0, 0, path.stat().st_mtime, saved=True
         )
@@ -98,21 +110,35 @@ class Shelf:
         return "unknown" if config is None else config["method"]
 
     # ------------------------------------------------------------------ by id
-    def keep(self, context: str) -> None:
-        """Write a context that was made to the folder, if there is one.
+    def add(self, context: str, kept: Kept, make: Callable[[], None]) -> None:
+        """Let the loop make a context, and write it to the folder, if there is one.
+
+        Args:
+          context: its id.
+          kept: what is said of it.
+          make: called in the loop's thread.
 
         Raises:
-          ValueError: it cannot be written; it is dropped again.
+          ValueError: it cannot be made or written; nothing is left of it.
         """
-        if self._folder is None:
+
+        def made() -> Slots | None:
+            make()
+            # In the same round: others could take its place before it is written.
+            return None if self._folder is None else self._loop.copy_context(context)
+
+        slots = self._loop.call(made)
+        if slots is None:
             return
         try:
-            self.save(context, self._path(context))
+            self._write(self._path(context), slots, kept)
         except BaseException:
-            self._loop.call(lambda: self._loop.drop_context(context))
+            with contextlib.suppress(ValueError):  # others took its place meanwhile
+                self._loop.call(lambda: self._loop.drop_context(context))
             raise
-        (made,) = (one for one in self._loop.call(self._loop.told_contexts) if one.id == context)
-        self._saved[context] = replace(made, pages=0, bytes=0, users=0, saved=True)
+        self._saved[context] = Context(
+            context, kept.method, kept.tokens, 0, 0, 0, time.time(), saved=True
+        )
 
     def find(self, context: str) -> Kept:
         """A context, brought into the pool if it lies in the folder alone.
@@ -134,7 +160,8 @@ class Shelf:
     def _bring_back(self, context: str) -> None:
         path = self._path(context)
         try:
-            self._bring(context, path)
+            slots, kept = self._read(path)
+            self._loop.call(lambda: self._loop.restore_context(context, slots, kept))
         except InUse:
             raise
         except ValueError as error:
@@ -148,10 +175,11 @@ class Shelf:
         Raises:
           ValueError: there is none of this id, or it is being asked.
         """
-        if context in self._loop.contexts or context not in self._saved:
-            self._loop.call(lambda: self._loop.drop_context(context))
-        if self._saved.pop(context, None) is not None:
-            self._path(context).unlink(missing_ok=True)
+        with self._one:
+            if context in self._loop.contexts or context not in self._saved:
+                self._loop.call(lambda: self._loop.drop_context(context))
+            if self._saved.pop(context, None) is not None:
+                self._path(context).unlink(missing_ok=True)
 
     def contexts(self) -> tuple[Context, ...]:
         """All of them; those in the folder alone have no pages."""
@@ -169,6 +197,9 @@ class Shelf:
         """
         kept = self.find(context)
         slots = self._loop.call(lambda: self._loop.copy_context(context))
+        return self._write(path, slots, kept)
+
+    def _write(self, path: str | Path, slots: Slots, kept: Kept) -> Path:
         cache = as_cache(slots, kept, self._model)
         return save_cache(path, cache, self._model, self._menu.methods.get(kept.method))
 
@@ -178,15 +209,20 @@ class Shelf:
         Raises:
           ValueError: not such a file, damaged, of another model, or not to be asked here.
         """
-        self._bring(context, Path(path))
-        self.keep(context)
+        slots, kept = self._read(Path(path))
+        self.add(context, kept, lambda: self._loop.restore_context(context, slots, kept))
 
-    def _bring(self, context: str, path: Path) -> None:
+    def _read(self, path: Path) -> tuple[Slots, Kept]:
+        """The entries in a file, and what is said of them."""
         try:
-            cache = load_cache(path, self._model)
+            cache = load_on_host(path, self._model)
             method = self._method(cache_facts(path))
         except OSError as error:
             raise ValueError(f"cache {path} cannot be read ({error.strerror})") from None
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"cache {path} is damaged: what it says of itself is not whole"
+            ) from None
         try:
             slots = as_slots(cache, self._menu, *self._loop.room)
         except ValueError as error:
@@ -200,7 +236,7 @@ class Shelf:
             pages=self._menu.pages(int(slots.counts.sum()), 0),
             rope_length=tokens if cache.rope_length is None else int(cache.rope_length[0]),
         )
-        self._loop.call(lambda: self._loop.restore_context(context, slots, kept))
+        return slots, kept
 
 
 # ---------------------------------------------------------------------------- slots and caches
@@ -223,7 +259,11 @@ def as_cache(slots: Slots, kept: Kept, model: Model) -> Cache:
     return Cache(
         layers=(),
         slots=slots,
-        tail=empty_tail(slots, 1),
+        # In NumPy: a server that is warm compiles nothing.
+        tail=jax.tree.map(
+            lambda x: np.full(x.shape, -1 if x.ndim == 2 else 0, x.dtype),
+            jax.eval_shape(partial(empty_tail, slots, 1)),
+        ),
         prompt_lengths=tokens,
         next_positions=tokens,
         rope_length=rope_length if model.config.rope_by_length else None,
@@ -246,13 +286,7 @@ def as_slots(cache: Cache, menu: Menu, pages: int, width: int, parts: int) -> Sl
       ValueError: what a server cannot share; the sentence goes on after the cache's name.
     """
     _check(cache, menu)
-    slots = cache.slots if cache.slots is not None else compacted(slots_of(cache))
-    slots = reshard_slots(slots, 1)
-    slots = compacted(slots) if slots.sizes is not None else slots.replace(sums=None)
-    if slots.page != menu.page:
-        size = slots.size + slots.counts.shape[1] * menu.page
-        slots = repaged(slots, menu.page, -(-size // menu.page) * menu.page)
-    slots = jax.device_get(with_table(slots.replace(sums=None)))
+    slots: Any = _plain(cache, menu.page)
     held_L = slots.counts[0].sum(-1)
     number_L, layers = -(-held_L // menu.page), slots.counts.shape[1]
     following = slots.counts.shape[2] * (menu.question_buckets[-1] + menu.max_new_tokens)
@@ -265,7 +299,8 @@ def as_slots(cache: Cache, menu: Menu, pages: int, width: int, parts: int) -> Sl
     ends = np.cumsum(number_L)
     for layer, (count, end) in enumerate(zip(number_L, ends, strict=True)):
         table[0, layer, :count] = np.arange(end - count, end)
-    order = np.concatenate([slots.table[0, i, : number_L[i]] for i in range(layers)])
+    source_LW = slots.table[0] if slots.table is not None else _following(slots, number_L)
+    order = np.concatenate([source_LW[i, : number_L[i]] for i in range(layers)])
 
     def ordered(array: np.ndarray, axis: int, empty: int) -> np.ndarray:
         paged = array.reshape(*array.shape[:axis], -1, menu.page, *array.shape[axis + 1 :])
@@ -282,8 +317,34 @@ def as_slots(cache: Cache, menu: Menu, pages: int, width: int, parts: int) -> Sl
         scales=None if slots.scales is None else ordered(slots.scales, 2, 0),
         counts=np.asarray(slots.counts, np.int32),
         table=table,
+        runs=None,
     )
     return reshard_slots(slots, parts)
+
+
+def _plain(cache: Cache, page: int) -> Slots:
+    """A cache's slots in such pages, each layer's entries first; in NumPy.
+
+    What `save` wrote of a server on this platform is so already, and nothing is compiled for it.
+    """
+    slots = cache.slots
+    if slots is None or slots.sizes is not None or slots.page != page:
+        cache = jax.tree.map(jnp.asarray, cache)
+        slots = slots_of(cache) if cache.slots is None else cache.slots
+        if slots.sizes is not None or cache.slots is None:
+            slots = compacted(slots)
+        size = slots.size + slots.counts.shape[1] * page
+        slots = repaged(slots, page, -(-size // page) * page)
+    plain: dict[str, Any] = {"sums": None, "sizes": None, "room": 0, "most": None, "alike": False}
+    return jax.device_get(slots.replace(**plain))
+
+
+def _following(slots: Slots, number_L: np.ndarray) -> np.ndarray:
+    """The pages of layers that follow one another, as a table of them."""
+    firsts_L = np.cumsum(number_L) - number_L
+    if slots.runs is not None:
+        firsts_L = np.array([first for first, _ in slots.runs]) // slots.page
+    return firsts_L[:, None] + np.arange(number_L.max())
 
 
 def _check(cache: Cache, menu: Menu) -> None:

@@ -1,13 +1,17 @@
 """Contexts of a server: a limit of bytes, files, and what is left when one cannot be read."""
 
 import asyncio
+import contextlib
 import dataclasses
 
 import pytest
 import served
 
 import kvjax
+from kvjax.models.checkpoints.weights import load_decoder
+from kvjax.serve import Engine
 from kvjax.serve.contexts import InUse, Kept, leaving
+from kvjax.serve.programs import no_compilation
 from kvjax.serve.shelf import Shelf
 
 TEXT = " ".join(f"w{number}" for number in range(20, 50))
@@ -178,6 +182,59 @@ def test_contexts_come_back_when_they_are_asked(engine, tmp_path, monkeypatch):
     assert not path.exists()
     assert (tmp_path / "notes.txt").exists()
     assert engine.stats().shared_pages == 0
+
+
+def test_nothing_is_compiled_for_a_context_that_comes_back(engine, tmp_path, monkeypatch):
+    """Of a length that nothing was compiled for before."""
+    shelf = Shelf(engine.model, engine._menu, engine._loop, tmp_path)
+    monkeypatch.setattr(engine, "_shelf", shelf)
+    engine.drop_context(engine.add_context(TEXT, method="full"))
+    for text in (TEXT, " ".join(TEXT.split()[:21])):
+        with contextlib.nullcontext() if text == TEXT else no_compilation():
+            name = engine.add_context(text, method="full")
+            before = answers_of(engine, name)
+            engine._loop.call(lambda: engine._loop.drop_context(name))  # noqa: B023
+            assert answers_of(engine, name) == before
+            engine.drop_context(name)
+
+
+def test_a_context_whose_place_was_taken_while_it_is_written(engine, tmp_path, monkeypatch):
+    """It lies on disk all the same, and comes back; nothing is left where it cannot be written."""
+    shelf = Shelf(engine.model, engine._menu, engine._loop, tmp_path)
+    monkeypatch.setattr(engine, "_shelf", shelf)
+    write = shelf._write
+
+    def late(path, slots, kept):
+        (name,) = engine._loop.contexts
+        engine._loop.call(lambda: engine._loop.drop_context(name))
+        return write(path, slots, kept)
+
+    monkeypatch.setattr(shelf, "_write", late)
+    name = engine.add_context(TEXT, method="full")
+    assert [(one.id, one.pages) for one in engine.contexts()] == [(name, 0)]
+    assert len(answers_of(engine, name)) == 2
+    engine.drop_context(name)
+    tmp_path.rmdir()
+    for writes in (write, late):
+        monkeypatch.setattr(shelf, "_write", writes)
+        with pytest.raises(ValueError, match="a file in a folder that exists"):
+            engine.add_context(TEXT, method="full")
+        assert (engine.contexts(), engine.stats().shared_pages) == ((), 0)
+
+
+def test_entries_of_8_bits_are_saved_with_their_scales(tmp_path):
+    config = kvjax.CompressionConfig.named("key-diff", budget=24)
+    methods = {"key-diff": dataclasses.replace(config, quantize="int8")}
+    model = load_decoder(served.WEIGHTS, progress=False)
+    settings = {"cache_bytes": 2**18, "rows": 2, "buckets": (64,), "max_new_tokens": 16}
+    with Engine(
+        model, served.words(None), methods, **settings, question_buckets=(32,), warm_up=False
+    ) as made:
+        name = made.add_context(TEXT)
+        again = made.load_context(made.save_context(name, tmp_path / "saved"))
+        assert answers_of(made, again) == answers_of(made, name)
+    with pytest.raises(ValueError, match=r"beside question_buckets=\(\)"):
+        Engine(model, None, methods, **settings, contexts_dir=tmp_path, warm_up=False)
 
 
 def test_a_folder_that_cannot_be_had_is_one_sentence(engine, tmp_path):
