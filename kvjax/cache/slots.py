@@ -177,7 +177,7 @@ def reshard_slots(slots: Slots, parts: int) -> Slots:
     if slots.parts > 1 and parts > 1:
         slots = reshard_slots(slots, 1)
 
-    def deal(x: Array, axis: int) -> Array:
+    def deal(x: Any, axis: int) -> Any:  # of JAX or of NumPy
         halves = (-1, parts) if parts > 1 else (slots.parts, -1)
         split = x.reshape(*x.shape[:axis], *halves, *x.shape[axis + 1 :])
         return split.swapaxes(axis, axis + 1).reshape(x.shape)

@@ -191,8 +191,9 @@ class Loop:
     @property
     def room(self) -> tuple[int, int, int]:
         """Pages of what `restore_context` takes, those that a layer may have, and devices."""
-        device = self._device
-        return device.swap_pages, device.shape.width, device.state.pages.slots.parts
+        device, shape = self._device, self._device.shape
+        pages = min(device.swap_pages, shape.layers * shape.width)  # as of `copy_out`
+        return pages, shape.width, device.state.pages.slots.parts
 
     def swap_out(self, job: Job) -> None:
         """Take a running job to the host's memory; it waits before all others."""

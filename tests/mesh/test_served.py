@@ -49,7 +49,7 @@ def test_the_tokens_are_those_of_one_device(rule):
 
 
 @pytest.mark.slow
-def test_contexts_and_swaps_on_a_mesh():
+def test_contexts_and_swaps_on_a_mesh(tmp_path):
     """What is compiled before the first request is all. Slow: twelve programs for eight devices."""
     model = load_decoder(FIXTURES / "llama2-gqa", progress=False)
     rng = np.random.default_rng(1)
@@ -64,7 +64,12 @@ def test_contexts_and_swaps_on_a_mesh():
             asked = engine.generate(questions, context=context, ignore_eos=True)
             engine._loop.call(lambda: engine._loop.stats(True))
             answers = swapped(engine, lambda: engine.generate(document, ignore_eos=True))
+            path = engine.save_context(context, tmp_path / "saved")
             engine.drop_context(context)
+            context = engine.load_context(path)
+            again = engine.generate(questions, context=context, ignore_eos=True)
+            engine.drop_context(context)
+        assert again == asked  # bit for bit
         assert engine._loop.call(engine._loop._device.held) == 0
     for question, answer in zip(questions, asked, strict=True):
         reference = kvjax.generate(model, question, cache=cache, max_new_tokens=24, eos_ids=())

@@ -135,7 +135,7 @@ def test_the_end_of_an_answer(model, prompts, engine):
             assert top[token] == log_prob == max(top.values())
 
 
-def test_a_shared_context_is_compressed_once(model, engine, prompts):
+def test_a_shared_context_is_compressed_once(model, engine, prompts, tmp_path):
     questions = [prompts[1][:3], prompts[1][:16], prompts[2][:9], prompts[2][:1]]
     with no_compilation():
         context = engine.add_context(prompts[0], method="joint-snapkv")
@@ -144,9 +144,13 @@ def test_a_shared_context_is_compressed_once(model, engine, prompts):
         answers = engine.generate(questions, context=context, max_new_tokens=30, ignore_eos=True)
         alone = engine.generate(questions[1], context=context, max_new_tokens=30, ignore_eos=True)
         assert held(engine) == before
+        path = engine.save_context(context, tmp_path / "saved")
         engine.drop_context(context)
+        loaded = engine.load_context(path)
+        again = engine.generate(questions[1], context=loaded, max_new_tokens=30, ignore_eos=True)
+        engine.drop_context(loaded)
     assert held(engine) == (0, 0)
-    assert answers[1] == alone[0]
+    assert answers[1] == alone[0] == again[0]
     cache = kvjax.compress_prompt(model, prompts[0], METHODS["joint-snapkv"])
     for question, answer in zip(questions, answers, strict=True):
         reference = kvjax.generate(model, question, cache=cache, max_new_tokens=30, eos_ids=())
