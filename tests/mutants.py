@@ -147,14 +147,14 @@ MUTANTS = (
     ),
     Mutant(
         "slots: a layer that grows gets the free page after its own",
-        "kvjax/cache/slots.py",
+        "kvjax/cache/slot_moves.py",
         "before_BL[..., None] + number_R - own_BL[..., None]",
         "before_BL[..., None] + number_R - own_BL[..., None] + 1",
         ("test_slots.py", "test_evict.py"),
     ),
     Mutant(
         "slots: what a layer may not use is written to, too",
-        "kvjax/cache/slots.py",
+        "kvjax/cache/slot_layers.py",
         "numbers=jnp.where(mine_BY, number_BY, slots.size),",
         "numbers=number_BY,",
         ("test_evict.py", "test_recompress.py"),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.bench import decode
-from kvjax.cache.slots import compacted
+from kvjax.cache.slot_layers import compacted
 from kvjax.compression.room import slots_of
 from kvjax.config import CompressionConfig
 from kvjax.generation.programs import flat

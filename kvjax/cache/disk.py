@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from kvjax.cache.history import History
 from kvjax.cache.origin import check_cache, fingerprint
 from kvjax.cache.padded import PaddedLayer
-from kvjax.cache.slots import Slots, in_pages, page_size, reshard_slots
+from kvjax.cache.slot_moves import reshard_slots
+from kvjax.cache.slots import Slots, in_pages, page_size
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.config import CompressionConfig

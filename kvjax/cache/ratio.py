@@ -11,7 +11,8 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from kvjax import exact
-from kvjax.cache.slots import Slots, layer_slots
+from kvjax.cache.slot_layers import layer_slots
+from kvjax.cache.slots import Slots
 from kvjax.cache.tail import Tail
 from kvjax.exact import floor_of_product
 from kvjax.kernels.decode_attention import Evicted

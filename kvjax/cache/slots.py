@@ -14,14 +14,12 @@ the order of its pages; a packed prompt's pages follow one another, so that a la
 no table is needed. To grow is to get a table.
 """
 
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
-import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8
 
-from kvjax.kernels.decode_attention import in_order
 from kvjax.kernels.platform import platform
 
 # Slots of a page: what a copy of a page moves is worth starting it, and less than one is empty at
@@ -164,35 +162,6 @@ def empty_slots(
     )
 
 
-def reshard_slots(slots: Slots, parts: int) -> Slots:
-    """The same entries dealt out to `parts` devices, of which the page is a multiple.
-
-    One part is all slots in order. From several to several copies the pool twice.
-    """
-    if parts == slots.parts:
-        return slots
-    if slots.page % parts:
-        page, layers = page_size(parts), slots.counts.shape[1]
-        slots = repaged(reshard_slots(slots, 1), page, in_pages(slots.size, None, layers, page)[0])
-    if slots.parts > 1 and parts > 1:
-        slots = reshard_slots(slots, 1)
-
-    def deal(x: Any, axis: int) -> Any:  # of JAX or of NumPy
-        halves = (-1, parts) if parts > 1 else (slots.parts, -1)
-        split = x.reshape(*x.shape[:axis], *halves, *x.shape[axis + 1 :])
-        return split.swapaxes(axis, axis + 1).reshape(x.shape)
-
-    return slots.replace(
-        entries=deal(slots.entries, 1),
-        owners=deal(slots.owners, 1),
-        positions=deal(slots.positions, 1),
-        scales=None if slots.scales is None else deal(slots.scales, 2),
-        sums=None if slots.sums is None else deal(slots.sums, 1),
-        parts=parts,
-    )
-
-
-# ---------------------------------------------------------------------------- a layer
 def first_page(slots: Slots, layer: int) -> Int[Array, " B"]:
     """Where a layer begins whose pages lie behind those of the layers before it."""
     if slots.runs is not None:
@@ -201,240 +170,11 @@ def first_page(slots: Slots, layer: int) -> Int[Array, " B"]:
     return (-(-entries_BL // slots.page)).sum(-1, dtype=jnp.int32)
 
 
-def _first_pages(slots: Slots) -> Int[Array, "B L"]:
+def first_pages(slots: Slots) -> Int[Array, "B L"]:
+    """Where each layer's slots begin: the number of its first page."""
     return jnp.stack([first_page(slots, layer) for layer in range(slots.counts.shape[1])], axis=1)
 
 
 def pages_of(slots: Slots, layer: int) -> Int[Array, "B R"]:
     """A layer's pages in order, or the first one alone where the others follow it."""
     return first_page(slots, layer)[:, None] if slots.table is None else slots.table[:, layer]
-
-
-def of_layer(slots: Slots, array: Array, layer: int) -> Array:
-    """What the slots of one layer hold, `[B, Y, ...]` of an array `[X, M, ...]`, in order.
-
-    Args:
-      slots: with a table; or on one device (`reshard_slots`), with known runs.
-      array: `entries`, `owners`, `positions`, or a half of `scales`.
-      layer: which.
-    """
-    if slots.runs is not None:
-        first, end = slots.runs[layer]
-        return array[:, first:end]
-    assert slots.table is not None  # else a layer's size is data
-    table_BR, page = slots.table[:, layer], slots.page // slots.parts
-    if slots.parts == 1:
-        return in_order(array, (table_BR, page))
-    if array.ndim == 2:
-        # Not page by page: a part of one is too short for a TPU, whose rows of 128 are filled up.
-        number_BY = _numbers(slots, layer)
-        rows_B1 = jnp.arange(len(array))[:, None]  # one pool serves all rows, or each its own
-        return array[rows_B1, number_BY]
-    # Every device finds its part of each page by itself.
-    dealt = array.reshape(array.shape[0], slots.parts, -1, *array.shape[2:])
-    found = jax.vmap(lambda x: in_order(x, (table_BR, page)), 1, 2)(dealt)
-    return found.reshape(table_BR.shape[0], -1, *array.shape[2:])
-
-
-class LayerSlots(NamedTuple):
-    """One layer's slots, numbered through: where they lie in the pool, and what they hold.
-
-    Attributes:
-      numbers: of the pool; its size for one that the layer may not use.
-      owned: by which head.
-      positions: of their entries.
-      size: slots that the layer may use.
-    """
-
-    numbers: Int[Array, "B Y"]
-    owned: Bool[Array, "B K Y"]
-    positions: Int[Array, "B Y"]
-    size: Int[Array, " B"]
-
-
-def layer_slots(slots: Slots, layer: int) -> LayerSlots:
-    """The slots of one layer, through its table."""
-    assert slots.table is not None
-    number_BY = _numbers(slots, layer)
-    size_B = slots.lengths[:, layer]
-    mine_BY = jnp.arange(number_BY.shape[1]) < size_B[:, None]
-    owner_BY = of_layer(slots, slots.owners, layer)
-    head_K1 = jnp.arange(slots.counts.shape[2], dtype=owner_BY.dtype)[:, None]
-    return LayerSlots(
-        numbers=jnp.where(mine_BY, number_BY, slots.size),
-        owned=mine_BY[:, None] & (owner_BY[:, None] == head_K1),
-        positions=of_layer(slots, slots.positions, layer),
-        size=size_B,
-    )
-
-
-def _numbers(slots: Slots, layer: int) -> Int[Array, "B Y"]:
-    """Where the slots of a layer's pages lie in the arrays of the pool."""
-    assert slots.table is not None
-    page_BR1 = slots.table[:, layer, :, None]
-    number_BY = (page_BR1 * slots.page + jnp.arange(slots.page)).reshape(page_BR1.shape[0], -1)
-    return place_in_pool(slots, number_BY)
-
-
-def place_in_pool(slots: Slots, number: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Where slots lie in the arrays of a pool, of their numbers in the order of its pages."""
-    each = slots.size // slots.parts
-    return number % slots.parts * each + number // slots.parts
-
-
-def kept_mask(slots: Slots, layer: int, tokens: int) -> Bool[Array, "B K T"]:
-    """Which tokens each head of a layer holds."""
-    slots = reshard_slots(slots, 1)
-    if slots.table is None and slots.runs is None:  # a layer may be as long as the pool
-        start_B = first_page(slots, layer) * slots.page
-        number_BY = jnp.arange(slots.size) - start_B[:, None]
-        owner_BY, position_BY = slots.owners, slots.positions
-    else:
-        owner_BY, position_BY = (of_layer(slots, x, layer) for x in (slots.owners, slots.positions))
-        number_BY = jnp.arange(owner_BY.shape[1])
-    mine_BY = (number_BY >= 0) & (number_BY < slots.lengths[:, layer, None]) & (owner_BY >= 0)
-    batch, _, kv_heads = slots.counts.shape
-    mask_BKT = jnp.zeros((batch, kv_heads, tokens), bool)
-    rows_B1 = jnp.arange(batch)[:, None]
-    position_BY = jnp.where(mine_BY, position_BY, tokens)
-    owner_BY = jnp.maximum(owner_BY, 0).astype(jnp.int32)
-    return mask_BKT.at[rows_B1, owner_BY, position_BY].set(True, mode="drop")
-
-
-# ---------------------------------------------------------------------------- growing
-def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Slots:
-    """The slots with more pages: a layer keeps those it has and gets free ones, up to its size.
-
-    Nothing moves: pages are added at the end, and the table is written anew.
-
-    Args:
-      slots: to grow.
-      sizes: slots that each layer may use afterwards, at least as many as it holds entries.
-      pages: of a pool afterwards, enough for all layers' sizes; never fewer than it has.
-      widest: the most slots that any layer may use.
-    """
-    page, have = slots.page, slots.size // slots.page
-    pages = max(pages, have)
-    wanted_BL = -(-sizes // page)
-    own_BL = jnp.minimum(_has_pages(slots), wanted_BL)
-    width = max(-(-widest // page), 1)
-    number_R = jnp.arange(width, dtype=jnp.int32)
-    if slots.table is None:
-        old_BLR = _first_pages(slots)[..., None] + number_R
-    else:
-        old_BLR = jnp.pad(slots.table, ((0, 0), (0, 0), (0, max(0, width - slots.table.shape[2]))))
-        old_BLR = old_BLR[..., :width]
-    kept_BLR = number_R < own_BL[..., None]
-    rows_B1 = jnp.arange(sizes.shape[0])[:, None]
-    used_BP = jnp.zeros((sizes.shape[0], pages), bool)
-    taken_BX = jnp.where(kept_BLR, old_BLR, pages).reshape(sizes.shape[0], -1)
-    used_BP = used_BP.at[rows_B1, taken_BX].set(True, mode="drop")
-    free_BP = jnp.argsort(used_BP, axis=1, stable=True).astype(jnp.int32)
-    more_BL = wanted_BL - own_BL
-    before_BL = jnp.cumsum(more_BL, axis=1, dtype=jnp.int32) - more_BL
-    place_BLR = jnp.clip(before_BL[..., None] + number_R - own_BL[..., None], 0, pages - 1)
-    new_BLR = jax.vmap(lambda free, at: free[at])(free_BP, place_BLR)
-    table_BLR = jnp.where(kept_BLR, old_BLR, new_BLR)
-    table_BLR = jnp.where(number_R < wanted_BL[..., None], table_BLR, 0)
-
-    def longer(x: Array, axis: int, empty: int) -> Array:
-        more = (pages - have) * page // slots.parts
-        split = x.reshape(*x.shape[:axis], slots.parts, -1, *x.shape[axis + 1 :])
-        widths = [(0, more if at == axis + 1 else 0) for at in range(split.ndim)]
-        split = jnp.pad(split, widths, constant_values=empty)
-        return split.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-
-    return slots.replace(
-        entries=longer(slots.entries, 1, 0),
-        owners=longer(slots.owners, 1, -1),
-        positions=longer(slots.positions, 1, -1),
-        scales=None if slots.scales is None else longer(slots.scales, 2, 0),
-        sums=None if slots.sums is None else longer(slots.sums, 1, 0),
-        table=table_BLR,
-        sizes=sizes,
-        runs=None,
-    )
-
-
-def compacted(slots: Slots) -> Slots:
-    """The slots with each layer's entries in its first ones, and no more slots than these.
-
-    On one device, with a table.
-    """
-    batch, layers, _ = slots.counts.shape
-    rows_B1 = jnp.arange(batch)[:, None]
-    arrays = [slots.entries, slots.owners, slots.positions]
-    arrays += [] if slots.scales is None else [slots.scales[:, 0], slots.scales[:, 1]]
-    arrays += [] if slots.sums is None else [slots.sums]
-    for layer in range(layers):
-        here = layer_slots(slots, layer)
-        order_BY = jnp.argsort(~here.owned.any(1), axis=1, stable=True)
-        for index, x in enumerate(arrays):
-            held = of_layer(slots, x, layer)
-            at = order_BY.reshape(*order_BY.shape, *(1,) * (x.ndim - 2))
-            moved = jnp.take_along_axis(held, at, axis=1)
-            arrays[index] = x.at[rows_B1, here.numbers].set(moved, mode="drop")
-    sums = None if slots.sums is None else arrays.pop()
-    entries, owners, positions, *scales = arrays
-    stacked = jnp.stack(scales, axis=1) if scales else None
-    return slots.replace(
-        entries=entries, owners=owners, positions=positions, scales=stacked, sums=sums, sizes=None
-    )
-
-
-def _has_pages(slots: Slots) -> Int[Array, "B L"]:
-    """How many pages each layer has, of which the first ones hold its entries."""
-    if slots.runs is None:
-        return -(-slots.lengths // slots.page)
-    pages_L = jnp.array([(end - first) // slots.page for first, end in slots.runs], jnp.int32)
-    return jnp.broadcast_to(pages_L, slots.lengths.shape)
-
-
-def repaged(slots: Slots, page: int, size: int) -> Slots:
-    """The same slots in other pages, one layer after the other; copies the pool.
-
-    Layers that may use more slots than they hold entries keep a table, the others need none.
-
-    Args:
-      slots: on one device.
-      page: slots of a page.
-      size: of the pool, enough for whole pages of all layers' lengths.
-    """
-    pages_BL = -(-slots.lengths // page)
-    firsts_BL = jnp.cumsum(pages_BL, axis=1, dtype=jnp.int32) - pages_BL
-    # Which layer each new slot is of, and which of its slots.
-    number_M = jnp.arange(size, dtype=jnp.int32)
-    find = jax.vmap(lambda firsts: jnp.searchsorted(firsts * page, number_M, side="right") - 1)
-    layer_BM = find(firsts_BL)
-    offset_BM = number_M - jnp.take_along_axis(firsts_BL, layer_BM, axis=1) * page
-    filled_BM = offset_BM < jnp.take_along_axis(slots.lengths, layer_BM, axis=1)
-    if slots.table is None:
-        first_BM = jnp.take_along_axis(_first_pages(slots), layer_BM, axis=1)
-        page_BM = first_BM + offset_BM // slots.page
-    else:
-        width = slots.table.shape[2]
-        place_BM = layer_BM * width + jnp.minimum(offset_BM // slots.page, width - 1)
-        page_BM = jnp.take_along_axis(slots.table.reshape(len(slots.table), -1), place_BM, axis=1)
-    source_BM = jnp.where(filled_BM, page_BM * slots.page + offset_BM % slots.page, 0)
-
-    def move(x: Array, empty: int) -> Array:
-        at = source_BM.reshape(*source_BM.shape, *(1,) * (x.ndim - 2))
-        filled = filled_BM.reshape(at.shape)
-        return jnp.where(filled, jnp.take_along_axis(x, at, axis=1), jnp.asarray(empty, x.dtype))
-
-    scales, table = slots.scales, None
-    if scales is not None:
-        scales = move(scales.swapaxes(1, 2), 0).swapaxes(1, 2)
-    if slots.table is not None and slots.sizes is not None:
-        width = -(-slots.table.shape[2] * slots.page // page)
-        table = jnp.minimum(firsts_BL[..., None] + jnp.arange(width), size // page - 1)
-    return slots.replace(
-        entries=move(slots.entries, 0),
-        owners=move(slots.owners, -1),
-        positions=move(slots.positions, -1),
-        scales=scales,
-        sums=None if slots.sums is None else move(slots.sums, 0),
-        table=table,
-        runs=None,
-        page=page,
-    )

@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Int
 
 from kvjax.cache.history import History
 from kvjax.cache.padded import PaddedLayer
-from kvjax.cache.slots import Slots, kept_mask, reshard_slots
+from kvjax.cache.slot_layers import kept_mask
+from kvjax.cache.slot_moves import reshard_slots
+from kvjax.cache.slots import Slots
 from kvjax.cache.tail import Tail, resized
 from kvjax.sharding import parts
 

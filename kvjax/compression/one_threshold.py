@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Int
 
 from kvjax import exact
 from kvjax.cache.packing import quantized
-from kvjax.cache.slots import Slots, grown
+from kvjax.cache.slot_moves import grown
+from kvjax.cache.slots import Slots
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import Tail
 from kvjax.config import Recompress

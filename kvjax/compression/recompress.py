@@ -20,7 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import exact
 from kvjax.cache.packing import quantized
 from kvjax.cache.ratio import Ratio, allowed, ratio_of
-from kvjax.cache.slots import LayerSlots, Slots, layer_slots, of_layer, reshard_slots
+from kvjax.cache.slot_layers import LayerSlots, layer_slots, of_layer
+from kvjax.cache.slot_moves import reshard_slots
+from kvjax.cache.slots import Slots
 from kvjax.cache.state import Cache, with_own_entries
 from kvjax.cache.sums import begin, settle
 from kvjax.compression import scorers

@@ -13,16 +13,9 @@ from jaxtyping import Array, Int
 
 from kvjax import exact, sharding
 from kvjax.cache.ratio import Ratio, allowed, ratio_of
-from kvjax.cache.slots import (
-    Slots,
-    compacted,
-    empty_slots,
-    grown,
-    layer_slots,
-    page_size,
-    repaged,
-    reshard_slots,
-)
+from kvjax.cache.slot_layers import compacted, layer_slots
+from kvjax.cache.slot_moves import grown, repaged, reshard_slots
+from kvjax.cache.slots import Slots, empty_slots, page_size
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import remember
 from kvjax.compression.capacity import layer_capacity, pool_shape

@@ -21,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from kvjax.cache.packing import quantized
-from kvjax.cache.slots import Slots, first_page, place_in_pool
+from kvjax.cache.slot_layers import place_in_pool
+from kvjax.cache.slots import Slots, first_page
 from kvjax.cache.tail import Tail
 
 

@@ -21,7 +21,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax import sharding
-from kvjax.cache.slots import Slots, compacted, reshard_slots
+from kvjax.cache.slot_layers import compacted
+from kvjax.cache.slot_moves import reshard_slots
+from kvjax.cache.slots import Slots
 from kvjax.cache.state import Cache
 from kvjax.cache.sums import settle
 from kvjax.cache.tail import Tail, empty_tail, remember

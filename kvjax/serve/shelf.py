@@ -21,7 +21,9 @@ import numpy as np
 
 from kvjax.cache.disk import cache_facts, load_on_host, save_cache
 from kvjax.cache.origin import fingerprint
-from kvjax.cache.slots import Slots, compacted, repaged, reshard_slots
+from kvjax.cache.slot_layers import compacted
+from kvjax.cache.slot_moves import repaged, reshard_slots
+from kvjax.cache.slots import Slots
 from kvjax.cache.state import Cache
 from kvjax.cache.tail import empty_tail
 from kvjax.compression.room import slots_of

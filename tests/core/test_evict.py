@@ -24,7 +24,7 @@ from eviction_cases import (
 import kvjax
 from kvjax import CompressionConfig, ConfigError, Recompress
 from kvjax.cache.ratio import allowed
-from kvjax.cache.slots import kept_mask
+from kvjax.cache.slot_layers import kept_mask
 from kvjax.cache.state import with_room
 from kvjax.compression.recompress import evict as evict_
 from kvjax.compression.recompress import make_room

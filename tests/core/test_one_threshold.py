@@ -7,7 +7,7 @@ import pytest
 from eviction_cases import LAYERS, B, K, U, entries, prompt_cache, with_answer
 
 from kvjax import CompressionConfig, ConfigError, Recompress, exact
-from kvjax.cache.slots import reshard_slots
+from kvjax.cache.slot_moves import reshard_slots
 from kvjax.cache.sums import begin, settle
 from kvjax.compression.one_threshold import places_of
 from kvjax.compression.recompress import evict as evict_

@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvjax.cache import packing
-from kvjax.cache.slots import (
-    empty_slots,
-    first_page,
-    grown,
-    in_pages,
-    kept_mask,
-    layer_slots,
-    of_layer,
-    page_size,
-    pages_of,
-    reshard_slots,
-)
+from kvjax.cache.slot_layers import kept_mask, layer_slots, of_layer
+from kvjax.cache.slot_moves import grown, reshard_slots
+from kvjax.cache.slots import empty_slots, first_page, in_pages, page_size, pages_of
 from kvjax.kernels.platform import assume
 
 QUICK = {"xla_backend_optimization_level": 0}

@@ -15,7 +15,8 @@ from synthetic import probe_of
 import kvjax
 from kvjax import METHODS, CompressionConfig, Recompress, probe_request, sharding
 from kvjax.cache.packing import put_layer
-from kvjax.cache.slots import empty_slots, reshard_slots
+from kvjax.cache.slot_moves import reshard_slots
+from kvjax.cache.slots import empty_slots
 from kvjax.cache.state import with_room
 from kvjax.compile_for import collectives
 from kvjax.generation import decode, prefill

@@ -14,8 +14,8 @@ from kvjax import CompressionConfig, tiny
 ROOT = Path(__file__).resolve().parents[2]
 # What one answer comes to today, in files and lines, and of these the engine's own, without models
 # and kernels. Lower them with the code: 24 files of 4,300 lines are wanted, 13 and 3,000 its own.
-MOST = (37, 7680)
-MOST_OF_THE_ENGINE = (24, 5990)
+MOST = (37, 7470)
+MOST_OF_THE_ENGINE = (24, 5780)
 
 
 def files_that_run(call: Callable[[], object]) -> dict[Path, int]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 import kvjax
 from kvjax import CompressionConfig, Recompress
-from kvjax.cache.slots import layer_slots
+from kvjax.cache.slot_layers import layer_slots
 from kvjax.generation.programs import generate_program
 from kvjax.generation.request import Options, Request
 from kvjax.models.config import ModelConfig
