@@ -235,8 +235,8 @@ MUTANTS = (
     Mutant(
         "sampling: the penalty makes unlikely tokens likelier",
         "kvjax/generation/sampling.py",
-        "jnp.where(logits < 0, logits * values.penalty, logits / values.penalty)",
-        "logits / values.penalty",
+        "jnp.where(logits < 0, logits * penalty, logits / penalty)",
+        "logits / penalty",
         ("test_sampling.py",),
     ),
     Mutant(

@@ -18,7 +18,7 @@ _INSTALL = "pip install kvjax[ahead]"
 def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> None:
     """The flags of `kvjax plan`; `whole` makes a type of a least integer."""
     from kvjax.models.presets import PRESETS
-    from kvjax.plan.topology import CARDS, TOPOLOGIES
+    from kvjax.plan.topology import TOPOLOGIES
     from kvjax.spelling import FORM
 
     add = parser.add_argument
@@ -75,21 +75,26 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         metavar="N",
         help="after so many, rows that were not compiled before are estimates (no limit)",
     )
-    group = parser.add_argument_group("a server")
-    group.add_argument(
+    _server_flags(parser.add_argument_group("a server").add_argument, whole)
+    add("-o", "--out", metavar="FILE.md", help="also write the table, and JSON beside it")
+    add("--json", action="store_true", help="print one JSON object on the last line")
+
+
+def _server_flags(add: Callable[..., Any], whole: Callable[[int], Any]) -> None:
+    from kvjax.plan.topology import CARDS
+
+    add(
         "--rows",
         metavar="N,N",
         help="in place of all that: requests that a server answers at once, of prompts of so many"
         f" tokens, on each of --topology, single devices with commas ({', '.join(CARDS)} as well)",
     )
-    group.add_argument(
+    add(
         "--recompress-every",
         type=whole(2),
         metavar="N",
         help="also with answers that are compressed again every N tokens, to the budget",
     )
-    add("-o", "--out", metavar="FILE.md", help="also write the table, and JSON beside it")
-    add("--json", action="store_true", help="print one JSON object on the last line")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -27,8 +27,12 @@ _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> None:
     """The flags beside those of the model; `whole` makes a type of a least integer."""
-    group = parser.add_argument_group("engine")
-    add = group.add_argument
+    _engine_flags(parser.add_argument_group("engine").add_argument, whole)
+    _memory_flags(parser.add_argument_group("answers in less memory").add_argument, whole)
+    _network_flags(parser.add_argument_group("network").add_argument, whole)
+
+
+def _engine_flags(add: Callable[..., Any], whole: Callable[[int], Any]) -> None:
     add(
         "--method",
         default="full",
@@ -83,6 +87,9 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         help="likeliest tokens that requests may ask for at each place (0)",
     )
     add("--decode-steps", type=whole(1), default=8, metavar="N", help="between two prefills (8)")
+
+
+def _memory_flags(add: Callable[..., Any], whole: Callable[[int], Any]) -> None:
     add(
         "--recompress-every",
         type=whole(2),
@@ -114,8 +121,9 @@ def add_flags(parser: argparse.ArgumentParser, whole: Callable[[int], Any]) -> N
         metavar="N",
         help="entries a KV head that are left of a row then (half of --recompress-budget)",
     )
-    group = parser.add_argument_group("network")
-    add = group.add_argument
+
+
+def _network_flags(add: Callable[..., Any], whole: Callable[[int], Any]) -> None:
     add("--host", default="127.0.0.1", metavar="H", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, metavar="N", help="0 for a free one (8000)")
     add(

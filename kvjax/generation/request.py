@@ -86,11 +86,6 @@ class Options:
         if self.images is not None and self.cache is not None:
             raise ValueError("images beside a cache are not read, expected them in its prompt")
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings, however many."""
-        return check_stops(self.stop, self.tokenizer)
-
 
 def check_stops(stop: str | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     """The stop strings, however many.
@@ -188,7 +183,7 @@ class Request(struct.PyTreeNode):
             new_tokens=new_tokens,
             tail_slots=bucket(slots) if cache is None else slots,
             tokenizer=tokenizer,
-            stop=options.stops,
+            stop=check_stops(options.stop, options.tokenizer),
             inputs=inputs,
             history=BEGUN if options.cache is None else options.cache.history,
             recompress=recompress,

@@ -146,8 +146,7 @@ def sample(
     """
     log_probs_BV = jax.nn.log_softmax(logits)
     if switches.penalty and used is not None:
-        penalised_BV = jnp.where(logits < 0, logits * values.penalty, logits / values.penalty)
-        logits = jnp.where(used, penalised_BV, logits)
+        logits = penalised(logits, used, values.penalty)
     if switches.greedy:
         tokens_B = jnp.argmax(logits, axis=-1)
     else:
@@ -155,6 +154,17 @@ def sample(
         tokens_B = jax.vmap(jax.random.categorical)(keys, logits)
     tokens_B = tokens_B.astype(jnp.int32)
     return tokens_B, jnp.take_along_axis(log_probs_BV, tokens_B[:, None], axis=-1)[:, 0]
+
+
+def penalised(
+    logits: Float[Array, "B V"], used: Bool[Array, "B V"], penalty: Float[Array, "*#rows"]
+) -> Float[Array, "B V"]:
+    """The logits with those of used tokens made less likely, by one penalty or one a row `[B, 1]`.
+
+    As transformers does it (CTRL, arXiv 1909.05858, section 4.1, for negative ones too).
+    """
+    less_BV = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(used, less_BV, logits)
 
 
 def filtered(

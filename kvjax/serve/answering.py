@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -172,8 +172,7 @@ async def _steps(served: Served, call: dict[str, Any]) -> AsyncGenerator[Step]:
     submit, begun = partial(served.engine.submit, **call), time.perf_counter()
     try:
         steps = await asyncio.get_running_loop().run_in_executor(served.reader, submit)
-        closable = cast(AsyncGenerator[Step], steps)
-        async with aclosing(served.metrics.timed(closable, begun)) as timed:
+        async with aclosing(served.metrics.timed(steps, begun)) as timed:
             async for step in timed:
                 yield step
     except ValueError as wrong:  # with the first step: a context that was given up meanwhile

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import queue
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +170,7 @@ class Engine:
         ignore_eos: bool = False,
         logprobs: int = 0,
         context: str | None = None,
-    ) -> AsyncIterator[Step]:
+    ) -> AsyncGenerator[Step]:
         """Ask for an answer, as an asynchronous iterator over its steps.
 
         The request is checked now, and queued when the first step is asked for. To close the
@@ -204,7 +204,7 @@ class Engine:
         )  # fmt: skip
         return self._steps(job)
 
-    async def _steps(self, job: Job) -> AsyncIterator[Step]:
+    async def _steps(self, job: Job) -> AsyncGenerator[Step]:
         loop = asyncio.get_running_loop()
         steps: asyncio.Queue[Step | BaseException] = asyncio.Queue()
 

@@ -159,6 +159,7 @@ class Loop:
 
     def _take_in(self, name: str, kept: Kept, make: Callable[[], Lease]) -> None:
         """Let `make` fill a context's pages, once there are enough."""
+        self._hand_out(0)  # as before a prompt: to read a text takes long
         gone = leaving(
             self.contexts, kept.pages, self._device.page_bytes, self._context_bytes, self.users
         )

@@ -12,7 +12,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax.generation.sampling import COLD, Switches, Values, filtered
+from kvjax.generation.sampling import COLD, Switches, Values, filtered, penalised
 
 _NONE = Switches(greedy=False, top_k=False, top_p=False, min_p=False, penalty=False)
 
@@ -133,13 +133,9 @@ def draw(
 def _penalised(logits: Float[Array, "R V"], rows: Rows) -> Float[Array, "R V"]:
     """The logits with each row's repetition penalty, where any row has one."""
     on_R = rows.running & (rows.values.penalty != 1)
-
-    def penalised() -> Float[Array, "R V"]:
-        penalty_R1 = jnp.where(on_R, rows.values.penalty, 1.0)[:, None]
-        less_RV = jnp.where(logits < 0, logits * penalty_R1, logits / penalty_R1)
-        return jnp.where(rows.used & on_R[:, None], less_RV, logits)
-
-    return lax.cond(on_R.any(), penalised, lambda: logits)
+    used_RV = rows.used & on_R[:, None]
+    penalty_R1 = jnp.where(on_R, rows.values.penalty, 1.0)[:, None]
+    return lax.cond(on_R.any(), lambda: penalised(logits, used_RV, penalty_R1), lambda: logits)
 
 
 def _sampled(logits: Float[Array, "R V"], rows: Rows) -> Int[Array, " R"]:

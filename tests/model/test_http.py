@@ -553,18 +553,26 @@ def test_a_key_is_needed_where_there_is_one(engine):
 
 def test_a_signal_before_the_first_request_ends_a_server(app, monkeypatch):
     """SIGTERM between the line that says where it is and the server's own handler of it."""
-    run, before = uvicorn.Server.run, signal.getsignal(signal.SIGTERM)
+    run, before, late = uvicorn.Server.run, signal.getsignal(signal.SIGTERM), []
 
     def at_once(server, sockets):
         signal.raise_signal(signal.SIGTERM)
+        timer = threading.Timer(30, by_hand, [server])
+        timer.start()
         run(server, sockets)
+        timer.cancel()
+
+    def by_hand(server):
+        late.append(server)
+        server.should_exit = True
 
     monkeypatch.setattr(uvicorn.Server, "run", at_once)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         try:
-            cli._serve(app, listener, 1)  # else it never ends
+            cli._serve(app, listener, 1)
         finally:
             signal.signal(signal.SIGTERM, before)
+    assert not late
 
 
 def test_many_clients_of_whom_a_third_leave(address, engine):

@@ -287,6 +287,21 @@ def test_tokens_do_not_wait_for_anothers_prompt(engine, prompts, monkeypatch):
     assert waiting == [0] * 6
 
 
+def test_tokens_do_not_wait_for_a_context(engine, prompts, monkeypatch):
+    device, loop, waiting = engine._loop._device, engine._loop, []
+    served.slow_down(engine, monkeypatch)
+    keep = device.keep
+    monkeypatch.setattr(
+        device, "keep", lambda *text: (waiting.append(len(loop._pending)), keep(*text))[1]
+    )
+    asked = threading.Thread(target=lambda: engine.generate(prompts, ignore_eos=True))
+    asked.start()
+    served.until(lambda: engine.stats().running)
+    engine.drop_context(engine.add_context(prompts[0]))
+    asked.join()
+    assert waiting == [0]
+
+
 def test_a_question_needs_no_pages_that_it_shares(engine, prompts):
     contexts = [engine.add_context(prompts[0], method="full") for _ in range(3)]
     shared = engine.contexts()[0].pages
