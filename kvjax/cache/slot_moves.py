@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kvjax.cache.slots import Slots, first_pages, in_pages, page_size
+from kvjax.cache.slots import Slots, first_page, in_pages, page_size
 
 
 def reshard_slots(slots: Slots, parts: int) -> Slots:
@@ -41,6 +41,11 @@ def reshard_slots(slots: Slots, parts: int) -> Slots:
 
 
 # ---------------------------------------------------------------------------- a layer
+def _first_pages(slots: Slots) -> Int[Array, "B L"]:
+    """Where each layer's slots begin: the number of its first page."""
+    return jnp.stack([first_page(slots, layer) for layer in range(slots.counts.shape[1])], axis=1)
+
+
 def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Slots:
     """The slots with more pages: a layer keeps those it has and gets free ones, up to its size.
 
@@ -59,7 +64,7 @@ def grown(slots: Slots, sizes: Int[Array, "B L"], pages: int, widest: int) -> Sl
     width = max(-(-widest // page), 1)
     number_R = jnp.arange(width, dtype=jnp.int32)
     if slots.table is None:
-        old_BLR = first_pages(slots)[..., None] + number_R
+        old_BLR = _first_pages(slots)[..., None] + number_R
     else:
         old_BLR = jnp.pad(slots.table, ((0, 0), (0, 0), (0, max(0, width - slots.table.shape[2]))))
         old_BLR = old_BLR[..., :width]
@@ -122,7 +127,7 @@ def repaged(slots: Slots, page: int, size: int) -> Slots:
     offset_BM = number_M - jnp.take_along_axis(firsts_BL, layer_BM, axis=1) * page
     filled_BM = offset_BM < jnp.take_along_axis(slots.lengths, layer_BM, axis=1)
     if slots.table is None:
-        first_BM = jnp.take_along_axis(first_pages(slots), layer_BM, axis=1)
+        first_BM = jnp.take_along_axis(_first_pages(slots), layer_BM, axis=1)
         page_BM = first_BM + offset_BM // slots.page
     else:
         width = slots.table.shape[2]

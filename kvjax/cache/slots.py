@@ -170,11 +170,6 @@ def first_page(slots: Slots, layer: int) -> Int[Array, " B"]:
     return (-(-entries_BL // slots.page)).sum(-1, dtype=jnp.int32)
 
 
-def first_pages(slots: Slots) -> Int[Array, "B L"]:
-    """Where each layer's slots begin: the number of its first page."""
-    return jnp.stack([first_page(slots, layer) for layer in range(slots.counts.shape[1])], axis=1)
-
-
 def pages_of(slots: Slots, layer: int) -> Int[Array, "B R"]:
     """A layer's pages in order, or the first one alone where the others follow it."""
     return first_page(slots, layer)[:, None] if slots.table is None else slots.table[:, layer]
